@@ -1,0 +1,93 @@
+# agentvm: PostgreSQL as the control plane for AI agents' machines
+#
+#   make, make install, make clean    as with any PGXS extension (PG_CONFIG=... names the server)
+#   make check                        regress, isolation and TAP against this build, as an ordinary user: the extension
+#                                     is installed into a private copy of the server (tmp_install), nowhere else
+#   make check-regress REGRESS=name, check-isolation ISOLATION=name, check-tap PROVE_TESTS=test/t/x.pl   some of them
+#   make format, make lint            clang-format; compilers with -Werror, cppcheck, shellcheck
+
+PG_CONFIG ?= pg_config
+
+# PGXS has a target "check" of its own, which only says that it is not supported: ours goes around it
+ifneq ($(filter check,$(MAKECMDGOALS)),)
+.PHONY: $(MAKECMDGOALS)
+$(MAKECMDGOALS): ; +@$(MAKE) --no-print-directory $(if $(filter check,$@),check-regress check-isolation check-tap,$@)
+else
+
+EXTENSION = agentvm
+MODULE_big = agentvm
+OBJS = $(patsubst %.c,%.o,$(filter-out src/providers/libvirt.c,$(wildcard src/*.c \
+	$(foreach room,session team secret engine net providers,src/$(room)/*.c))))
+DATA = $(wildcard sql/agentvm--*.sql)
+TEST_MODULES = $(patsubst %.c,%.so,$(wildcard test/modules/*.c))
+
+libraries = libcurl libxml-2.0 libcrypto
+warnings = -Wall -Wextra -Werror=implicit-function-declaration -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
+PG_CPPFLAGS = -Isrc $(shell pkg-config --cflags $(libraries))
+PG_CFLAGS = $(warnings) -MMD -MP
+SHLIB_LINK = $(shell pkg-config --libs $(libraries))
+
+REGRESS = $(sort $(basename $(notdir $(wildcard test/sql/*.sql))))
+REGRESS_OPTS = --inputdir=$(srcdir)/test --outputdir=. --load-extension=pgcrypto --load-extension=agentvm
+ISOLATION = $(sort $(basename $(notdir $(wildcard test/specs/*.spec))))
+ISOLATION_OPTS = --inputdir=$(srcdir)/test --load-extension=pgcrypto --load-extension=agentvm
+PROVE_TESTS = $(sort $(wildcard test/t/*.pl))
+
+# one file tree of sources, objects and dependencies; test outputs
+dependencies = $(OBJS:.o=.d) $(TEST_MODULES:.so=.d)
+EXTRA_CLEAN = $(dependencies) $(TEST_MODULES) tmp_install tmp_check tmp_check_regress tmp_check_iso output_iso results \
+	regression.diffs regression.out
+
+# no bitcode: nothing in here is worth inlining into a query, and it would need clang with the same flags
+override with_llvm = no
+PGXS := $(shell $(PG_CONFIG) --pgxs)
+include $(PGXS)
+-include $(dependencies)
+
+$(TEST_MODULES): %.so: %.c
+	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -shared -o $@ $<
+
+# Tests. The databases' name is fixed, since agentvm.databases in test/temp.conf names it.
+TREE = $(CURDIR)/tmp_install
+CONTRIB_TESTDB = regression
+ISOLATION_TESTDB = regression
+in_tree = cd $(CURDIR) && PATH="$(TREE)$(bindir):$$PATH"
+
+.PHONY: check-regress check-isolation check-tap tree format lint
+tree: all $(TEST_MODULES)
+	@test/lib/env.sh tree $(TREE) $(PG_CONFIG)
+	@$(MAKE) -s --no-print-directory install DESTDIR=$(TREE)
+	@$(if $(TEST_MODULES),$(INSTALL_SHLIB) $(TEST_MODULES) $(TREE)$(pkglibdir)/)
+
+check-regress: tree
+	$(if $(REGRESS),$(in_tree) $(top_builddir)/src/test/regress/pg_regress --bindir=$(TREE)$(bindir) --temp-instance=tmp_check_regress \
+		--temp-config=test/temp.conf --temp-config=$(TREE)/keys.conf $(REGRESS_OPTS) $(REGRESS))
+
+check-isolation: tree
+	@mkdir -p output_iso && ln -sfn ../expected output_iso/expected
+	$(if $(ISOLATION),$(in_tree) $(top_builddir)/src/test/isolation/pg_isolation_regress --bindir=$(TREE)$(bindir) --temp-instance=tmp_check_iso \
+		--outputdir=output_iso --temp-config=test/temp.conf --temp-config=$(TREE)/keys.conf $(ISOLATION_OPTS) $(ISOLATION))
+
+check-tap: tree
+	$(if $(PROVE_TESTS),$(in_tree) TESTDIR=$(CURDIR) TESTDATADIR=$(CURDIR)/tmp_check TESTLOGDIR=$(CURDIR)/tmp_check/log \
+		PGPORT=65432 PG_REGRESS=$(top_builddir)/src/test/regress/pg_regress \
+		AGENTVM_VENV=$${AGENTVM_VENV:-$$(test/lib/env.sh venv)} \
+		prove -I $(top_srcdir)/src/test/perl -I test/lib $(PROVE_FLAGS) $(PROVE_TESTS))
+
+# Style and static checks
+c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c)
+scripts = $(shell grep -rlE '^\#!.*\bbash' .ci test infra --include='*' --exclude-dir='.*')
+strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Wshadow=compatible-local -Werror -c -o /dev/null \
+	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS))
+
+format:
+	clang-format -i $(c_sources) $(wildcard src/*.h src/*/*.h)
+
+lint:
+	clang-format --dry-run --Werror $(c_sources) $(wildcard src/*.h src/*/*.h)
+	printf '%s\n' $(c_sources) | xargs -P2 -I{} gcc $(strict) {}
+	printf '%s\n' $(c_sources) | xargs -P2 -I{} clang $(subst =compatible-local,,$(strict)) {}
+	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c99 --library=test/cppcheck.cfg -Isrc $(c_sources)
+	shellcheck -x $(scripts)
+
+endif

@@ -1,0 +1,73 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *		Every difference between PostgreSQL 14 and 18 that agentvm meets.
+ *
+ * No other file tests PG_VERSION_NUM.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_COMPAT_H
+#define AGENTVM_COMPAT_H
+
+#include "access/xact.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lwlock.h"
+#include "storage/proc.h"
+#include "utils/acl.h"
+#include "utils/guc.h"
+#include "utils/wait_event.h"
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
+
+/* 16 gave worker entry points and exported symbols one marker for all platforms; 14 has it too. */
+#ifndef PGDLLEXPORT
+#define PGDLLEXPORT
+#endif
+
+/* 15 renamed the call that reserves a prefix of settings. */
+#if PG_VERSION_NUM < 150000
+#define MarkGUCPrefixReserved(prefix) EmitWarningsOnPlaceholders(prefix)
+#endif
+
+/* 15 asks for shared memory in a hook of its own; before, _PG_init did it. */
+#if PG_VERSION_NUM >= 150000
+#define AVM_HAVE_SHMEM_REQUEST_HOOK 1
+#endif
+
+/* 15 introduced the one-call set-returning function that materializes. */
+#if PG_VERSION_NUM < 150000
+extern void avm_init_materialized_srf(FunctionCallInfo fcinfo);
+#define AvmInitMaterializedSRF(fcinfo) avm_init_materialized_srf(fcinfo)
+#else
+#define AvmInitMaterializedSRF(fcinfo) InitMaterializedSRF(fcinfo, 0)
+#endif
+
+/* 17 gives extensions wait events of their own name. */
+#if PG_VERSION_NUM >= 170000
+#define AvmWaitEvent(name) WaitEventExtensionNew(name)
+#else
+#define AvmWaitEvent(name) ((uint32) PG_WAIT_EXTENSION)
+#endif
+
+/* 17 moved the local transaction id into a struct. */
+#if PG_VERSION_NUM >= 170000
+#define AvmLocalTransactionId() (MyProc->vxid.lxid)
+#else
+#define AvmLocalTransactionId() (MyProc->lxid)
+#endif
+
+/* 18 carries the extension's name and version in the magic block. */
+#if PG_VERSION_NUM >= 180000
+#define AVM_MODULE_MAGIC(modname, modversion) \
+	PG_MODULE_MAGIC_EXT(.name = modname, .version = modversion)
+#else
+#define AVM_MODULE_MAGIC(modname, modversion) PG_MODULE_MAGIC
+#endif
+
+#endif /* AGENTVM_COMPAT_H */

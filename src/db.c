@@ -1,0 +1,472 @@
+/*-------------------------------------------------------------------------
+ *
+ * db.c
+ *		Talking to our own tables, and who the caller is.
+ *
+ * Entry points run as whoever calls them.  They take GetUserId() first, check
+ * what that role may do, and then step into a scope (db_enter) in which they
+ * are the extension's owner, so that callers need no right on any table and no
+ * row-level security applies.  Errors leave a scope by the abort of the
+ * (sub)transaction, which undoes user, settings and SPI connection.
+ *
+ * Above READ COMMITTED a transaction reads as of its first statement.  For the
+ * control plane that would be wrong: quotas, idempotency keys and states have to
+ * be checked against what is true now.  So db_run() takes a fresh snapshot, and
+ * as foreign keys do in ri_triggers.c it passes the transaction's snapshot as
+ * the one to cross-check with: changing a row that others have changed or made
+ * since then is still a serialization failure.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <limits.h>
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_extension.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/inval.h"
+#include "utils/numeric.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#include "agentvm.h"
+#include "db.h"
+
+#define SCOPE_SEARCH_PATH "agentvm, pg_catalog, pg_temp"
+
+#define MAX_INTERVAL_S (366 * INT64CONST(86400))
+
+/*
+ * The extension's owner, InvalidOid when it has to be looked up.  pg_extension
+ * sends no invalidation messages of its own before 18, but whatever changes its
+ * row for us changes functions or the schema with it: DROP EXTENSION drops
+ * them, and REASSIGN OWNED gives them away.
+ */
+static Oid extension_owner = InvalidOid;
+
+static void
+forget_owner(Datum arg, int cacheid, uint32 hashvalue)
+{
+	extension_owner = InvalidOid;
+}
+
+static Oid
+find_owner(void)
+{
+	static bool registered = false;
+	Relation relation;
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple tuple;
+	Oid owner = InvalidOid;
+
+	if (!registered)
+	{
+		CacheRegisterSyscacheCallback(PROCOID, forget_owner, (Datum) 0);
+		CacheRegisterSyscacheCallback(NAMESPACEOID, forget_owner, (Datum) 0);
+		registered = true;
+	}
+
+	/* What others have committed counts from here on, not only from the next lock on a table. */
+	AcceptInvalidationMessages();
+	if (OidIsValid(extension_owner))
+		return extension_owner;
+
+	relation = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum("agentvm"));
+	scan = systable_beginscan(relation, ExtensionNameIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+		owner = ((Form_pg_extension) GETSTRUCT(tuple))->extowner;
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+
+	if (!OidIsValid(owner))
+		ereport(ERROR, errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				errmsg("extension agentvm is not installed in this database"),
+				errhint("Run CREATE EXTENSION agentvm CASCADE."), hide_caller());
+
+	extension_owner = owner;
+	return owner;
+}
+
+void
+db_enter(DbScope *scope)
+{
+	Oid owner = find_owner();
+	int rc;
+
+	rc = SPI_connect();
+	if (rc != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed: %s", SPI_result_code_string(rc));
+
+	GetUserIdAndSecContext(&scope->saved_user, &scope->saved_security);
+	SetUserIdAndSecContext(owner, scope->saved_security | SECURITY_LOCAL_USERID_CHANGE);
+
+	/* In a scope within a scope the path stands already; setting it is the dearest part of this. */
+	scope->guc_level = NewGUCNestLevel();
+	if (strcmp(namespace_search_path, SCOPE_SEARCH_PATH) != 0)
+		(void) set_config_option("search_path", SCOPE_SEARCH_PATH, PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
+}
+
+void
+db_leave(DbScope *scope)
+{
+	int rc;
+
+	AtEOXact_GUC(true, scope->guc_level);
+	SetUserIdAndSecContext(scope->saved_user, scope->saved_security);
+	rc = SPI_finish();
+	if (rc != SPI_OK_FINISH)
+		elog(ERROR, "SPI_finish failed: %s", SPI_result_code_string(rc));
+}
+
+static void
+run_query(DbQuery *query, Datum *values, const char *nulls, bool latest)
+{
+	Snapshot snapshot = InvalidSnapshot;
+	Snapshot crosscheck = InvalidSnapshot;
+	int rc;
+
+	if (query->plan == NULL)
+	{
+		SPIPlanPtr plan = SPI_prepare(query->sql, query->nargs, query->argtypes);
+
+		if (plan == NULL)
+			elog(ERROR, "SPI_prepare failed: %s: %s", SPI_result_code_string(SPI_result),
+				 query->sql);
+		rc = SPI_keepplan(plan);
+		if (rc != 0)
+			elog(ERROR, "SPI_keepplan failed: %s", SPI_result_code_string(rc));
+		query->plan = plan;
+	}
+
+	/* READ COMMITTED needs none of this: SPI takes a new snapshot for each query. */
+	if (latest && IsolationUsesXactSnapshot())
+	{
+		CommandCounterIncrement(); /* see all that this transaction has done */
+		snapshot = GetLatestSnapshot();
+		crosscheck = GetTransactionSnapshot();
+	}
+
+	rc = SPI_execute_snapshot(query->plan, values, nulls, snapshot, crosscheck, false, true, 0);
+	if (rc < 0)
+		elog(ERROR, "SPI_execute_snapshot failed: %s: %s", SPI_result_code_string(rc), query->sql);
+}
+
+void
+db_run(DbQuery *query, Datum *values, const char *nulls)
+{
+	run_query(query, values, nulls, true);
+}
+
+void
+db_run_in_snapshot(DbQuery *query, Datum *values, const char *nulls)
+{
+	run_query(query, values, nulls, false);
+}
+
+Datum
+db_value(uint64 row, int column, bool *isnull)
+{
+	if (SPI_tuptable == NULL || row >= SPI_processed || column < 1 ||
+		column > SPI_tuptable->tupdesc->natts)
+		elog(ERROR, "result has no column %d in row " UINT64_FORMAT, column, row);
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
+}
+
+char *
+db_text(uint64 row, int column, MemoryContext context)
+{
+	bool isnull;
+	Datum value = db_value(row, column, &isnull);
+	Oid type = SPI_gettypeid(SPI_tuptable->tupdesc, column);
+	MemoryContext oldcontext;
+	char *result = NULL;
+
+	if (isnull)
+		return NULL;
+
+	oldcontext = MemoryContextSwitchTo(context);
+	switch (type)
+	{
+		case TEXTOID:
+			result = TextDatumGetCString(value);
+			break;
+		case NAMEOID:
+			result = pstrdup(NameStr(*DatumGetName(value)));
+			break;
+		case UUIDOID:
+			result = DatumGetCString(DirectFunctionCall1(uuid_out, value));
+			break;
+		default:
+			elog(ERROR, "column %d is neither text nor name nor uuid, but of type %u", column,
+				 type);
+	}
+	MemoryContextSwitchTo(oldcontext);
+
+	return result;
+}
+
+bool
+caller_is_admin(Oid role)
+{
+	Oid admin;
+
+	if (superuser_arg(role))
+		return true;
+	admin = get_role_oid("agentvm_admin", true);
+	return OidIsValid(admin) && has_privs_of_role(role, admin);
+}
+
+void
+require_admin(const char *what)
+{
+	if (!caller_is_admin(GetUserId()))
+		ereport(ERROR, errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				errmsg("permission denied to %s", what),
+				errhint("Only members of role agentvm_admin may do this."), hide_caller());
+}
+
+void
+raise_no_such_team(const char *team_id)
+{
+	ereport(ERROR, errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("team \"%s\" does not exist", team_id),
+			errdetail("Or the current role is not a member of it; the two are not told apart."),
+			errhint("An administrator can create teams and add members to them."), hide_caller());
+	pg_unreachable();
+}
+
+/* Is any of the roles that the last query found one that "role" has the rights of? */
+static bool
+acts_for_found_role(Oid role)
+{
+	uint64 i;
+
+	for (i = 0; i < SPI_processed; i++)
+	{
+		bool isnull;
+		Datum member = db_value(i, 1, &isnull);
+
+		/* A member that has been dropped is just no member. */
+		if (!isnull && SearchSysCacheExists1(AUTHOID, member) &&
+			has_privs_of_role(role, DatumGetObjectId(member)))
+			return true;
+	}
+	return false;
+}
+
+void
+require_team(const char *team_id, Oid role)
+{
+	static DbQuery find_team = {
+		.sql = "SELECT 1 FROM agentvm.team WHERE team_id = $1",
+		.nargs = 1,
+		.argtypes = {TEXTOID},
+	};
+	static DbQuery find_members = {
+		.sql = "SELECT m.role FROM agentvm.team_member m WHERE m.team_id = $1",
+		.nargs = 1,
+		.argtypes = {TEXTOID},
+	};
+	Datum value = CStringGetTextDatum(team_id);
+	bool allowed;
+
+	if (caller_is_admin(role))
+	{
+		db_run(&find_team, &value, NULL);
+		allowed = SPI_processed > 0;
+	}
+	else
+	{
+		db_run(&find_members, &value, NULL);
+		allowed = acts_for_found_role(role);
+	}
+	pfree(DatumGetPointer(value));
+
+	if (!allowed)
+		raise_no_such_team(team_id);
+}
+
+static bool
+has_control_character(const char *string)
+{
+	const unsigned char *c;
+
+	for (c = (const unsigned char *) string; *c != '\0'; c++)
+	{
+		if (*c < 0x20 || *c == 0x7f)
+			return true;
+		/* U+0080 to U+009F */
+		if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0 && GetDatabaseEncoding() == PG_UTF8)
+			return true;
+	}
+	return false;
+}
+
+char *
+check_identifier(text *value, const char *argument)
+{
+	char *identifier;
+	size_t len;
+
+	if (value == NULL)
+		ereport(ERROR, errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				errmsg("argument \"%s\" must not be null", argument), hide_caller());
+
+	identifier = text_to_cstring(value);
+	len = strlen(identifier);
+	if (len < 1 || len > AVM_MAX_ID)
+		ereport(ERROR, errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				errmsg("argument \"%s\" must have 1 to %d bytes", argument, AVM_MAX_ID),
+				errdetail("It has %zu.", len), hide_caller());
+	if (has_control_character(identifier))
+		ereport(ERROR, errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				errmsg("argument \"%s\" must not contain control characters", argument),
+				hide_caller());
+	if (identifier[0] == ' ' || identifier[len - 1] == ' ')
+		ereport(ERROR, errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				errmsg("argument \"%s\" must not begin or end with a blank", argument),
+				hide_caller());
+
+	return identifier;
+}
+
+/* How long a JSON string is when it is written out. */
+static int64
+quoted_length(const char *string, int len)
+{
+	int64 total = len + 2;
+	int i;
+
+	for (i = 0; i < len; i++)
+	{
+		unsigned char c = string[i];
+
+		if (c == '"' || c == '\\' || c == '\b' || c == '\f' || c == '\n' || c == '\r' || c == '\t')
+			total += 1;
+		else if (c < ' ')
+			total += 5;
+	}
+	return total;
+}
+
+static int64
+scalar_length(const JsonbValue *value)
+{
+	char *digits;
+	int64 len;
+
+	switch (value->type)
+	{
+		case jbvNull:
+			return 4;
+		case jbvBool:
+			return value->val.boolean ? 4 : 5;
+		case jbvString:
+			return quoted_length(value->val.string.val, value->val.string.len);
+		case jbvNumeric:
+			digits = DatumGetCString(
+				DirectFunctionCall1(numeric_out, NumericGetDatum(value->val.numeric)));
+			len = strlen(digits);
+			pfree(digits);
+			return len;
+		default:
+			elog(ERROR, "unexpected type of jsonb value: %d", (int) value->type);
+	}
+	return 0;
+}
+
+/*
+ * Is the document's text longer than "limit"?  It is added up, brackets,
+ * commas, colons and blanks included, rather than built: [1e131071, ...] takes ten bytes a number in binary and 131 kB as text.
+ */
+static bool
+longer_than(Jsonb *document, int64 limit)
+{
+	JsonbIterator *iterator = JsonbIteratorInit(&document->root);
+	JsonbIteratorToken token;
+	JsonbValue value;
+	int64 total = 0;
+
+	while ((token = JsonbIteratorNext(&iterator, &value, false)) != WJB_DONE)
+	{
+		switch (token)
+		{
+			case WJB_BEGIN_ARRAY:
+				total += 2 + 2 * Max(value.val.array.nElems - 1, 0);
+				break;
+			case WJB_BEGIN_OBJECT:
+				total += 2 + 2 * Max(value.val.object.nPairs - 1, 0);
+				break;
+			case WJB_KEY:
+				total += scalar_length(&value) + 2;
+				break;
+			case WJB_ELEM:
+			case WJB_VALUE:
+				total += scalar_length(&value);
+				break;
+			default:
+				break;
+		}
+		if (total > limit)
+			return true;
+	}
+	return false;
+}
+
+void
+check_document(Jsonb *document, char kind, const char *argument)
+{
+	bool fits;
+
+	if (kind == 'o')
+		fits = JB_ROOT_IS_OBJECT(document);
+	else
+		fits = JB_ROOT_IS_ARRAY(document) && !JB_ROOT_IS_SCALAR(document);
+	if (!fits)
+		ereport(
+			ERROR, errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			errmsg("argument \"%s\" must be a JSON %s", argument, kind == 'o' ? "object" : "array"),
+			hide_caller());
+
+	if (longer_than(document, AVM_MAX_DOCUMENT))
+		ereport(ERROR, errcode(AVM_OVER_LIMIT),
+				errmsg("argument \"%s\" is longer than %d bytes", argument, AVM_MAX_DOCUMENT),
+				hide_caller());
+}
+
+int64
+check_interval(Interval *interval, const char *argument)
+{
+	int64 seconds;
+
+	/*
+	 * Months and days count as 30 days and 24 hours.  Nothing can overflow here,
+	 * and the infinite intervals of 17, all of whose fields are the largest or
+	 * smallest there are, come out far beyond the limits.
+	 */
+	seconds =
+		((int64) interval->month * 30 + interval->day) * 86400 + interval->time / USECS_PER_SEC;
+	if (interval->time % USECS_PER_SEC < 0)
+		seconds--;
+
+	if (seconds < 1 || seconds > MAX_INTERVAL_S)
+		ereport(ERROR, errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				errmsg("argument \"%s\" must be between 1 second and 366 days", argument),
+				hide_caller());
+	return seconds;
+}

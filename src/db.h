@@ -1,0 +1,103 @@
+/*-------------------------------------------------------------------------
+ *
+ * db.h
+ *		Talking to our own tables: as the extension's owner, with a safe search
+ *		path, through saved plans; and who the caller is.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_DB_H
+#define AGENTVM_DB_H
+
+#include "agentvm.h"
+
+#include "executor/spi.h"
+#include "utils/jsonb.h"
+#include "utils/snapshot.h"
+#include "utils/uuid.h"
+
+/* A stretch of code that runs as the extension's owner, inside an SPI connection. */
+typedef struct DbScope
+{
+	Oid saved_user;
+	int saved_security;
+	int guc_level;
+} DbScope;
+
+/*
+ * Connect to SPI, become the owner of extension agentvm, and set search_path to
+ * "agentvm, pg_catalog, pg_temp" until db_leave().  An error in between is undone by the
+ * transaction's abort.  Raises 55000 when the extension is not installed here.
+ * Results that must survive db_leave() are copied with SPI_palloc or into a
+ * context of the caller's.
+ */
+extern void db_enter(DbScope *scope);
+extern void db_leave(DbScope *scope);
+
+/* A statement with a plan that is prepared on first use and saved for the process. */
+typedef struct DbQuery
+{
+	const char *sql;
+	int nargs;
+	Oid argtypes[24];
+	SPIPlanPtr plan;
+} DbQuery;
+
+/*
+ * Run a query inside a scope; values[i] is SQL NULL where nulls[i] == 'n'
+ * (nulls may be NULL: none).  Results are in SPI_processed and SPI_tuptable.
+ * Never reads with a stale snapshot: every call sees all that is committed when
+ * it starts, whatever the isolation level, plus this transaction's own changes,
+ * unless "transaction_snapshot" is asked for.  Raises whatever the query raises.
+ */
+extern void db_run(DbQuery *query, Datum *values, const char *nulls);
+
+/* As db_run, under the transaction's own snapshot rules. */
+extern void db_run_in_snapshot(DbQuery *query, Datum *values, const char *nulls);
+
+/* Column "column" (from 1) of row "row" (from 0) of the last result; *isnull is set. */
+extern Datum db_value(uint64 row, int column, bool *isnull);
+
+/* The same as a palloc'd C string in "context", or NULL; for text, name and uuid columns only. */
+extern char *db_text(uint64 row, int column, MemoryContext context);
+
+/* ---- the caller ---- */
+
+/* Whether "role" has the rights of agentvm_admin (superusers do). */
+extern bool caller_is_admin(Oid role);
+
+/* Raises 42501 unless the current user has the rights of agentvm_admin; "what" ends "permission denied to ...". */
+extern void require_admin(const char *what);
+
+/*
+ * Raise 42704 unless "role" may act for the team: an administrator for any team
+ * that exists, a member for its own.  The error is the same for a team that
+ * does not exist and one that is not the caller's.  Inside a scope.
+ */
+extern void require_team(const char *team_id, Oid role);
+
+/* Raise that 42704. */
+extern void raise_no_such_team(const char *team_id) pg_attribute_noreturn();
+
+/* ---- checking what callers hand in ---- */
+
+/*
+ * A copy of a text argument as an identifier: 1..AVM_MAX_ID bytes, no control
+ * characters, no leading or trailing blank.  Raises 22023 naming the argument.
+ */
+extern char *check_identifier(text *value, const char *argument);
+
+/*
+ * Raise 22023 unless the document is a JSON object ('o') or array ('a'), or
+ * AV012 when its text is over AVM_MAX_DOCUMENT bytes. Statement and context are
+ * kept out of the log.
+ */
+extern void check_document(Jsonb *document, char kind, const char *argument);
+
+/* A positive, finite interval in seconds; raises 22023 naming the argument (1 s .. 366 days). */
+extern int64 check_interval(Interval *interval, const char *argument);
+
+/* ereport decoration for functions that take secrets. */
+#define hide_caller() errhidestmt(true), errhidecontext(true)
+
+#endif /* AGENTVM_DB_H */

@@ -1,0 +1,26 @@
+/*-------------------------------------------------------------------------
+ *
+ * ask.h
+ *		A read-only question to a provider, answered in this backend.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_ENGINE_ASK_H
+#define AGENTVM_ENGINE_ASK_H
+
+#include "postgres.h"
+
+#include "engine/session_row.h"
+#include "providers/provider.h"
+#include "utils/jsonb.h"
+
+/*
+ * Run OP_INSPECT for a session, or OP_CHECK for a team ("row" is NULL), and
+ * return the provider's answer, palloc'd.  Outside a db scope.  Every wait is
+ * interruptible.  A refusal raises AV001, AV002, AV003 or AV004 with the
+ * provider's code and message, secrets redacted.
+ */
+extern Jsonb *provider_ask(ProviderOp op, const char *team_id, const char *provider_name,
+						   Jsonb *options, const SessionRow *row);
+
+#endif /* AGENTVM_ENGINE_ASK_H */

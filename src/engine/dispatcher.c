@@ -1,0 +1,243 @@
+/*-------------------------------------------------------------------------
+ *
+ * dispatcher.c
+ *		The background worker that serves one database.
+ *
+ * It sleeps until a commit wakes it, a call is answered, or the next deadline is
+ * due; there is no polling in between.  It waits on its own latch and on the
+ * engine's one fd, so DROP DATABASE, SIGTERM and SIGHUP are answered at once
+ * whatever is in flight.  An error ends the transaction, not the worker.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "agentvm.h"
+#include "catalog/pg_extension.h"
+#include "commands/extension.h"
+#include "db.h"
+#include "engine/engine.h"
+#include "engine/sweep.h"
+#include "engine/worker.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/lmgr.h"
+#include "tcop/tcopprot.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timeout.h"
+#include "utils/timestamp.h"
+
+#define ERROR_PAUSE_MS 1000
+#define STATEMENT_LIMIT_MS 60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
+
+static void
+begin(void)
+{
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	enable_timeout_after(STATEMENT_TIMEOUT, STATEMENT_LIMIT_MS);
+	pgstat_report_activity(STATE_RUNNING, "agentvm: claim and record");
+}
+
+static void
+commit(void)
+{
+	disable_timeout(STATEMENT_TIMEOUT, false);
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+	pgstat_report_stat(false);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/* Whether the installed extension's version is the one that this library was built for. */
+static bool
+version_matches(Oid extension)
+{
+	Relation relation = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple tuple;
+	bool matches = false;
+
+	ScanKeyInit(&key, Anum_pg_extension_oid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(extension));
+	scan = systable_beginscan(relation, ExtensionOidIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+	{
+		bool isnull;
+		Datum version = heap_getattr(tuple, Anum_pg_extension_extversion, RelationGetDescr(relation), &isnull);
+
+		matches = !isnull && strcmp(TextDatumGetCString(version), AGENTVM_VERSION) == 0;
+	}
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+	return matches;
+}
+
+/*
+ * Whether the extension is here, in the version that this library was built for.
+ * The lock makes a DROP EXTENSION under way either wait for us or be seen.
+ */
+static bool
+extension_is_ready(void)
+{
+	static bool complained = false;
+	Oid extension;
+	bool ready = false;
+
+	begin();
+	extension = get_extension_oid("agentvm", true);
+	if (OidIsValid(extension))
+	{
+		LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
+		ready = get_extension_oid("agentvm", true) == extension;
+	}
+	if (ready && !version_matches(extension))
+	{
+		ready = false;
+		if (!complained)
+			ereport(LOG, (errmsg("agentvm: the extension's version is not %s, the library's", AGENTVM_VERSION),
+						  errhint("Run ALTER EXTENSION agentvm UPDATE, or restart the server after installing the library.")));
+		complained = true;
+	}
+	else
+		complained = false;
+	commit();
+	return ready;
+}
+
+/* What is done once per sweep_interval. */
+static void
+periodic(Engine *engine)
+{
+	DbScope scope;
+
+	engine_look_at_everything(engine);
+	(void) engine_reclaim(engine);
+	begin();
+	db_enter(&scope);
+	(void) sweep_heartbeat(avm_batch_size);
+	db_leave(&scope);
+	commit();
+}
+
+/* One round: everything that can be done now. Returns when to look again. */
+static TimestampTz
+pass(Engine *engine, TimestampTz *next_periodic)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (now >= *next_periodic)
+	{
+		*next_periodic = now + avm_sweep_interval_ms * INT64CONST(1000);
+		periodic(engine);
+	}
+	engine_run(engine);
+	(void) engine_claim(engine, avm_batch_size);
+	return Min(engine_next_look(engine), *next_periodic);
+}
+
+void
+agentvm_dispatcher_main(Datum arg)
+{
+	EngineHost host = {begin, commit};
+	sigjmp_buf local_sigjmp_buf;
+	DispatcherSlot *slot;
+	Engine *volatile engine = NULL;
+	volatile TimestampTz pause_until = 0;
+	static TimestampTz next_periodic = 0; /* static: it must survive the jump */
+	Oid database;
+
+	memcpy(&database, MyBgworkerEntry->bgw_extra, sizeof(Oid));
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
+	slot = shared_attach(database, DatumGetInt32(arg));
+	if (slot == NULL)
+		proc_exit(0); /* another one is there already */
+
+	/* The cluster's defaults are meant for clients. */
+	SetConfigOption("application_name", MyBgworkerEntry->bgw_name, PGC_USERSET, PGC_S_SESSION);
+	SetConfigOption("default_transaction_read_only", "off", PGC_USERSET, PGC_S_SESSION);
+	SetConfigOption("default_transaction_isolation", "read committed", PGC_USERSET, PGC_S_SESSION);
+	SetConfigOption("idle_in_transaction_session_timeout", "0", PGC_USERSET, PGC_S_SESSION);
+	SetConfigOption("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION);
+	SetConfigOption("search_path", "", PGC_USERSET, PGC_S_SESSION);
+
+	if (sigsetjmp(local_sigjmp_buf, 1) != 0)
+	{
+		error_context_stack = NULL;
+		HOLD_INTERRUPTS();
+		disable_all_timeouts(false);
+		EmitErrorReport();
+		AbortCurrentTransaction();
+		MemoryContextSwitchTo(TopMemoryContext);
+		FlushErrorState();
+		if (engine != NULL)
+			engine_after_error(engine);
+		RESUME_INTERRUPTS();
+		pgstat_report_activity(STATE_IDLE, NULL);
+		pause_until = GetCurrentTimestamp() + ERROR_PAUSE_MS * INT64CONST(1000);
+	}
+	PG_exception_stack = &local_sigjmp_buf;
+
+	for (;;)
+	{
+		TimestampTz until;
+		int events = WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH;
+		pgsocket fd = PGINVALID_SOCKET;
+
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+		}
+
+		if (GetCurrentTimestamp() < pause_until)
+			until = pause_until;
+		else if (!extension_is_ready())
+		{
+			shared_serve(slot, false);
+			if (engine != NULL)
+				engine_destroy(engine);
+			engine = NULL;
+			(void) shared_take_due(slot);
+			until = GetCurrentTimestamp() + avm_sweep_interval_ms * INT64CONST(1000);
+		}
+		else
+		{
+			if (engine == NULL)
+			{
+				engine = engine_create(TopMemoryContext, slot, host);
+				next_periodic = 0;
+				shared_serve(slot, true);
+			}
+			until = pass(engine, &next_periodic);
+		}
+
+		if (until <= GetCurrentTimestamp() || !shared_sleep_until(slot, until))
+			continue;
+		if (engine != NULL && pause_until < GetCurrentTimestamp())
+		{
+			fd = engine_fd(engine);
+			events |= WL_SOCKET_READABLE;
+		}
+		(void) WaitLatchOrSocket(MyLatch, events, fd,
+								 Min(Max(1, (until - GetCurrentTimestamp() + 999) / 1000), 3600 * 1000L),
+								 AvmWaitEvent("AgentvmDispatcher"));
+	}
+}

@@ -1,0 +1,170 @@
+/*-------------------------------------------------------------------------
+ *
+ * health.c
+ *		The rows of views health, stat_provider and stat_dispatcher.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "agentvm.h"
+#include "catalog/pg_type.h"
+#include "db.h"
+#include "engine/shared.h"
+#include "funcapi.h"
+#include "secret/secret.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+PG_FUNCTION_INFO_V1(agentvm_health);
+PG_FUNCTION_INFO_V1(agentvm_stat_provider);
+PG_FUNCTION_INFO_V1(agentvm_stat_dispatcher);
+
+#define STUCK_RETRIES 3 /* failed tries after which an operator should look */
+
+static DbQuery stuck_query = {
+	"SELECT count(*) FILTER (WHERE state = 'terminating' AND retries >= $1), "
+	"count(*) FILTER (WHERE state = 'provisioning' AND retries >= $1), "
+	"count(*) FILTER (WHERE next_check_at < clock_timestamp() - $2 * interval '1 ms') "
+	"FROM agentvm.session WHERE ended_at IS NULL",
+	2,
+	{INT4OID, INT4OID}};
+
+static DbQuery hold_query = {
+	"SELECT sweep || ' sweep would end ' || would_end || ' sessions, and has held since ' || "
+	"to_char(held_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS \"UTC\"') FROM agentvm.sweep_hold",
+	0,
+	{0}};
+
+static DbQuery secret_query = {"SELECT count(*) FROM agentvm.provider_secret", 0, {0}};
+
+static int64
+count_at(int column)
+{
+	bool isnull;
+
+	return DatumGetInt64(db_value(0, column, &isnull));
+}
+
+static void
+put_check(ReturnSetInfo *rsinfo, const char *name, bool ok, const char *detail)
+{
+	Datum values[3] = {CStringGetTextDatum(name), BoolGetDatum(ok), (Datum) 0};
+	bool nulls[3] = {false, false, detail == NULL};
+
+	if (detail != NULL)
+		values[2] = CStringGetTextDatum(detail);
+	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+}
+
+static void
+put_count(ReturnSetInfo *rsinfo, const char *name, int64 count, const char *what)
+{
+	put_check(rsinfo, name, count == 0, psprintf("%lld %s", (long long) count, what));
+}
+
+Datum
+agentvm_health(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	Datum values[2] = {Int32GetDatum(STUCK_RETRIES), Int32GetDatum(2 * avm_sweep_interval_ms)};
+	DbScope scope;
+	int64 secrets;
+	char *problem;
+
+	AvmInitMaterializedSRF(fcinfo);
+	db_enter(&scope);
+
+	put_check(rsinfo, "dispatcher", shared_is_served(),
+			  shared_is_served()	 ? "a dispatcher serves this database"
+			  : shared_available() ? "no dispatcher serves this database: see agentvm.databases, agentvm.dispatchers and max_worker_processes"
+								   : "agentvm is not in shared_preload_libraries: only CALL agentvm.dispatch() works here");
+	db_run(&secret_query, NULL, NULL);
+	secrets = count_at(1);
+	problem = keyring_problem();
+	if (problem == NULL)
+		put_check(rsinfo, "key_file", true, "the key file is usable");
+	else
+		put_check(rsinfo, "key_file", secrets == 0, problem);
+
+	db_run(&stuck_query, values, NULL);
+	put_count(rsinfo, "terminate", count_at(1), "sessions cannot be terminated at their provider and are tried again");
+	put_count(rsinfo, "launch", count_at(2), "launches have failed several times and are tried again");
+	put_count(rsinfo, "backlog", count_at(3), "sessions are overdue for more than two sweep intervals");
+
+	db_run(&hold_query, NULL, NULL);
+	put_check(rsinfo, "sweep_hold", SPI_processed == 0,
+			  SPI_processed == 0 ? "no sweep holds" : db_text(0, 1, CurrentMemoryContext));
+	db_leave(&scope);
+	return (Datum) 0;
+}
+
+Datum
+agentvm_stat_provider(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	ProviderStat *stats;
+	int count;
+	int i;
+
+	AvmInitMaterializedSRF(fcinfo);
+	stats = shared_provider_stats(&count);
+	for (i = 0; i < count; i++)
+	{
+		Datum values[12];
+		bool nulls[12] = {false};
+		int class;
+
+		values[0] = CStringGetTextDatum(stats[i].provider);
+		values[1] = CStringGetTextDatum(stats[i].operation);
+		values[2] = Int64GetDatum(stats[i].calls);
+		for (class = CLASS_CREDENTIALS; class < NUM_ERROR_CLASSES; class++)
+			values[2 + class] = Int64GetDatum(stats[i].errors[class]);
+		values[10] = Float8GetDatum(shared_latency_quantile(&stats[i], 0.5));
+		values[11] = Float8GetDatum(shared_latency_quantile(&stats[i], 0.99));
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+	}
+	return (Datum) 0;
+}
+
+StaticAssertDecl(CLASS_CREDENTIALS == 1 && CLASS_PERMANENT == 7, "columns of stat_provider follow the classes");
+
+Datum
+agentvm_stat_dispatcher(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	DispatcherSlot slots[MAX_DISPATCHERS];
+	int count = 0;
+	int i;
+
+	AvmInitMaterializedSRF(fcinfo);
+	if (!shared_available())
+		return (Datum) 0;
+	shared_lock(LW_SHARED);
+	for (i = 0; i < MAX_DISPATCHERS; i++)
+	{
+		if (shared_slots()[i].database == MyDatabaseId && shared_slots()[i].pid != 0)
+			slots[count++] = shared_slots()[i];
+	}
+	shared_unlock();
+	for (i = 0; i < count; i++)
+	{
+		Datum values[10];
+		bool nulls[10] = {false};
+
+		values[0] = Int32GetDatum(slots[i].index);
+		values[1] = Int32GetDatum(slots[i].pid);
+		values[2] = TimestampTzGetDatum(slots[i].started_at);
+		values[3] = TimestampTzGetDatum(slots[i].last_pass_at);
+		nulls[3] = slots[i].last_pass_at == 0;
+		values[4] = Int32GetDatum(slots[i].in_flight);
+		values[5] = Int64GetDatum(slots[i].passes);
+		values[6] = Int64GetDatum(slots[i].claimed);
+		values[7] = Int64GetDatum(slots[i].recorded);
+		values[8] = Int64GetDatum(slots[i].stale_replies);
+		values[9] = TimestampTzGetDatum(slots[i].sleeping_until);
+		nulls[9] = slots[i].sleeping_until == DT_NOBEGIN || slots[i].sleeping_until == 0;
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+	}
+	return (Datum) 0;
+}

@@ -1,0 +1,89 @@
+/*-------------------------------------------------------------------------
+ *
+ * session_row.h
+ *		A row of agentvm.session in memory: locked, changed, written back.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_ENGINE_SESSION_ROW_H
+#define AGENTVM_ENGINE_SESSION_ROW_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "engine/state.h"
+#include "nodes/pg_list.h"
+#include "providers/provider.h"
+#include "utils/jsonb.h"
+#include "utils/uuid.h"
+
+/* What the engine reads; the second part it may change, session_row_save() writes that part. */
+typedef struct SessionRow
+{
+	pg_uuid_t session_id;
+	char *id_text;
+	char *team_id;
+	char *agent_id;
+	char *provider;
+	TimestampTz created_at;
+	TimestampTz deadline_at;
+	TimestampTz ceiling_at;
+	Jsonb *options;
+	int vcpus;
+	int memory_mib;
+	int disk_gib;
+	bool runtime;
+	int64 bootstrap_timeout_us;
+	char *key_id;
+	char *cluster;
+
+	SessionState state;
+	char *end_reason;
+	char *detail;
+	char *vm_id;
+	char *region;
+	char *address;
+	char *purchase;
+	int attempt;
+	TimestampTz launched_at; /* 0: NULL, as for all times here */
+	TimestampTz ready_at;
+	TimestampTz ended_at;
+	TimestampTz next_check_at; /* 0: NULL */
+	int64 lease;			   /* 0: NULL */
+	int retries;
+	bool running;
+	Jsonb *handle;
+} SessionRow;
+
+/*
+ * Lock those of the sessions that nobody else holds a lock on and that are due
+ * at "due_by" (DT_NOEND: due or not), and read them.  Returns a List of
+ * SessionRow *, allocated in CurrentMemoryContext as it was before the call.
+ * Inside a db scope.
+ */
+extern List *session_rows_lock(const pg_uuid_t *ids, int count, TimestampTz due_by);
+
+/* Read one session without locking it; NULL when there is none.  Inside a db scope. */
+extern SessionRow *session_row_read(const pg_uuid_t *id);
+
+/*
+ * Write the changeable part back; a lease is written with this process as its
+ * owner.  Arranges for dispatchers and waiters to be woken at commit.  Inside a
+ * db scope, with the row locked.
+ */
+extern void session_row_save(const SessionRow *row);
+
+/* The lease of a session as last committed, 0 when it has none or is gone.  Inside a db scope. */
+extern int64 session_row_lease(const pg_uuid_t *id);
+
+/*
+ * Append to the log.  "detail" may be NULL.  Changes of state are logged by the
+ * trigger; this is for all else.  Inside a db scope.
+ */
+extern void session_event_add(const SessionRow *row, const char *kind, const char *reason,
+							  Jsonb *detail);
+
+/* What a provider may see of the row; points into the row. */
+extern ProviderSession *session_row_for_provider(const SessionRow *row);
+
+#endif /* AGENTVM_ENGINE_SESSION_ROW_H */

@@ -1,0 +1,336 @@
+/*-------------------------------------------------------------------------
+ *
+ * shared.c
+ *		What all processes share: who dispatches where, wake-ups, counters.
+ *
+ * One LWLock guards the slots and the counters: it is held for a few
+ * instructions and never while waiting.  A slot belongs to the dispatcher whose
+ * pid it holds; only the launcher reserves slots, and only the exit hook of the
+ * owner (or the launcher, once the worker is known to be gone) frees one.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <math.h>
+
+#include "agentvm.h"
+#include "common/hashfn.h"
+#include "engine/shared.h"
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/shmem.h"
+#include "utils/timestamp.h"
+
+typedef struct Shared
+{
+	LWLock *lock;
+	int launcher_pid;
+	Latch *launcher_latch;
+	DispatcherSlot slots[MAX_DISPATCHERS];
+	ConditionVariable changed[NUM_CHANGED_BUCKETS];
+	ProviderStat stats[MAX_PROVIDER_STATS];
+} Shared;
+
+static Shared *shared = NULL;
+static DispatcherSlot *my_slot = NULL;
+static shmem_startup_hook_type prev_startup_hook = NULL;
+#ifdef AVM_HAVE_SHMEM_REQUEST_HOOK
+static shmem_request_hook_type prev_request_hook = NULL;
+#endif
+
+static void
+shared_request(void)
+{
+#ifdef AVM_HAVE_SHMEM_REQUEST_HOOK
+	if (prev_request_hook)
+		prev_request_hook();
+#endif
+	RequestAddinShmemSpace(MAXALIGN(sizeof(Shared)));
+	RequestNamedLWLockTranche("agentvm", 1);
+}
+
+static void
+shared_startup(void)
+{
+	bool found;
+	int i;
+
+	if (prev_startup_hook)
+		prev_startup_hook();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	shared = ShmemInitStruct("agentvm", sizeof(Shared), &found);
+	if (!found)
+	{
+		memset(shared, 0, sizeof(Shared));
+		shared->lock = &(GetNamedLWLockTranche("agentvm"))->lock;
+		for (i = 0; i < NUM_CHANGED_BUCKETS; i++)
+			ConditionVariableInit(&shared->changed[i]);
+	}
+	LWLockRelease(AddinShmemInitLock);
+}
+
+void
+shared_init(void)
+{
+#ifdef AVM_HAVE_SHMEM_REQUEST_HOOK
+	prev_request_hook = shmem_request_hook;
+	shmem_request_hook = shared_request;
+#else
+	shared_request();
+#endif
+	prev_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = shared_startup;
+}
+
+bool
+shared_available(void)
+{
+	return shared != NULL;
+}
+
+bool
+shared_is_served(void)
+{
+	bool served = false;
+	int i;
+
+	if (shared == NULL)
+		return false;
+	LWLockAcquire(shared->lock, LW_SHARED);
+	for (i = 0; i < MAX_DISPATCHERS && !served; i++)
+		served = shared->slots[i].database == MyDatabaseId && shared->slots[i].serves;
+	LWLockRelease(shared->lock);
+	return served;
+}
+
+DispatcherSlot *
+shared_slots(void)
+{
+	return shared->slots;
+}
+
+void
+shared_lock(LWLockMode mode)
+{
+	LWLockAcquire(shared->lock, mode);
+}
+
+void
+shared_unlock(void)
+{
+	LWLockRelease(shared->lock);
+}
+
+void
+shared_set_launcher(int pid, Latch *latch)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	shared->launcher_pid = pid;
+	shared->launcher_latch = latch;
+	LWLockRelease(shared->lock);
+}
+
+void
+shared_wake_launcher(void)
+{
+	if (shared == NULL)
+		return;
+	LWLockAcquire(shared->lock, LW_SHARED);
+	if (shared->launcher_latch != NULL)
+		SetLatch(shared->launcher_latch);
+	LWLockRelease(shared->lock);
+}
+
+/* Exit hook of a dispatcher: free our slot, and tell the launcher. */
+static void
+shared_detach(int code, Datum arg)
+{
+	if (my_slot == NULL)
+		return;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	if (my_slot->pid == MyProcPid)
+		memset(my_slot, 0, sizeof(DispatcherSlot));
+	if (shared->launcher_latch != NULL)
+		SetLatch(shared->launcher_latch);
+	LWLockRelease(shared->lock);
+	my_slot = NULL;
+}
+
+DispatcherSlot *
+shared_attach(Oid database, int index)
+{
+	int i;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_DISPATCHERS && my_slot == NULL; i++)
+	{
+		DispatcherSlot *slot = &shared->slots[i];
+
+		if (slot->database == database && slot->index == index && slot->pid == 0)
+		{
+			slot->pid = MyProcPid;
+			slot->latch = MyLatch;
+			slot->started_at = GetCurrentTimestamp();
+			slot->committed_due = DT_NOBEGIN;
+			my_slot = slot;
+		}
+	}
+	LWLockRelease(shared->lock);
+	if (my_slot != NULL)
+		before_shmem_exit(shared_detach, (Datum) 0);
+	return my_slot;
+}
+
+void
+shared_serve(DispatcherSlot *slot, bool serve)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	slot->serves = serve;
+	LWLockRelease(shared->lock);
+}
+
+TimestampTz
+shared_take_due(DispatcherSlot *slot)
+{
+	TimestampTz due;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	due = slot->committed_due;
+	slot->committed_due = DT_NOEND;
+	slot->sleeping_until = DT_NOBEGIN;
+	slot->last_pass_at = GetCurrentTimestamp();
+	slot->passes++;
+	LWLockRelease(shared->lock);
+	return due;
+}
+
+bool
+shared_sleep_until(DispatcherSlot *slot, TimestampTz until)
+{
+	bool sleep;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	sleep = slot->committed_due >= until;
+	slot->sleeping_until = until;
+	LWLockRelease(shared->lock);
+	return sleep;
+}
+
+void
+shared_publish_due(TimestampTz due)
+{
+	int i;
+
+	if (shared == NULL)
+		return;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_DISPATCHERS; i++)
+	{
+		DispatcherSlot *slot = &shared->slots[i];
+
+		if (slot->database != MyDatabaseId || slot->pid == 0)
+			continue;
+		slot->committed_due = Min(slot->committed_due, due);
+		/* the extension may only just have been created: wake those who look for it, too */
+		if (!slot->serves || due < slot->sleeping_until)
+		{
+			slot->sleeping_until = DT_NOBEGIN;
+			SetLatch(slot->latch);
+		}
+	}
+	LWLockRelease(shared->lock);
+}
+
+int
+shared_changed_bucket(const pg_uuid_t *session_id)
+{
+	return hash_bytes(session_id->data, UUID_LEN) % NUM_CHANGED_BUCKETS;
+}
+
+ConditionVariable *
+shared_changed(const pg_uuid_t *session_id)
+{
+	return shared ? &shared->changed[shared_changed_bucket(session_id)] : NULL;
+}
+
+void
+shared_broadcast(int bucket)
+{
+	if (shared != NULL)
+		ConditionVariableBroadcast(&shared->changed[bucket]);
+}
+
+void
+shared_count_call(const char *provider, const char *operation, ErrorClass class, int millis)
+{
+	ProviderStat *free_row = NULL;
+	ProviderStat *row = NULL;
+	int bucket;
+	int i;
+
+	if (shared == NULL || operation == NULL)
+		return;
+	bucket = millis <= 1 ? 0 : Min(STAT_BUCKETS - 1, (int) ceil(4 * log2(millis)));
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_PROVIDER_STATS && row == NULL; i++)
+	{
+		ProviderStat *candidate = &shared->stats[i];
+
+		if (candidate->database == MyDatabaseId && strcmp(candidate->provider, provider) == 0 &&
+			strcmp(candidate->operation, operation) == 0)
+			row = candidate;
+		else if (candidate->database == InvalidOid && free_row == NULL)
+			free_row = candidate;
+	}
+	if (row == NULL && free_row != NULL)
+	{
+		row = free_row;
+		row->database = MyDatabaseId;
+		strlcpy(row->provider, provider, NAMEDATALEN);
+		strlcpy(row->operation, operation, NAMEDATALEN);
+	}
+	if (row != NULL)
+	{
+		row->calls++;
+		row->errors[class]++;
+		row->latency[bucket]++;
+	}
+	LWLockRelease(shared->lock);
+}
+
+ProviderStat *
+shared_provider_stats(int *count)
+{
+	ProviderStat *copy = palloc(sizeof(ProviderStat) * MAX_PROVIDER_STATS);
+	int i;
+
+	*count = 0;
+	if (shared == NULL)
+		return copy;
+	LWLockAcquire(shared->lock, LW_SHARED);
+	for (i = 0; i < MAX_PROVIDER_STATS; i++)
+	{
+		if (shared->stats[i].database == MyDatabaseId)
+			copy[(*count)++] = shared->stats[i];
+	}
+	LWLockRelease(shared->lock);
+	return copy;
+}
+
+double
+shared_latency_quantile(const ProviderStat *stat, double q)
+{
+	uint64 seen = 0;
+	int i;
+
+	for (i = 0; i < STAT_BUCKETS; i++)
+	{
+		seen += stat->latency[i];
+		if (stat->calls > 0 && seen >= q * stat->calls)
+			return i == 0 ? 1 : pow(2, i / 4.0);
+	}
+	return 0;
+}

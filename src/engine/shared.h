@@ -1,0 +1,125 @@
+/*-------------------------------------------------------------------------
+ *
+ * shared.h
+ *		What all processes share: who dispatches where, wake-ups, counters.
+ *
+ * Exists only when the library is preloaded; every function here does the
+ * sensible thing (nothing, or "none") when it is not.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_ENGINE_SHARED_H
+#define AGENTVM_ENGINE_SHARED_H
+
+#include "agentvm.h"
+
+#include "datatype/timestamp.h"
+#include "providers/error_class.h"
+#include "storage/condition_variable.h"
+#include "utils/uuid.h"
+
+#define MAX_DISPATCHERS 64 /* in the whole cluster */
+
+/* A dispatcher as others see it. */
+typedef struct DispatcherSlot
+{
+	Oid database; /* InvalidOid: free */
+	int index;	  /* 0 .. agentvm.dispatchers - 1 within its database */
+	int pid;	  /* 0 while it is being started */
+	Latch *latch;
+	bool serves; /* runs, and the extension is there */
+	/*
+	 * The earliest next_check_at that somebody committed since this dispatcher
+	 * last looked: the dispatcher's low-water mark may not stay above it.
+	 */
+	TimestampTz committed_due;
+	TimestampTz sleeping_until; /* a commit that is due later need not wake it */
+	TimestampTz started_at;
+	TimestampTz last_pass_at;
+	int in_flight;
+	uint64 passes;
+	uint64 claimed;
+	uint64 recorded;
+	uint64 stale_replies;
+} DispatcherSlot;
+
+/* Request and attach shared memory; called from _PG_init while preloading. */
+extern void shared_init(void);
+
+/* Whether the library was preloaded. */
+extern bool shared_available(void);
+
+/* Whether some dispatcher serves the current database. */
+extern bool shared_is_served(void);
+
+/* ---- the launcher's side ---- */
+
+/* The array of MAX_DISPATCHERS slots; read and written under the lock. */
+extern DispatcherSlot *shared_slots(void);
+extern void shared_lock(LWLockMode mode);
+extern void shared_unlock(void);
+
+/* Tell everybody which process is the launcher (pid 0: none). */
+extern void shared_set_launcher(int pid, Latch *latch);
+
+/* Set the launcher's latch. */
+extern void shared_wake_launcher(void);
+
+/* ---- the dispatcher's side ---- */
+
+/*
+ * Take the slot that the launcher reserved for (database, index); registers an
+ * exit hook that clears it, and only if it still holds our pid.  NULL if
+ * another process holds it.
+ */
+extern DispatcherSlot *shared_attach(Oid database, int index);
+
+/* Set or clear whether commits wake us, i.e. whether we serve the database. */
+extern void shared_serve(DispatcherSlot *slot, bool serve);
+
+/* Read and reset committed_due (DT_NOEND: nothing), and note that a pass begins. */
+extern TimestampTz shared_take_due(DispatcherSlot *slot);
+
+/*
+ * Publish until when we are going to sleep.  Returns false if something that is
+ * due earlier was committed meanwhile: do not sleep, look again.
+ */
+extern bool shared_sleep_until(DispatcherSlot *slot, TimestampTz until);
+
+/* ---- wake-ups at commit ---- */
+
+/* Lower committed_due of all dispatchers of the database to "due" and wake those that would sleep beyond it. */
+extern void shared_publish_due(TimestampTz due);
+
+/* The condition variable that waiters of a session sleep on (shared by many sessions), or NULL. */
+extern ConditionVariable *shared_changed(const pg_uuid_t *session_id);
+extern int shared_changed_bucket(const pg_uuid_t *session_id);
+extern void shared_broadcast(int bucket);
+#define NUM_CHANGED_BUCKETS 64
+
+/* ---- counters per provider and operation ---- */
+
+#define STAT_BUCKETS 64
+typedef struct ProviderStat
+{
+	Oid database; /* InvalidOid: free */
+	char provider[NAMEDATALEN];
+	char operation[NAMEDATALEN];
+	uint64 calls;
+	uint64 errors[NUM_ERROR_CLASSES];
+	uint64 latency[STAT_BUCKETS]; /* bucket i counts calls of about 2^(i/4) ms */
+} ProviderStat;
+
+#define MAX_PROVIDER_STATS 128
+
+/* Count one answered call. */
+extern void shared_count_call(const char *provider, const char *operation, ErrorClass class,
+							  int millis);
+
+/* Palloc'd copy of the counters of the current database; *count is set. */
+extern ProviderStat *shared_provider_stats(int *count);
+
+/* Latency in ms below which the fraction "q" (0..1) of a row's calls stayed; 0 without calls. */
+extern double shared_latency_quantile(const ProviderStat *stat, double q);
+
+#endif /* AGENTVM_ENGINE_SHARED_H */

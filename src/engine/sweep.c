@@ -1,0 +1,260 @@
+/*-------------------------------------------------------------------------
+ *
+ * sweep.c
+ *		Finding sessions that should end: never bootstrapped, silent, too old.
+ *
+ * Bootstrap and lifetime are deadlines on the row, which the engine meets by
+ * itself when they are due; the functions here do the same on demand. Silence is
+ * found here only: one scan of the narrow heartbeat table, then a second look
+ * under the row lock, in a statement that sees beats committed meanwhile.
+ *
+ * A sweep writes its wish (state and reason) and makes the row due; it leaves
+ * next_check_at alone while somebody holds a lease.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "agentvm.h"
+#include "catalog/pg_type.h"
+#include "db.h"
+#include "engine/shared.h"
+#include "engine/sweep.h"
+#include "engine/wake.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#define HOLD_MIN_SESSIONS 10
+#define HOLD_MIN_FRACTION 0.2
+#define GATEWAY_SILENT_S 30 /* gateways report every 10 s */
+
+/*
+ * The candidates are near the front of the due index: the engine keeps
+ * next_check_at at or before every deadline, or at the end of a lease.
+ */
+#define END_DUE(reason, condition)                                                              \
+	"WITH due AS MATERIALIZED (SELECT session_id FROM agentvm.session "                         \
+	"WHERE next_check_at <= clock_timestamp() + $2 * interval '1 ms' AND lane IN (0, 1) AND "   \
+	condition " AND state NOT IN ('terminating', 'terminated', 'failed') "                      \
+	"ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED) "                                     \
+	"UPDATE agentvm.session s SET state = 'terminating', end_reason = '" reason "', "           \
+	"detail = NULL, retries = 0, next_check_at = "                                              \
+	"CASE WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "                    \
+	"FROM due WHERE s.session_id = due.session_id RETURNING s.next_check_at"
+
+static DbQuery bootstrap_query = {
+	END_DUE("bootstrap_timeout", "state = 'provisioning' AND runtime AND "
+								 "launched_at + bootstrap_timeout <= clock_timestamp()"),
+	2,
+	{INT8OID, INT4OID}};
+
+static DbQuery lifetime_query = {
+	END_DUE("max_lifetime", "deadline_at <= clock_timestamp()"), 2, {INT8OID, INT4OID}};
+
+/*
+ * Since when somebody could have heard a heartbeat: NULL when nobody listens
+ * now; the server's start where no gateway is registered.  Every gateway's row
+ * carries the start of the unbroken period as it stood at its last report.
+ */
+static DbQuery listening_query = {
+	"SELECT CASE WHEN count(*) = 0 THEN pg_postmaster_start_time() "
+	"WHEN max(last_report_at) > clock_timestamp() - $1 * interval '1 s' THEN "
+	"greatest(pg_postmaster_start_time(), "
+	"(SELECT listening_since FROM agentvm.gateway ORDER BY last_report_at DESC NULLS LAST LIMIT 1)) "
+	"END FROM agentvm.gateway",
+	1,
+	{INT4OID}};
+
+#define IS_SILENT                                                                       \
+	"greatest(h.last_heartbeat_at, s.ready_at, $1) + h.lost_after < clock_timestamp() " \
+	"AND s.state IN ('ready', 'warm')"
+
+/* One scan of the narrow table; sessions that cannot be silent yet are not even joined. */
+static DbQuery silent_query = {
+	"SELECT h.session_id, count(*) OVER (), (SELECT count(*) FROM agentvm.session_heartbeat), "
+	"max(h.lost_after) OVER () "
+	"FROM agentvm.session_heartbeat h JOIN agentvm.session s USING (session_id) "
+	"WHERE greatest(h.last_heartbeat_at, $1) + h.lost_after < clock_timestamp() AND " IS_SILENT " "
+	"ORDER BY greatest(h.last_heartbeat_at, s.ready_at) LIMIT $2",
+	2,
+	{TIMESTAMPTZOID, INT8OID}};
+
+static DbQuery silent_lock_query = {
+	"SELECT session_id FROM agentvm.session WHERE session_id = ANY ($1) "
+	"AND state IN ('ready', 'warm') FOR UPDATE SKIP LOCKED",
+	1,
+	{UUIDARRAYOID}};
+
+static DbQuery silent_end_query = {
+	"UPDATE agentvm.session s SET state = 'terminating', end_reason = 'heartbeat_timeout', "
+	"detail = CASE WHEN h.last_heartbeat_at IS NULL THEN 'no heartbeat since it was ready' "
+	"ELSE 'last heartbeat ' || round(extract(epoch FROM clock_timestamp() - h.last_heartbeat_at)) "
+	"|| ' s ago' END, "
+	"retries = 0, next_check_at = "
+	"CASE WHEN s.lease IS NULL THEN clock_timestamp() ELSE s.next_check_at END "
+	"FROM agentvm.session_heartbeat h WHERE s.session_id = ANY ($2) "
+	"AND h.session_id = s.session_id AND " IS_SILENT " RETURNING s.next_check_at",
+	2,
+	{TIMESTAMPTZOID, UUIDARRAYOID}};
+
+static DbQuery hold_read_query = {
+	"SELECT held_at + $1 <= clock_timestamp() FROM agentvm.sweep_hold WHERE sweep = 'heartbeat'",
+	1,
+	{INTERVALOID}};
+
+static DbQuery hold_query = {
+	"INSERT INTO agentvm.sweep_hold (sweep, held_at, would_end) "
+	"VALUES ('heartbeat', clock_timestamp(), $1) ON CONFLICT (sweep) DO NOTHING",
+	1,
+	{INT8OID}};
+
+static DbQuery unhold_query = {"DELETE FROM agentvm.sweep_hold WHERE sweep = 'heartbeat'", 0, {0}};
+
+/* Tell the dispatchers about the rows that the last statement returned (column 1: next_check_at). */
+static int
+wake_for_result(void)
+{
+	uint64 i;
+	bool isnull;
+
+	for (i = 0; i < SPI_processed; i++)
+		wake_dispatchers(DatumGetTimestampTz(db_value(i, 1, &isnull)));
+	return (int) SPI_processed;
+}
+
+static int64
+limit_of(int max_sessions)
+{
+	return max_sessions < 0 ? PG_INT64_MAX : max_sessions;
+}
+
+static int
+end_due(DbQuery *query, int max_sessions)
+{
+	Datum values[2] = {Int64GetDatum(limit_of(max_sessions)), Int32GetDatum(avm_lease_ms)};
+
+	db_run(query, values, NULL);
+	return wake_for_result();
+}
+
+int
+sweep_bootstrap(int max_sessions)
+{
+	return end_due(&bootstrap_query, max_sessions);
+}
+
+int
+sweep_lifetime(int max_sessions)
+{
+	return end_due(&lifetime_query, max_sessions);
+}
+
+/*
+ * Whether to leave everybody alone this time: so many at once are more likely
+ * our own deafness than their deaths.  One more timeout is given, no more.
+ */
+static bool
+hold_back(int64 silent, int64 fleet, Datum longest_timeout)
+{
+	Datum values[1];
+	bool isnull;
+
+	if (silent <= HOLD_MIN_SESSIONS || silent <= fleet * HOLD_MIN_FRACTION)
+	{
+		db_run(&unhold_query, NULL, NULL);
+		return false;
+	}
+	values[0] = longest_timeout;
+	db_run(&hold_read_query, values, NULL);
+	if (SPI_processed > 0)
+		return !DatumGetBool(db_value(0, 1, &isnull));
+	values[0] = Int64GetDatum(silent);
+	db_run(&hold_query, values, NULL);
+	ereport(LOG, (errmsg("agentvm: heartbeat sweep would end %lld of %lld sessions and holds for one more timeout",
+						 (long long) silent, (long long) fleet)));
+	return true;
+}
+
+int
+sweep_heartbeat(int max_sessions)
+{
+	Datum values[2];
+	Datum floor;
+	Datum longest;
+	Datum *ids;
+	int64 silent;
+	int64 fleet;
+	bool isnull;
+	uint64 count;
+	uint64 i;
+
+	values[0] = Int32GetDatum(GATEWAY_SILENT_S);
+	db_run(&listening_query, values, NULL);
+	floor = db_value(0, 1, &isnull);
+	if (isnull)
+		return 0; /* nobody listens: silence means nothing */
+
+	values[0] = floor;
+	values[1] = Int64GetDatum(limit_of(max_sessions));
+	db_run(&silent_query, values, NULL);
+	count = SPI_processed;
+	if (count == 0)
+	{
+		hold_back(0, 0, (Datum) 0);
+		return 0;
+	}
+	silent = DatumGetInt64(db_value(0, 2, &isnull));
+	fleet = DatumGetInt64(db_value(0, 3, &isnull));
+	longest = PointerGetDatum(DatumGetIntervalP(db_value(0, 4, &isnull)));
+	ids = palloc(sizeof(Datum) * count);
+	for (i = 0; i < count; i++)
+		ids[i] = db_value(i, 1, &isnull);
+	if (hold_back(silent, fleet, longest))
+		return 0;
+
+	values[0] =
+		PointerGetDatum(construct_array(ids, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	db_run(&silent_lock_query, values, NULL);
+	count = SPI_processed;
+	for (i = 0; i < count; i++)
+		ids[i] = db_value(i, 1, &isnull);
+	values[0] = floor;
+	values[1] =
+		PointerGetDatum(construct_array(ids, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	db_run(&silent_end_query, values, NULL);
+	return wake_for_result();
+}
+
+/* ---- SQL ---- */
+
+static Datum
+sweep_from_sql(FunctionCallInfo fcinfo, int (*const *sweeps)(int))
+{
+	int max_sessions = PG_ARGISNULL(0) ? -1 : PG_GETARG_INT32(0);
+	int count = 0;
+	DbScope scope;
+
+	if (!PG_ARGISNULL(0) && max_sessions < 0)
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("max_sessions must not be negative, but is %d", max_sessions)));
+	require_admin("sweep sessions");
+	db_enter(&scope);
+	for (; *sweeps != NULL && (max_sessions < 0 || count < max_sessions); sweeps++)
+		count += (*sweeps)(max_sessions < 0 ? -1 : max_sessions - count);
+	db_leave(&scope);
+	PG_RETURN_INT32(count);
+}
+
+#define SWEEP_FUNCTION(name, ...)                             \
+	PG_FUNCTION_INFO_V1(agentvm_##name);                      \
+	Datum agentvm_##name(PG_FUNCTION_ARGS)                    \
+	{                                                         \
+		static int (*const sweeps[])(int) = {__VA_ARGS__, NULL}; \
+		return sweep_from_sql(fcinfo, sweeps);                \
+	}
+
+SWEEP_FUNCTION(sweep_bootstrap, sweep_bootstrap)
+SWEEP_FUNCTION(sweep_heartbeat, sweep_heartbeat)
+SWEEP_FUNCTION(sweep_lifetime, sweep_lifetime)
+SWEEP_FUNCTION(sweep, sweep_lifetime, sweep_bootstrap, sweep_heartbeat)

@@ -1,0 +1,415 @@
+/*-------------------------------------------------------------------------
+ *
+ * turn.c
+ *		One session's turn: from what the row says to what happens next.
+ *
+ * Level-triggered: nothing here knows why a row is due.  It looks at the state,
+ * the deadlines and the provider's progress, and goes on until it needs the
+ * network or has to wait.  The row is locked and has just been read, so a
+ * terminate() or a bootstrap that came while a call was under way is seen here.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "agentvm.h"
+#include "catalog/pg_type.h"
+#include "db.h"
+#include "engine/retry.h"
+#include "engine/shared.h"
+#include "engine/turn.h"
+#include "secret/credentials.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+#include "utils/timestamp.h"
+
+#define MAX_DETAIL 500	/* bytes of an error kept on the row and in events */
+#define MAX_ROUNDS 16	/* steps of one turn without network or waiting */
+
+typedef struct ConfigEntry
+{
+	char *team_id;
+	char *provider;
+	SecretSet *secrets;
+	char *error;
+} ConfigEntry;
+
+static DbQuery forget_token_query = {
+	"DELETE FROM agentvm.session_token WHERE session_id = $1 AND kind = 'bootstrap'", 1, {UUIDOID}};
+
+static DbQuery add_token_query = {
+	"INSERT INTO agentvm.session_token (token_sha256, session_id, kind) "
+	"VALUES ($1, $2, 'bootstrap') ON CONFLICT (token_sha256) DO NOTHING",
+	2,
+	{BYTEAOID, UUIDOID}};
+
+/*
+ * Leave a subtransaction after an error: returns the error's data, or throws it
+ * on when somebody wants this backend to stop.
+ */
+static ErrorData *
+abort_subtransaction(MemoryContext context, ResourceOwner owner)
+{
+	ErrorData *error;
+
+	MemoryContextSwitchTo(context);
+	error = CopyErrorData();
+	FlushErrorState();
+	RollbackAndReleaseCurrentSubTransaction();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED || error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
+		ReThrowError(error);
+	return error;
+}
+
+const SecretSet *
+config_secrets(ConfigCache *configs, const char *team_id, const char *provider, const char **error)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	MemoryContext old;
+	ConfigEntry *volatile entry;
+	ListCell *lc;
+
+	foreach (lc, configs->entries)
+	{
+		entry = lfirst(lc);
+		if (strcmp(entry->team_id, team_id) == 0 && strcmp(entry->provider, provider) == 0)
+		{
+			*error = entry->error;
+			return entry->secrets;
+		}
+	}
+
+	old = MemoryContextSwitchTo(configs->context);
+	entry = palloc0(sizeof(ConfigEntry));
+	entry->team_id = pstrdup(team_id);
+	entry->provider = pstrdup(provider);
+	configs->entries = lappend(configs->entries, entry);
+	MemoryContextSwitchTo(old);
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		entry->secrets = credentials_load(team_id, provider, configs->context);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		ErrorData *caught = abort_subtransaction(context, owner);
+
+		entry->secrets = NULL;
+		entry->error = MemoryContextStrdup(
+			configs->context, caught->detail ? psprintf("%s: %s", caught->message, caught->detail)
+											 : caught->message);
+	}
+	PG_END_TRY();
+	*error = entry->error;
+	return entry->secrets;
+}
+
+void
+provider_step(const Provider *provider, const ProviderContext *context, ProviderStep *step)
+{
+	MemoryContext memory = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	memset(step, 0, sizeof(*step));
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(memory);
+	PG_TRY();
+	{
+		provider->step(context, step);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(memory);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		ErrorData *caught = abort_subtransaction(memory, owner);
+
+		memset(step, 0, sizeof(*step));
+		step->kind = STEP_FAILED;
+		step->error_class = CLASS_PERMANENT;
+		step->error_code = "StepFailed";
+		step->error_message = caught->message;
+	}
+	PG_END_TRY();
+}
+
+/* "code: message" of a failed step: bounded, printable, without any secret. */
+static char *
+step_error(const ProviderStep *step, const SecretSet *secrets)
+{
+	char *text = psprintf("%s%s%s", step->error_code ? step->error_code : "error",
+						  step->error_message ? ": " : "",
+						  step->error_message ? step->error_message : "");
+	int len;
+	char *c;
+
+	/* providers answer in UTF-8, if at all: what is no text for this database becomes '?' */
+	text = secret_redact(secrets, text);
+	for (c = text; *c != '\0'; c++)
+	{
+		if ((unsigned char) *c < ' ' || (unsigned char) *c >= 0x7f)
+			*c = '?';
+	}
+	len = strlen(text);
+	if (len > MAX_DETAIL)
+		memcpy(text + MAX_DETAIL - 3, "...", 4);
+	return text;
+}
+
+/* Log a provider call that changes something or has failed. */
+static void
+log_call(const SessionRow *row, const char *operation, const HttpReply *reply,
+		 const ProviderStep *step, const char *error)
+{
+	Jsonb *detail = handle_set_text(NULL, "operation", operation);
+
+	if (reply != NULL)
+	{
+		if (reply->status != 0)
+			detail = handle_set_int(detail, "http_status", reply->status);
+		if (reply->request_id != NULL)
+			detail = handle_set_text(detail, "request_id", reply->request_id);
+		detail = handle_set_int(detail, "ms", reply->millis);
+	}
+	if (step->error_class != CLASS_NONE)
+	{
+		detail = handle_set_text(detail, "error_class", error_class_name(step->error_class));
+		detail = handle_set_text(detail, "error", error);
+	}
+	session_event_add(row, "provider_call", NULL, detail);
+}
+
+/* A new launch attempt: its bootstrap token's hash is committed with it, the one before becomes void. */
+static void
+begin_attempt(SessionRow *row, int attempt)
+{
+	Datum values[2];
+
+	row->attempt = attempt;
+	if (!row->runtime || row->key_id == NULL)
+		return;
+	else
+	{
+		Secret *token = keyring_bootstrap_token(row->key_id, row->id_text, attempt);
+		bytea *hash = palloc(VARHDRSZ + SHA256_LEN);
+
+		SET_VARSIZE(hash, VARHDRSZ + SHA256_LEN);
+		secret_sha256(token, (uint8 *) VARDATA(hash));
+		values[0] = UUIDPGetDatum(&row->session_id);
+		db_run(&forget_token_query, values, NULL);
+		values[0] = PointerGetDatum(hash);
+		values[1] = UUIDPGetDatum(&row->session_id);
+		db_run(&add_token_query, values, NULL);
+	}
+}
+
+void
+session_begin_end(SessionRow *row, const char *end_reason, const char *detail)
+{
+	if (row->state == STATE_TERMINATING || state_is_ended(row->state))
+		return;
+	row->state = STATE_TERMINATING;
+	row->end_reason = pstrdup(end_reason);
+	row->detail = detail ? pstrdup(detail) : NULL;
+	row->retries = 0;
+}
+
+/* Whether a session that has no VM reported by its runtime is past its time for that. */
+static bool
+bootstrap_is_due(const SessionRow *row)
+{
+	return row->state == STATE_PROVISIONING && row->runtime && row->launched_at != 0;
+}
+
+static void
+enforce_deadlines(SessionRow *row, TimestampTz now)
+{
+	if (row->deadline_at <= now)
+		session_begin_end(row, "max_lifetime", NULL);
+	else if (bootstrap_is_due(row) && row->launched_at + row->bootstrap_timeout_us <= now)
+		session_begin_end(row, "bootstrap_timeout", NULL);
+}
+
+/* Take over what the provider has told about the VM. */
+static void
+learn(SessionRow *row, const ProviderStep *step, TimestampTz now)
+{
+	if (step->handle != NULL)
+		row->handle = step->handle;
+	if (step->attempt > 0)
+		begin_attempt(row, step->attempt);
+	if (step->vm_id != NULL)
+	{
+		row->vm_id = pstrdup(step->vm_id);
+		if (row->launched_at == 0)
+			row->launched_at = now;
+	}
+	if (step->region != NULL)
+		row->region = pstrdup(step->region);
+	if (step->address != NULL)
+		row->address = pstrdup(step->address);
+	if (step->purchase != NULL)
+		row->purchase = pstrdup(step->purchase);
+	if (step->running)
+		row->running = true;
+}
+
+void
+session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char *operation,
+			 bool mutates, ConfigCache *configs, TurnResult *result)
+{
+	const Provider *provider = provider_find(row->provider);
+	const char *config_error = NULL;
+	const SecretSet *secrets = config_secrets(configs, row->team_id, row->provider, &config_error);
+	TimestampTz retry_at = DT_NOEND;
+	TimestampTz now;
+	int round;
+
+	memset(result, 0, sizeof(*result));
+	for (round = 0;; round++)
+	{
+		ProviderContext context = {0};
+		ProviderStep step;
+		char *error = NULL;
+
+		now = GetCurrentTimestamp();
+		enforce_deadlines(row, now);
+		if (state_is_ended(row->state))
+			break;
+		if (reply == NULL)
+		{
+			if (row->state == STATE_TERMINATING)
+				op = OP_TERMINATE;
+			else if (!row->running)
+				op = OP_PROVISION;
+			else
+				break;
+		}
+
+		context.op = op;
+		context.session = session_row_for_provider(row);
+		context.options = row->options;
+		context.secrets = secrets;
+		context.handle = row->handle;
+		context.reply = reply;
+		context.now = now;
+		context.ending = row->state == STATE_TERMINATING && op == OP_PROVISION;
+
+		if (provider == NULL || config_error != NULL || round >= MAX_ROUNDS)
+		{
+			memset(&step, 0, sizeof(step));
+			step.kind = STEP_FAILED;
+			step.error_class = CLASS_TRANSIENT;
+			step.error_code = provider == NULL	   ? "UnknownProvider"
+							  : config_error != NULL ? "SecretUnavailable"
+													 : "StepLoop";
+			step.error_message = provider == NULL	   ? row->provider
+								 : config_error != NULL ? config_error
+														: "the provider goes round in circles";
+		}
+		else
+			provider_step(provider, &context, &step);
+
+		if (step.kind == STEP_FAILED && step.error_class == CLASS_NONE)
+			step.error_class = CLASS_PERMANENT;
+		result->last_class = step.error_class;
+		if (step.error_class != CLASS_NONE)
+			error = step_error(&step, secrets);
+		if (reply != NULL)
+			shared_count_call(row->provider, operation, step.error_class, reply->millis);
+		if (step.error_class != CLASS_NONE || (reply != NULL && mutates))
+			log_call(row, operation ? operation : step.operation, reply, &step, error);
+		learn(row, &step, now);
+		reply = NULL;
+		operation = NULL;
+		mutates = false;
+
+		if (op == OP_PROVISION && row->state == STATE_TERMINATING)
+			continue; /* the reply has been taken in; now end it */
+
+		if (step.kind == STEP_REQUEST)
+		{
+			result->request = step.request;
+			result->op = op;
+			result->operation = step.operation;
+			result->mutates = step.mutates;
+			return;
+		}
+		if (step.kind == STEP_WAIT)
+		{
+			retry_at = now + step.wait_ms * INT64CONST(1000);
+			if (step.error_class == CLASS_NONE)
+				row->retries = 0;
+			break;
+		}
+		if (step.kind == STEP_DONE)
+		{
+			row->retries = 0;
+			if (op == OP_TERMINATE)
+			{
+				row->state = reason_end_state(row->end_reason);
+				row->ended_at = now;
+				break;
+			}
+			row->running = true;
+			if (row->launched_at == 0)
+				row->launched_at = now;
+			if (!row->runtime && row->state == STATE_PROVISIONING)
+			{
+				row->state = STATE_READY;
+				row->ready_at = now;
+			}
+			if (row->state != STATE_TERMINATING)
+				row->detail = NULL;
+			continue;
+		}
+
+		/* STEP_FAILED */
+		if (op == OP_TERMINATE)
+		{
+			/* never gives up; view health shows it */
+			row->retries++;
+			retry_at = now + retry_delay_ms(row->retries, RETRY_CAP_TERMINATE_MS) * INT64CONST(1000);
+			break;
+		}
+		if (step.error_class == CLASS_THROTTLED || step.error_class == CLASS_TRANSIENT)
+		{
+			if (step.error_class == CLASS_TRANSIENT && row->launched_at == 0 &&
+				row->state == STATE_PROVISIONING && row->created_at + row->bootstrap_timeout_us <= now)
+			{
+				session_begin_end(row, "provider_error", error);
+				continue;
+			}
+			row->retries++;
+			row->detail = error;
+			retry_at = now + retry_delay_ms(row->retries, RETRY_CAP_LAUNCH_MS) * INT64CONST(1000);
+			break;
+		}
+		session_begin_end(row, class_end_reason(step.error_class), error);
+	}
+
+	/* When to look again; a tombstone is never due. */
+	row->next_check_at = 0;
+	if (state_is_ended(row->state))
+		return;
+	row->next_check_at = retry_at;
+	if (row->state != STATE_TERMINATING)
+	{
+		row->next_check_at = Min(row->next_check_at, row->deadline_at);
+		if (bootstrap_is_due(row))
+			row->next_check_at =
+				Min(row->next_check_at, row->launched_at + row->bootstrap_timeout_us);
+	}
+	else if (row->next_check_at == DT_NOEND)
+		row->next_check_at = now;
+}

@@ -1,0 +1,62 @@
+/*-------------------------------------------------------------------------
+ *
+ * turn.h
+ *		One session's turn: from what the row says to what happens next.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_ENGINE_TURN_H
+#define AGENTVM_ENGINE_TURN_H
+
+#include "postgres.h"
+
+#include "engine/session_row.h"
+#include "providers/provider.h"
+
+/* Credentials of the (team, provider) pairs met in one transaction. */
+typedef struct ConfigCache
+{
+	MemoryContext context;
+	List *entries;
+} ConfigCache;
+
+/* What a turn found to do. */
+typedef struct TurnResult
+{
+	HttpRequest *request;		/* to be sent after commit, or NULL */
+	ProviderOp op;				/* with request */
+	const char *operation;		/* with request */
+	bool mutates;				/* with request */
+	ErrorClass last_class;		/* how the last answer was, for throttling */
+} TurnResult;
+
+/*
+ * Take the locked row as far as it goes without the network: first "reply" (to
+ * a request of "op", NULL: none), then whatever is due.  Changes the row in
+ * memory, writes events and tokens, but does not save the row: the caller sets
+ * the lease if there is a request, and saves.  Inside a db scope.
+ */
+extern void session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op,
+						 const char *operation, bool mutates, ConfigCache *configs,
+						 TurnResult *result);
+
+/*
+ * Begin the end of a live session; "detail" may be NULL.  No effect on one that is ending or has ended.
+ */
+extern void session_begin_end(SessionRow *row, const char *end_reason, const char *detail);
+
+/*
+ * The credentials of a team for a provider, decrypted at most once per cache.
+ * On failure returns NULL and sets *error to a palloc'd text.
+ */
+extern const SecretSet *config_secrets(ConfigCache *configs, const char *team_id,
+									   const char *provider, const char **error);
+
+/*
+ * Run one step of a provider in a subtransaction: an error that it raises
+ * becomes a failed step of class permanent.  Cancellation passes through.
+ */
+extern void provider_step(const Provider *provider, const ProviderContext *context,
+						  ProviderStep *step);
+
+#endif /* AGENTVM_ENGINE_TURN_H */

@@ -1,0 +1,77 @@
+/*-------------------------------------------------------------------------
+ *
+ * wake.c
+ *		What a transaction has to tell others once it has committed.
+ *
+ * Callers' transactions never NOTIFY (it takes a cluster-wide lock at commit);
+ * they set latches instead, after their changes have become visible.  An abort
+ * tells the dispatchers, too: they may have passed by a row that was locked.
+ * COMMIT PREPARED tells nobody; the full pass of every sweep_interval is for
+ * that.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "engine/shared.h"
+#include "engine/wake.h"
+#include "utils/timestamp.h"
+
+static TimestampTz pending_due = DT_NOEND;
+static uint64 pending_changed = 0; /* a bit per bucket */
+
+StaticAssertDecl(NUM_CHANGED_BUCKETS <= 64, "buckets do not fit the mask");
+
+static void
+wake_xact_callback(XactEvent event, void *arg)
+{
+	int bucket;
+
+	switch (event)
+	{
+		case XACT_EVENT_COMMIT:
+			if (pending_due != DT_NOEND)
+				shared_publish_due(pending_due);
+			for (bucket = 0; pending_changed != 0; bucket++, pending_changed >>= 1)
+			{
+				if (pending_changed & 1)
+					shared_broadcast(bucket);
+			}
+			break;
+		case XACT_EVENT_ABORT:
+			if (pending_due != DT_NOEND)
+				shared_publish_due(DT_NOBEGIN);
+			break;
+		case XACT_EVENT_PREPARE:
+			break;
+		default:
+			return;
+	}
+	pending_due = DT_NOEND;
+	pending_changed = 0;
+}
+
+void
+wake_init(void)
+{
+	RegisterXactCallback(wake_xact_callback, NULL);
+}
+
+void
+wake_dispatchers(TimestampTz due)
+{
+	pending_due = Min(pending_due, due);
+}
+
+void
+wake_waiters(const pg_uuid_t *session_id)
+{
+	pending_changed |= UINT64CONST(1) << shared_changed_bucket(session_id);
+}
+
+bool
+wake_is_pending(void)
+{
+	return pending_due != DT_NOEND || pending_changed != 0;
+}

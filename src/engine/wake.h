@@ -1,0 +1,32 @@
+/*-------------------------------------------------------------------------
+ *
+ * wake.h
+ *		What a transaction has to tell others once it has committed.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_ENGINE_WAKE_H
+#define AGENTVM_ENGINE_WAKE_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "utils/uuid.h"
+
+/* Register the transaction callback, once per process; called from _PG_init. */
+extern void wake_init(void);
+
+/*
+ * This transaction wrote (or left, under its row lock) a session whose
+ * next_check_at is "due": at COMMIT the dispatchers of this database lower
+ * their low-water marks to it, and those that would sleep longer are woken.
+ */
+extern void wake_dispatchers(TimestampTz due);
+
+/* This transaction changed the state of a session: at COMMIT whoever waits for it is woken. */
+extern void wake_waiters(const pg_uuid_t *session_id);
+
+/* Whether this transaction has changed a session's state or asked for a wake-up. */
+extern bool wake_is_pending(void);
+
+#endif /* AGENTVM_ENGINE_WAKE_H */

@@ -1,0 +1,100 @@
+/*-------------------------------------------------------------------------
+ *
+ * http.h
+ *		Outbound HTTP: many calls in flight in one process, waited on as one fd.
+ *
+ * A client owns a curl multi handle, an epoll fd that holds curl's sockets and
+ * a timerfd in the same epoll set, so that a caller waits with
+ * WaitLatchOrSocket(MyLatch, ..., http_client_fd(client), ...) and every wait
+ * stays interruptible.  No callback of curl ever raises an error; what goes
+ * wrong is told in HttpReply.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_NET_HTTP_H
+#define AGENTVM_NET_HTTP_H
+
+#include "postgres.h"
+
+#include "nodes/pg_list.h"
+#include "secret/secret.h"
+
+#define HTTP_MAX_REPLY (1024 * 1024) /* bytes of a reply body that are kept before the call fails */
+
+typedef struct HttpClient HttpClient;
+typedef struct HttpCall HttpCall;
+
+/*
+ * What to send.  Lives in the memory of whoever builds it; http_start copies
+ * what it needs, so it may be freed right after.
+ */
+typedef struct HttpRequest
+{
+	const char *method;		  /* "GET", "POST" */
+	const char *url;		  /* http:// only with agentvm.allow_insecure_endpoints, checked here */
+	List *headers;			  /* of char *, "Name: value"; no secret */
+	const char *body;		  /* NULL: none */
+	size_t body_len;		  /* bytes */
+	const char *sigv4;		  /* CURLOPT_AWS_SIGV4 value such as "aws:amz:us-east-1:ec2", or NULL */
+	const Secret *access_key; /* with sigv4 */
+	const Secret *secret_key; /* with sigv4 */
+	const Secret *session_token; /* X-Amz-Security-Token, or NULL */
+	const char *ca_file;		 /* NULL: the system's authorities */
+	int timeout_ms;				 /* whole call; 0: 30 s; the engine lowers it to two thirds of the lease */
+} HttpRequest;
+
+/* What came back; allocated in the memory context current at http_finished(). */
+typedef struct HttpReply
+{
+	int status;				/* HTTP status, 0 when no reply came */
+	const char *error;		/* NULL, or why there is no usable reply; never holds a secret */
+	bool maybe_sent;		/* without a reply: the request may have reached the server */
+	const char *body;		/* NUL-terminated; "" when empty */
+	size_t body_len;		/* bytes, at most HTTP_MAX_REPLY */
+	const char *request_id; /* x-amzn-requestid or x-amz-request-id header, or NULL */
+	int retry_after_s;		/* Retry-After in seconds, or -1 */
+	int millis;				/* how long the call took */
+} HttpReply;
+
+/*
+ * Make a client.  Initializes libcurl in this process on first use (never in
+ * the postmaster).  Raises out of memory or system errors.  The caller owns the
+ * client and calls http_client_destroy(), also on error paths.
+ */
+extern HttpClient *http_client_create(void);
+
+/* Abort all calls, close every fd, free the client.  Never raises. */
+extern void http_client_destroy(HttpClient *client);
+
+/* The fd to wait on for readability; belongs to the client. */
+extern int http_client_fd(HttpClient *client);
+
+/* How many calls are under way (started and not yet returned by http_finished). */
+extern int http_in_flight(HttpClient *client);
+
+/*
+ * Begin a call; "arg" comes back from http_finished().  Copies the request.
+ * Raises AV010 for a URL that is not https (or http where allowed) and for
+ * values with control characters; otherwise failures come as a reply.
+ */
+extern HttpCall *http_start(HttpClient *client, const HttpRequest *request, void *arg);
+
+/* Drop a call without a reply; it may have reached the server. */
+extern void http_cancel(HttpClient *client, HttpCall *call);
+
+/* Move all calls on as far as they go without blocking.  Signals are blocked meanwhile. */
+extern void http_run(HttpClient *client);
+
+/*
+ * The next call that has ended, or NULL.  Sets *arg to what http_start() was
+ * given.  The reply is allocated in CurrentMemoryContext and is the caller's.
+ */
+extern HttpReply *http_finished(HttpClient *client, void **arg);
+
+/*
+ * One call, start to end, in this backend: waits interruptibly (cancel and
+ * statement_timeout end it).  For functions that a user calls.
+ */
+extern HttpReply *http_perform(const HttpRequest *request);
+
+#endif /* AGENTVM_NET_HTTP_H */

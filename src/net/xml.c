@@ -1,0 +1,243 @@
+/*-------------------------------------------------------------------------
+ *
+ * xml.c
+ *		Reading the XML that EC2 and STS answer with, through libxml2.
+ *
+ * An answer is untrusted input.  It is parsed without network, without
+ * entities and without a DTD: a document that declares one is refused, since
+ * no AWS service sends any.  libxml2's own limits on depth and text length stay
+ * in force (XML_PARSE_HUGE is not given), and the caller has bounded the size.
+ *
+ * libxml2 allocates with malloc.  A reset callback on the memory context that
+ * was current at xml_parse() frees the tree, so an error between parsing and
+ * freeing leaks nothing.
+ *
+ * Paths are a small subset of XPath, "/a/b" and "//a/b", compared by local
+ * names.  Matching looks from a node up to its ancestors, which needs neither
+ * recursion nor a compiled expression.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <libxml/parser.h>
+#include <libxml/tree.h>
+#include <libxml/xmlerror.h>
+
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
+#include "utils/memutils.h"
+
+#include "net/xml.h"
+
+#define MAX_PATH_STEPS 16
+
+struct XmlDoc
+{
+	xmlDocPtr tree; /* NULL once freed */
+	MemoryContextCallback callback;
+};
+
+/* A path, taken apart. */
+typedef struct XmlPath
+{
+	bool anywhere; /* began with "//" */
+	int nsteps;
+	struct
+	{
+		const char *name;
+		size_t len;
+	} steps[MAX_PATH_STEPS];
+} XmlPath;
+
+/* Errors of the parser are told by its result alone; nothing may reach stderr. */
+#if LIBXML_VERSION >= 21200
+static void
+ignore_error(void *arg, const xmlError *error)
+#else
+static void
+ignore_error(void *arg, xmlErrorPtr error)
+#endif
+{
+}
+
+static void
+free_tree(void *arg)
+{
+	XmlDoc *doc = arg;
+
+	if (doc->tree != NULL)
+		xmlFreeDoc(doc->tree);
+	doc->tree = NULL;
+}
+
+XmlDoc *
+xml_parse(const char *text, size_t len)
+{
+	XmlDoc *doc;
+	xmlParserCtxtPtr parser;
+	xmlDocPtr tree;
+
+	if (len == 0 || len > INT_MAX)
+		return NULL;
+
+	/* Allocate first, so that nothing can fail once libxml2 holds memory. */
+	doc = palloc0(sizeof(XmlDoc));
+
+	parser = xmlNewParserCtxt();
+	if (parser == NULL)
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+	parser->sax->serror = ignore_error;
+	tree = xmlCtxtReadMemory(parser, text, (int) len, NULL, NULL,
+							 XML_PARSE_NONET | XML_PARSE_NOERROR | XML_PARSE_NOWARNING |
+								 XML_PARSE_NOCDATA | XML_PARSE_COMPACT);
+	xmlFreeParserCtxt(parser);
+
+	if (tree == NULL || tree->intSubset != NULL || tree->extSubset != NULL)
+	{
+		if (tree != NULL)
+			xmlFreeDoc(tree);
+		pfree(doc);
+		return NULL;
+	}
+
+	doc->tree = tree;
+	doc->callback.func = free_tree;
+	doc->callback.arg = doc;
+	MemoryContextRegisterResetCallback(CurrentMemoryContext, &doc->callback);
+	return doc;
+}
+
+/* The struct itself stays with its context: the callback there still points to it. */
+void
+xml_free(XmlDoc *doc)
+{
+	if (doc != NULL)
+		free_tree(doc);
+}
+
+static void
+parse_path(const char *text, XmlPath *path)
+{
+	const char *p = text;
+
+	memset(path, 0, sizeof(XmlPath));
+	if (p[0] == '/' && p[1] == '/')
+	{
+		path->anywhere = true;
+		p++;
+	}
+	while (*p == '/')
+	{
+		size_t len = strcspn(++p, "/");
+
+		if (len == 0 || path->nsteps == MAX_PATH_STEPS)
+			elog(ERROR, "malformed path \"%s\"", text);
+		path->steps[path->nsteps].name = p;
+		path->steps[path->nsteps].len = len;
+		path->nsteps++;
+		p += len;
+	}
+	if (path->nsteps == 0 || *p != '\0')
+		elog(ERROR, "malformed path \"%s\"", text);
+}
+
+/* Whether an element and its ancestors bear the names of the path, last to first. */
+static bool
+node_matches(xmlNodePtr node, const XmlPath *path)
+{
+	for (int i = path->nsteps - 1; i >= 0; i--)
+	{
+		if (node == NULL || node->type != XML_ELEMENT_NODE ||
+			strlen((const char *) node->name) != path->steps[i].len ||
+			memcmp(node->name, path->steps[i].name, path->steps[i].len) != 0)
+			return false;
+		node = node->parent;
+	}
+	return path->anywhere || node == NULL || node->type == XML_DOCUMENT_NODE;
+}
+
+/* The next node in document order, not leaving the tree; NULL at its end. */
+static xmlNodePtr
+next_node(xmlNodePtr node)
+{
+	if (node->type == XML_ELEMENT_NODE && node->children != NULL)
+		return node->children;
+	while (node != NULL && node->next == NULL)
+		node = node->parent;
+	return node == NULL || node->type == XML_DOCUMENT_NODE ? NULL : node->next;
+}
+
+/*
+ * The element's own text, in the server's encoding.  Where that is not UTF-8,
+ * other characters than ASCII become "?": a message must never fail to be kept.
+ */
+static char *
+node_text(xmlNodePtr node)
+{
+	StringInfoData text;
+	bool utf8 = GetDatabaseEncoding() == PG_UTF8;
+	char *start;
+
+	initStringInfo(&text);
+	for (xmlNodePtr child = node->children; child != NULL; child = child->next)
+	{
+		if ((child->type == XML_TEXT_NODE || child->type == XML_CDATA_SECTION_NODE) &&
+			child->content != NULL)
+			appendStringInfoString(&text, (const char *) child->content);
+	}
+
+	for (int i = 0; i < text.len; i++)
+	{
+		unsigned char c = (unsigned char) text.data[i];
+
+		if (c < 0x20 || c == 0x7f)
+			text.data[i] = ' ';
+		else if (c == 0xc2 && (unsigned char) text.data[i + 1] < 0xa0)
+			text.data[i] = text.data[i + 1] = ' '; /* the controls U+0080 to U+009F */
+		else if (c >= 0x80 && !utf8)
+			text.data[i] = '?';
+	}
+
+	while (text.len > 0 && text.data[text.len - 1] == ' ')
+		text.data[--text.len] = '\0';
+	start = text.data;
+	while (*start == ' ')
+		start++;
+	return pstrdup(start);
+}
+
+char *
+xml_text(XmlDoc *doc, const char *path)
+{
+	XmlPath parsed;
+	xmlNodePtr node;
+
+	parse_path(path, &parsed);
+	if (doc == NULL || doc->tree == NULL)
+		return NULL;
+	for (node = xmlDocGetRootElement(doc->tree); node != NULL; node = next_node(node))
+	{
+		if (node_matches(node, &parsed))
+			return node_text(node);
+	}
+	return NULL;
+}
+
+int
+xml_count(XmlDoc *doc, const char *path)
+{
+	XmlPath parsed;
+	xmlNodePtr node;
+	int count = 0;
+
+	parse_path(path, &parsed);
+	if (doc == NULL || doc->tree == NULL)
+		return 0;
+	for (node = xmlDocGetRootElement(doc->tree); node != NULL; node = next_node(node))
+	{
+		if (node_matches(node, &parsed))
+			count++;
+	}
+	return count;
+}

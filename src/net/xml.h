@@ -1,0 +1,35 @@
+/*-------------------------------------------------------------------------
+ *
+ * xml.h
+ *		Reading the XML that EC2 and STS answer with, through libxml2.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_NET_XML_H
+#define AGENTVM_NET_XML_H
+
+#include "postgres.h"
+
+typedef struct XmlDoc XmlDoc;
+
+/*
+ * Parse "len" bytes.  Returns NULL when it is no well-formed XML (HTML error
+ * pages happen).  No network, no DTD, no entity expansion, bounded depth.  The
+ * document is freed with CurrentMemoryContext (reset callback) or xml_free().
+ */
+extern XmlDoc *xml_parse(const char *text, size_t len);
+
+/* Free a document early. */
+extern void xml_free(XmlDoc *doc);
+
+/*
+ * Text of the first node that the XPath names, compared by local names so that
+ * namespaces do not matter, e.g. "//instancesSet/item/instanceId"; NULL when
+ * there is none.  Palloc'd; control characters are replaced by spaces.
+ */
+extern char *xml_text(XmlDoc *doc, const char *path);
+
+/* Number of nodes that the path names. */
+extern int xml_count(XmlDoc *doc, const char *path);
+
+#endif /* AGENTVM_NET_XML_H */

@@ -1,0 +1,114 @@
+/*-------------------------------------------------------------------------
+ *
+ * ec2.h
+ *		What the files of the provider "ec2" share; ec2.c has the theory of operation.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_PROVIDERS_EC2_H
+#define AGENTVM_PROVIDERS_EC2_H
+
+#include "agentvm.h"
+
+#include "net/aws.h"
+#include "net/xml.h"
+#include "providers/provider.h"
+
+#define EC2_VERSION "2016-11-15"
+#define STS_VERSION "2011-06-15"
+
+#define RUN "RunInstances"
+#define DESCRIBE "DescribeInstances"
+#define TERMINATE "TerminateInstances"
+#define SPOT "spot"
+#define ON_DEMAND "on-demand"
+#define NOT_FOUND_CODE "InvalidInstanceID.NotFound"
+
+#define LOWER "abcdefghijklmnopqrstuvwxyz"
+#define DIGITS "0123456789"
+
+/* What the handle holds; zero and NULL are left out of it. */
+typedef struct Ec2Progress
+{
+	int64 attempt;	   /* launch attempts begun */
+	int64 launched;	   /* epoch ms at which RunInstances was answered */
+	int64 wait;		   /* last STEP_WAIT, ms */
+	int64 looks;	   /* fruitless looks for an instance */
+	int64 look_at;	   /* epoch ms at which the last look-up by tag was sent */
+	const char *phase; /* of OP_TERMINATE: NULL, "confirm", "lookup" */
+	const char *vm_id;
+	const char *region;
+
+	/* the launch attempt that is under way */
+	int64 subnet;	 /* index into subnet_ids */
+	int64 sends;	 /* how often it may have been sent */
+	int64 sent_at;	 /* epoch ms of the last time, 0: settled */
+	int64 hard_stop; /* epoch s of the VM's own end */
+	int64 longest;	 /* s from launch to there, should the VM's clock be wrong */
+	const char *market;
+	const char *key;  /* id of the bootstrap token's key, NULL: no runtime */
+	const char *env;  /* runtime.env */
+	const char *ca;	  /* gateway-ca.pem */
+	const char *form; /* the encoded form, without UserData */
+} Ec2Progress;
+
+/* One step of one operation. */
+typedef struct Ec2Step
+{
+	const ProviderContext *context;
+	const ProviderSession *session;
+	const HttpReply *reply;
+	ProviderStep *out;
+	Ec2Progress progress;
+	int64 now; /* epoch ms */
+} Ec2Step;
+
+/* ---- ec2.c: shared by all operations ---- */
+
+/* Milliseconds since 1970. */
+extern int64 ec2_epoch_ms(TimestampTz at);
+
+/* The region of the session's VM, or of the one to be. */
+extern const char *ec2_region(Ec2Step *step);
+
+/* The step's request: this form. */
+extern void ec2_send(Ec2Step *step, const char *service, const char *action, AwsForm *form);
+extern void ec2_send_describe(Ec2Step *step, const char *vm_id);
+
+/* Ends of a step. */
+extern void ec2_note_error(Ec2Step *step, const AwsError *error);
+extern void ec2_fail(Ec2Step *step, ErrorClass class, const char *code, const char *message);
+extern void ec2_fail_malformed(Ec2Step *step);
+
+/* Wait for a time that doubles from "first" to "last" ms, but not beyond "until" (0: no bound). */
+extern void ec2_wait(Ec2Step *step, int first, int last, int64 until);
+
+/* Hand the address of the first instance in an answer to the engine; returns its state or NULL. */
+extern char *ec2_learn_instance(Ec2Step *step, XmlDoc *doc);
+
+/* Forget the launch attempt: it is settled. */
+extern void ec2_settle_launch(Ec2Progress *progress);
+
+/* Forms of text. */
+extern bool ec2_is_id(const char *text, const char *prefix);
+extern bool ec2_is_made_of(const char *text, const char *characters, size_t max_len);
+extern bool ec2_is_printable(const char *text, size_t max_len);
+
+extern void ec2_validate(OptionScope scope, Jsonb *options);
+
+/* ---- ec2_boot.c: user data ---- */
+
+/* Settle what the user data of a new attempt is made of.  Raises AV010. */
+extern void ec2_plan_boot(Ec2Step *step);
+
+/* The user data of the attempt under way, the same on every call; sets *len. Wipe it after use. */
+extern char *ec2_user_data(Ec2Step *step, int *len);
+
+/* Base64 of bytes, palloc'd. */
+extern char *ec2_base64(const char *bytes, int len);
+
+/* ---- ec2_launch.c ---- */
+
+extern void ec2_provision(Ec2Step *step);
+
+#endif /* AGENTVM_PROVIDERS_EC2_H */

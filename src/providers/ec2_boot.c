@@ -1,0 +1,228 @@
+/*-------------------------------------------------------------------------
+ *
+ * ec2_boot.c
+ *		What an EC2 instance is told at its first boot.
+ *
+ * User data is a constant script plus one base64 payload and two numbers, and
+ * nothing else is ever interpolated.  It arms a power-off at the ceiling of the
+ * session's lifetime, for which no control plane is needed (instances terminate
+ * when they shut down), then unpacks the payload: files of text lines, for
+ * which bash and coreutils suffice.
+ *
+ * A launch that is repeated must send the very same bytes.  So what goes into
+ * the payload is settled once per attempt and kept in the handle, except for
+ * the bootstrap token: that is derived anew each time, so that it never gets
+ * into a table.  (A new version of the script between two sends of one launch
+ * is answered with IdempotentParameterMismatch, which the launch survives.)
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "agentvm.h"
+
+#include "common/base64.h"
+#include "lib/stringinfo.h"
+#include "storage/fd.h"
+
+#include "db.h"
+#include "providers/ec2.h"
+#include "secret/secret.h"
+
+#define MAX_CA_FILE (12 * 1024)
+
+/* Stands for the bootstrap token in what the handle keeps. */
+#define TOKEN_MARK "@bootstrap-token@"
+
+/* User data: what comes before the numbers and the payload, and after. */
+static const char boot_script_head[] = "#!/bin/bash\n"
+									   "# Written by agentvm. All that varies is in the next three "
+									   "lines.\n";
+
+static const char boot_script_tail[] =
+	"umask 077\n"
+	"mkdir -p /etc/agentvm\n"
+	"\n"
+	"# Whatever else happens, this machine ends itself by then; armed again at every boot.\n"
+	"echo \"$hard_stop $longest\" > /etc/agentvm/hard-stop\n"
+	"cat > /etc/agentvm/hard-stop.sh <<'END'\n"
+	"#!/bin/bash\n"
+	"read -r hard_stop longest < /etc/agentvm/hard-stop\n"
+	"left=$((hard_stop - $(date +%s)))\n"
+	"[ \"$left\" -le \"$longest\" ] || left=$longest\n"
+	"minutes=$(((left + 59) / 60))\n"
+	"[ \"$minutes\" -ge 1 ] || minutes=1\n"
+	"shutdown -P \"+$minutes\"\n"
+	"nohup bash -c \"sleep $((minutes * 60 + 60)); systemctl poweroff -f || poweroff -f\" \\\n"
+	"\t> /dev/null 2>&1 < /dev/null &\n"
+	"END\n"
+	"chmod 0700 /etc/agentvm/hard-stop.sh\n"
+	"[ ! -d /var/lib/cloud/scripts/per-boot ] ||\n"
+	"\tcp /etc/agentvm/hard-stop.sh /var/lib/cloud/scripts/per-boot/agentvm-hard-stop\n"
+	"bash /etc/agentvm/hard-stop.sh\n"
+	"\n"
+	"# The payload: for each file a line \"MODE PATH LINES\", then its lines.\n"
+	"printf %s \"$payload\" | base64 -d | while read -r mode path lines; do\n"
+	"\tfor ((; lines > 0; lines--)); do\n"
+	"\t\tIFS= read -r line || break\n"
+	"\t\tprintf '%s\\n' \"$line\"\n"
+	"\tdone > \"$path.new\" && chmod \"$mode\" \"$path.new\" && mv -f \"$path.new\" \"$path\"\n"
+	"done\n"
+	"if systemctl cat agentvm-runtime.service > /dev/null 2>&1; then\n"
+	"\tsystemctl restart --no-block agentvm-runtime.service\n"
+	"fi\n";
+
+/*
+ * Append "NAME=value" to runtime.env.  It is read by systemd and may be by a
+ * shell, so what would have to be quoted is refused.
+ */
+static void
+add_env(StringInfo env, const char *name, const char *value)
+{
+	if (!ec2_is_printable(value, 2048) || strpbrk(value, " \"'`\\$#") != NULL)
+		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+				errmsg("value for %s of the VM has characters that are not allowed there", name));
+	appendStringInfo(env, "%s=%s\n", name, value);
+}
+
+/* The gateway's certificate authority, with lines ended by newlines. */
+static char *
+read_ca_file(void)
+{
+	char *buffer = palloc(MAX_CA_FILE + 2);
+	StringInfoData text;
+	FILE *file;
+	size_t len;
+
+	file = AllocateFile(avm_gateway_ca_file, "r");
+	if (file == NULL)
+		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+				errmsg("could not open agentvm.gateway_ca_file \"%s\": %m", avm_gateway_ca_file));
+	len = fread(buffer, 1, MAX_CA_FILE + 1, file);
+	FreeFile(file);
+	buffer[len] = '\0';
+	if (len > MAX_CA_FILE)
+		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+				errmsg("agentvm.gateway_ca_file \"%s\" is larger than %d bytes",
+					   avm_gateway_ca_file, MAX_CA_FILE));
+	if (strlen(buffer) != len || strstr(buffer, "-----BEGIN CERTIFICATE-----") == NULL ||
+		strstr(buffer, "PRIVATE KEY") != NULL)
+		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+				errmsg("agentvm.gateway_ca_file \"%s\" is no file of PEM certificates only",
+					   avm_gateway_ca_file));
+
+	/* Comments between certificates may be in any encoding: only ASCII goes into the handle. */
+	initStringInfo(&text);
+	for (size_t i = 0; i < len; i++)
+	{
+		if (buffer[i] == '\n' || (buffer[i] >= 0x20 && buffer[i] < 0x7f))
+			appendStringInfoCharMacro(&text, buffer[i]);
+	}
+	if (text.data[text.len - 1] != '\n')
+		appendStringInfoChar(&text, '\n');
+	return text.data;
+}
+
+/* Settle what the user data of a new attempt is made of. */
+void
+ec2_plan_boot(Ec2Step *step)
+{
+	const ProviderSession *session = step->session;
+	Ec2Progress *progress = &step->progress;
+	int64 ceiling = session->ceiling_at != 0
+						? ec2_epoch_ms(session->ceiling_at)
+						: step->now + avm_max_lifetime_ceiling_s * INT64CONST(1000);
+	StringInfoData env;
+
+	progress->hard_stop = ceiling / 1000 + avm_deadline_grace_s;
+	progress->longest = Max(progress->hard_stop - step->now / 1000, 60);
+	progress->key = progress->env = progress->ca = NULL;
+	if (!session->runtime)
+		return;
+
+	if (avm_gateway_url == NULL || avm_gateway_url[0] == '\0')
+		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+				errmsg("agentvm.gateway_url is not set, and the VM's runtime needs it"));
+	if (session->boot_key_id == NULL)
+		elog(ERROR, "session has no key for its bootstrap token");
+	progress->key = pstrdup(session->boot_key_id);
+
+	initStringInfo(&env);
+	add_env(&env, "AGENTVM_SESSION_ID", session->session_id);
+	add_env(&env, "AGENTVM_GATEWAY_URL", avm_gateway_url);
+	add_env(&env, "AGENTVM_BOOTSTRAP_TOKEN", TOKEN_MARK);
+	add_env(&env, "AGENTVM_HEARTBEAT_INTERVAL", psprintf("%d", avm_heartbeat_interval_s));
+	add_env(&env, "AGENTVM_DEADLINE_GRACE", psprintf("%d", avm_deadline_grace_s));
+	add_env(&env, "AGENTVM_DEADMAN_ALLOWANCE", psprintf("%d", avm_deadman_allowance_s));
+	add_env(&env, "AGENTVM_MODE", "session");
+	if (avm_gateway_ca_file != NULL && avm_gateway_ca_file[0] != '\0')
+	{
+		add_env(&env, "AGENTVM_CA_FILE", "/etc/agentvm/gateway-ca.pem");
+		progress->ca = read_ca_file();
+	}
+	progress->env = env.data;
+}
+
+static void
+add_file(StringInfo payload, const char *path, const char *content)
+{
+	int lines = 0;
+
+	for (const char *p = content; *p != '\0'; p++)
+		lines += *p == '\n';
+	appendStringInfo(payload, "0600 %s %d\n%s", path, lines, content);
+}
+
+char *
+ec2_base64(const char *bytes, int len)
+{
+	int size = pg_b64_enc_len(len);
+	char *text = palloc(size + 1);
+	int written = pg_b64_encode((const void *) bytes, len, text, size);
+
+	if (written < 0)
+		elog(ERROR, "could not encode base64");
+	text[written] = '\0';
+	return text;
+}
+
+/* The user data of the attempt under way, the same on every call; sets *len. */
+char *
+ec2_user_data(Ec2Step *step, int *len)
+{
+	Ec2Progress *progress = &step->progress;
+	StringInfoData payload;
+	StringInfoData script;
+	char *encoded;
+
+	initStringInfo(&payload);
+	if (progress->env != NULL && progress->key != NULL)
+	{
+		char *mark = strstr(progress->env, TOKEN_MARK);
+		const Secret *token;
+		StringInfoData env;
+
+		if (mark == NULL)
+			elog(ERROR, "boot environment has no place for the token");
+		token = keyring_bootstrap_token(progress->key, step->session->session_id,
+										(int) progress->attempt);
+		initStringInfo(&env);
+		appendBinaryStringInfo(&env, progress->env, mark - progress->env);
+		appendStringInfoString(&env, secret_bytes(token));
+		appendStringInfoString(&env, mark + strlen(TOKEN_MARK));
+		add_file(&payload, "/etc/agentvm/runtime.env", env.data);
+		secret_wipe(env.data, env.len);
+	}
+	if (progress->ca != NULL)
+		add_file(&payload, "/etc/agentvm/gateway-ca.pem", progress->ca);
+
+	encoded = ec2_base64(payload.data, payload.len);
+	secret_wipe(payload.data, payload.len);
+	initStringInfo(&script);
+	appendStringInfoString(&script, boot_script_head);
+	appendStringInfo(&script,
+					 "hard_stop=" INT64_FORMAT "\nlongest=" INT64_FORMAT "\npayload='%s'\n",
+					 progress->hard_stop, progress->longest, encoded);
+	appendStringInfoString(&script, boot_script_tail);
+	secret_wipe(encoded, strlen(encoded));
+	*len = script.len;
+	return script.data;
+}

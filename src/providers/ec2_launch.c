@@ -1,0 +1,350 @@
+/*-------------------------------------------------------------------------
+ *
+ * ec2_launch.c
+ *		Launching an EC2 instance, and following it until it runs.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "agentvm.h"
+
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
+
+#include "providers/ec2.h"
+#include "secret/secret.h"
+
+#define DEFAULT_INSTANCE_TYPE "t3.large"
+#define DEFAULT_VOLUME_DEVICE "/dev/sda1"
+#define MAX_TAG_VALUE 256	/* characters */
+#define MAX_USER_DATA 16384 /* bytes before base64 */
+
+#define POLL_FIRST_MS 2000
+#define POLL_LAST_MS 10000
+#define APPEARS_WITHIN_MS 60000 /* DescribeInstances knows a new instance by then */
+
+static void
+add_tag(AwsForm *form, int resource, int *n, const char *key, const char *value)
+{
+	if (value == NULL)
+		return;
+	(*n)++;
+	aws_form_add(form, psprintf("TagSpecification.%d.Tag.%d.Key", resource, *n), key);
+	aws_form_add(form, psprintf("TagSpecification.%d.Tag.%d.Value", resource, *n),
+				 pnstrdup(value, pg_mbcharcliplen(value, strlen(value), MAX_TAG_VALUE)));
+}
+
+static void
+add_tags(AwsForm *form, int resource, const char *type, const ProviderSession *session)
+{
+	int n = 0;
+
+	aws_form_add(form, psprintf("TagSpecification.%d.ResourceType", resource), type);
+	add_tag(form, resource, &n, "Name", psprintf("agentvm-%s", session->session_id));
+	add_tag(form, resource, &n, "agentvm-session-id", session->session_id);
+	add_tag(form, resource, &n, "agentvm-team-id", session->team_id);
+	add_tag(form, resource, &n, "agentvm-agent-id", session->agent_id);
+	add_tag(form, resource, &n, "agentvm-managed-by", "agentvm");
+	add_tag(form, resource, &n, "agentvm-cluster", session->cluster);
+}
+
+/* At most one VM per token: one token per attempt, market and subnet. */
+static char *
+client_token(const ProviderSession *session, const Ec2Progress *progress, const char *subnet)
+{
+	char *text = psprintf("%s|%s|%d|%s|%s", session->cluster != NULL ? session->cluster : "",
+						  session->session_id, (int) progress->attempt, progress->market, subnet);
+	uint8 digest[SHA256_LEN];
+	char *token = palloc(2 * SHA256_LEN + 1);
+
+	sha256_bytes(text, strlen(text), digest);
+	for (int i = 0; i < SHA256_LEN; i++)
+		snprintf(token + 2 * i, 3, "%02x", digest[i]);
+	return token;
+}
+
+/* Begin an attempt in the progress's market and subnet: settle every byte of its request. */
+static void
+begin_attempt(Ec2Step *step)
+{
+	const ProviderSession *session = step->session;
+	Jsonb *options = step->context->options;
+	Ec2Progress *progress = &step->progress;
+	List *subnets = option_list(options, "subnet_ids");
+	const char *subnet = "";
+	char *value;
+	int volume_gib;
+	int n = 0;
+	ListCell *lc;
+	AwsForm form;
+
+	ec2_validate(OPTIONS_LAUNCH, options);
+
+	progress->attempt++;
+	progress->sends = progress->sent_at = 0;
+	progress->region = option_text(options, "region");
+	if (progress->subnet < list_length(subnets))
+		subnet = list_nth(subnets, (int) progress->subnet);
+
+	aws_form_init(&form, RUN, EC2_VERSION);
+	aws_form_add(&form, "ClientToken", client_token(session, progress, subnet));
+	aws_form_add(&form, "MinCount", "1");
+	aws_form_add(&form, "MaxCount", "1");
+	aws_form_add(&form, "ImageId", option_text(options, "image_id"));
+	value = option_text(options, "instance_type");
+	aws_form_add(&form, "InstanceType", value != NULL ? value : DEFAULT_INSTANCE_TYPE);
+	aws_form_add(&form, "InstanceInitiatedShutdownBehavior", "terminate");
+	aws_form_add(&form, "MetadataOptions.HttpEndpoint", "enabled");
+	aws_form_add(&form, "MetadataOptions.HttpTokens", "required");
+	aws_form_add(&form, "MetadataOptions.HttpPutResponseHopLimit", "1");
+	if (subnet[0] != '\0')
+		aws_form_add(&form, "SubnetId", subnet);
+	foreach (lc, option_list(options, "security_group_ids"))
+		aws_form_add(&form, psprintf("SecurityGroupId.%d", ++n), lfirst(lc));
+	if ((value = option_text(options, "instance_profile")) != NULL)
+		aws_form_add(&form,
+					 strncmp(value, "arn:", 4) == 0 ? "IamInstanceProfile.Arn"
+													: "IamInstanceProfile.Name",
+					 value);
+	if ((value = option_text(options, "key_name")) != NULL)
+		aws_form_add(&form, "KeyName", value);
+	if (strcmp(progress->market, SPOT) == 0)
+	{
+		aws_form_add(&form, "InstanceMarketOptions.MarketType", "spot");
+		aws_form_add(&form, "InstanceMarketOptions.SpotOptions.SpotInstanceType", "one-time");
+		aws_form_add(&form, "InstanceMarketOptions.SpotOptions.InstanceInterruptionBehavior",
+					 "terminate");
+		if ((value = option_text(options, "spot_max_price")) != NULL)
+			aws_form_add(&form, "InstanceMarketOptions.SpotOptions.MaxPrice", value);
+	}
+	volume_gib = option_int(options, "volume_size_gib", session->disk_gib);
+	if (volume_gib > 0)
+	{
+		value = option_text(options, "volume_device");
+		aws_form_add(&form, "BlockDeviceMapping.1.DeviceName",
+					 value != NULL ? value : DEFAULT_VOLUME_DEVICE);
+		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.VolumeSize", psprintf("%d", volume_gib));
+		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.VolumeType", "gp3");
+		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.DeleteOnTermination", "true");
+		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.Encrypted", "true");
+	}
+	add_tags(&form, 1, "instance", session);
+	add_tags(&form, 2, "volume", session);
+	progress->form = form.body.data;
+
+	ec2_plan_boot(step);
+}
+
+/* Send the attempt's request, for the first time or once more. */
+static void
+send_launch(Ec2Step *step)
+{
+	Ec2Progress *progress = &step->progress;
+	AwsForm form;
+	char *script;
+	int len;
+
+	script = ec2_user_data(step, &len);
+	if (len > MAX_USER_DATA)
+	{
+		secret_wipe(script, len);
+		ec2_settle_launch(progress);
+		step->out->operation = RUN;
+		ec2_fail(
+			step, CLASS_PERMANENT, "UserDataTooLong",
+			psprintf("user data of %d bytes, more than the %d that EC2 takes", len, MAX_USER_DATA));
+		return;
+	}
+
+	initStringInfo(&form.body);
+	appendStringInfoString(&form.body, progress->form);
+	aws_form_add(&form, "UserData", ec2_base64(script, len));
+	secret_wipe(script, len);
+
+	/* A new token comes with a new attempt, whose bootstrap token the engine commits with it. */
+	if (progress->sends == 0)
+		step->out->attempt = (int) progress->attempt;
+	progress->sends++;
+	progress->sent_at = step->now;
+	step->out->mutates = true;
+	step->out->region = progress->region;
+	ec2_send(step, "ec2", RUN, &form);
+}
+
+/* Whether there is another market or subnet to try after this refusal; moves on to it. */
+static bool
+next_candidate(Ec2Step *step, const AwsError *error)
+{
+	Ec2Progress *progress = &step->progress;
+	int subnets = list_length(option_list(step->context->options, "subnet_ids"));
+	bool spot = strcmp(progress->market, SPOT) == 0;
+
+	if (error->class == CLASS_CAPACITY && progress->subnet + 1 < subnets)
+	{
+		progress->subnet++;
+		return true;
+	}
+	if (spot && (error->class == CLASS_CAPACITY ||
+				 strcmp(error->code, "MaxSpotInstanceCountExceeded") == 0 ||
+				 strcmp(error->code, "InstanceLimitExceeded") == 0))
+	{
+		progress->market = ON_DEMAND;
+		progress->subnet = 0;
+		return true;
+	}
+	return false;
+}
+
+static void
+take_launch_reply(Ec2Step *step)
+{
+	Ec2Progress *progress = &step->progress;
+	const HttpReply *reply = step->reply;
+	AwsError error = aws_judge(reply);
+
+	step->out->operation = RUN;
+	if (error.class == CLASS_NONE)
+	{
+		XmlDoc *doc = xml_parse(reply->body, reply->body_len);
+		char *vm_id = xml_text(doc, "//instancesSet/item/instanceId");
+		char *lifecycle = xml_text(doc, "//instancesSet/item/instanceLifecycle");
+		char *state;
+
+		if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
+		{
+			ec2_fail_malformed(step);
+			return;
+		}
+		step->out->vm_id = progress->vm_id = vm_id;
+		step->out->region = ec2_region(step);
+		step->out->purchase = progress->market;
+		if (lifecycle != NULL && strcmp(lifecycle, SPOT) == 0)
+			step->out->purchase = SPOT;
+		state = ec2_learn_instance(step, doc);
+		ec2_settle_launch(progress);
+		progress->launched = step->now;
+		progress->wait = 0;
+		step->out->running = state != NULL && strcmp(state, "running") == 0;
+		if (step->context->ending || step->out->running)
+			step->out->kind = STEP_DONE;
+		else
+			ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, 0);
+		return;
+	}
+
+	/* Did not happen, or may have: the same request again, after a while. */
+	if (error.class == CLASS_TRANSIENT || error.class == CLASS_THROTTLED)
+	{
+		if (reply->status == 0 && !reply->maybe_sent && progress->sends == 1)
+			progress->sends = progress->sent_at = 0;
+		ec2_fail(step, error.class, error.code, error.message);
+		return;
+	}
+
+	if (!step->context->ending && next_candidate(step, &error))
+	{
+		ec2_note_error(step, &error);
+		begin_attempt(step);
+		send_launch(step);
+		return;
+	}
+
+	/* Refused; settled unless an earlier send of the same token was never answered. */
+	if (strcmp(error.code, "IdempotentParameterMismatch") != 0 &&
+		(progress->sends <= 1 || error.class == CLASS_CAPACITY || error.class == CLASS_NOT_FOUND))
+		ec2_settle_launch(progress);
+	ec2_fail(step, error.class, error.code, error.message);
+}
+
+/* Follow the instance until it runs. */
+static void
+poll_launch(Ec2Step *step, const char *vm_id)
+{
+	Ec2Progress *progress = &step->progress;
+	const HttpReply *reply = step->reply;
+	AwsError error;
+	XmlDoc *doc;
+	char *state;
+
+	step->out->operation = DESCRIBE;
+	if (reply == NULL)
+	{
+		if (step->context->ending)
+			step->out->kind = STEP_DONE;
+		else
+			ec2_send_describe(step, vm_id);
+		return;
+	}
+
+	error = aws_judge(reply);
+	if (error.class != CLASS_NONE && strcmp(error.code, NOT_FOUND_CODE) != 0)
+	{
+		ec2_fail(step, error.class, error.code, error.message);
+		return;
+	}
+	doc = error.class == CLASS_NONE ? xml_parse(reply->body, reply->body_len) : NULL;
+	if (error.class == CLASS_NONE && xml_count(doc, "/DescribeInstancesResponse") == 0)
+	{
+		ec2_fail_malformed(step);
+		return;
+	}
+	state = ec2_learn_instance(step, doc);
+
+	if (step->context->ending)
+		step->out->kind = STEP_DONE;
+	else if (state == NULL)
+	{
+		int64 launched = progress->launched;
+
+		if (launched == 0 && step->session->launched_at != 0)
+			launched = ec2_epoch_ms(step->session->launched_at);
+		if (step->now < launched + APPEARS_WITHIN_MS)
+			ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, 0);
+		else
+			ec2_fail(step, CLASS_NOT_FOUND, NOT_FOUND_CODE, "the instance does not exist");
+	}
+	else if (strcmp(state, "running") == 0)
+	{
+		step->out->kind = STEP_DONE;
+		step->out->running = true;
+	}
+	else if (strcmp(state, "pending") == 0)
+		ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, 0);
+	else if (strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0)
+	{
+		char *code = xml_text(doc, "//instancesSet/item/stateReason/code");
+		char *message = xml_text(doc, "//instancesSet/item/stateReason/message");
+
+		ec2_fail(step, CLASS_NOT_FOUND, code != NULL ? code : "InstanceTerminated",
+				 message != NULL ? message : "the instance has ended while it started");
+	}
+	else
+		ec2_fail(step, CLASS_PERMANENT, "InstanceStopped",
+				 psprintf("the instance is in state \"%s\" instead of running", state));
+}
+
+void
+ec2_provision(Ec2Step *step)
+{
+	Ec2Progress *progress = &step->progress;
+	const char *vm_id = step->session->vm_id != NULL ? step->session->vm_id : progress->vm_id;
+
+	if (vm_id != NULL)
+		poll_launch(step, vm_id);
+	else if (step->reply != NULL)
+		take_launch_reply(step);
+	else if (step->context->ending)
+	{
+		step->out->operation = RUN;
+		ec2_fail(step, CLASS_TRANSIENT, "SessionEnding", "the session is to end");
+	}
+	else
+	{
+		if (progress->form == NULL)
+		{
+			progress->market = option_bool(step->context->options, "spot", true) ? SPOT : ON_DEMAND;
+			progress->subnet = 0;
+			begin_attempt(step);
+		}
+		send_launch(step);
+	}
+}

@@ -1,0 +1,200 @@
+/*-------------------------------------------------------------------------
+ *
+ * provider.h
+ *		The whole contract between the engine and a provider of VMs.
+ *
+ * A provider is a const struct of capability flags and two functions: one that
+ * checks options, and one that takes an operation one step further.  A step is
+ * pure: it looks at the session, its options, its decrypted credentials, the
+ * progress it kept itself (the handle) and the last reply, and says what to do
+ * next.  It never touches the network or the database, so that the engine can
+ * commit the new handle before the request leaves: any worker, after any
+ * crash, is able to carry on by calling the step again with the handle and no
+ * reply.
+ *
+ * A step runs inside a transaction and a subtransaction; it may raise, which
+ * counts as CLASS_PERMANENT.  Everything it returns is palloc'd in
+ * CurrentMemoryContext and lives until the step has been recorded.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef AGENTVM_PROVIDERS_PROVIDER_H
+#define AGENTVM_PROVIDERS_PROVIDER_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "net/http.h"
+#include "providers/error_class.h"
+#include "secret/secret.h"
+#include "utils/jsonb.h"
+
+#define AVM_PROVIDER_ABI 1
+
+typedef enum ProviderOp
+{
+	OP_PROVISION, /* make the VM and see it running */
+	OP_TERMINATE, /* end it; a VM that is gone already is success */
+	OP_INSPECT,	  /* what the provider says now; result is jsonb */
+	OP_CHECK	  /* are the credentials good? read-only; result is jsonb; no session */
+} ProviderOp;
+
+/* The session as a provider sees it. Strings are NULL where not known. */
+typedef struct ProviderSession
+{
+	const char *session_id; /* uuid text */
+	const char *team_id;
+	const char *agent_id;
+	const char *cluster;  /* installation uuid: value of the tag agentvm-cluster */
+	const char *vm_id;	  /* as the provider told it */
+	const char *region;
+	const char *address;
+	const char *purchase; /* "spot" or "on-demand" */
+	int attempt;		  /* launch attempts made so far, 1 before the first */
+	int vcpus;			  /* 0: the provider's default */
+	int memory_mib;
+	int disk_gib;
+	bool runtime;			 /* the VM runs agentvm-runtime and will bootstrap */
+	const char *boot_key_id; /* with runtime: key for keyring_bootstrap_token() */
+	TimestampTz created_at;
+	TimestampTz launched_at; /* 0: not yet */
+	TimestampTz deadline_at;
+	TimestampTz ceiling_at; /* no extend() ever goes beyond; the VM's own hard stop is this + grace */
+} ProviderSession;
+
+typedef struct ProviderContext
+{
+	ProviderOp op;
+	const ProviderSession *session; /* NULL for OP_CHECK */
+	Jsonb *options;					/* merged: team, then profile, then caller; frozen at provision() */
+	const SecretSet *secrets;		/* decrypted credentials of the team for this provider */
+	Jsonb *handle;					/* progress that the last step kept, or NULL */
+	const HttpReply *reply;			/* answer to the last step's request; NULL: (re)start from the handle */
+	TimestampTz now;
+	bool ending;					/* OP_PROVISION: the session is to end: begin nothing new, just take in the reply */
+} ProviderContext;
+
+typedef enum StepKind
+{
+	STEP_REQUEST, /* commit the handle, then send step->request, then call again with its reply */
+	STEP_WAIT,	  /* commit the handle, call again without reply after wait_ms */
+	STEP_DONE,	  /* the operation has succeeded */
+	STEP_FAILED	  /* it has not; error_class tells what may be tried */
+} StepKind;
+
+typedef struct ProviderStep
+{
+	StepKind kind;
+	HttpRequest *request;  /* STEP_REQUEST */
+	const char *operation; /* the provider's name for the call just answered or to be made: "RunInstances" */
+	bool mutates;		   /* STEP_REQUEST: the call changes something (an event row is written for it) */
+	int wait_ms;		   /* STEP_WAIT */
+	ErrorClass error_class; /* STEP_FAILED; also set (kind != FAILED) when the reply was bad but the step goes on */
+	const char *error_code; /* with error_class */
+	const char *error_message;
+	Jsonb *handle;	 /* new progress; NULL: unchanged */
+	int attempt;	 /* > 0: this launch attempt begins; its bootstrap token is committed with it */
+	bool running;	 /* the VM runs (OP_PROVISION) */
+	/* facts learned; NULL: unchanged */
+	const char *vm_id;
+	const char *region;
+	const char *address;
+	const char *purchase;
+	Jsonb *result; /* OP_INSPECT, OP_CHECK when done */
+} ProviderStep;
+
+/* Where options are about to be used; decides which are known and required. */
+typedef enum OptionScope
+{
+	OPTIONS_TEAM,	 /* set_provider: part of them is enough */
+	OPTIONS_PROFILE, /* create_profile */
+	OPTIONS_CALLER,	 /* provision(options): only what is safe for callers */
+	OPTIONS_LAUNCH	 /* all merged, about to launch: nothing may be missing */
+} OptionScope;
+
+/* One option or secret that a provider knows. */
+typedef struct ProviderOption
+{
+	const char *name;
+	char type;		  /* 's' string, 'b' boolean, 'i' integer, 'd' duration (interval text or seconds), 'l' list of strings */
+	bool caller;	  /* a caller of provision() may set it */
+	const char *help; /* for error hints and README */
+} ProviderOption;
+
+typedef struct Provider
+{
+	int abi; /* AVM_PROVIDER_ABI */
+	const char *name;
+	const ProviderOption *options; /* ends with a NULL name */
+	const ProviderOption *secrets; /* ends with a NULL name */
+	bool runtime_default;		   /* profile.runtime when nobody says */
+	bool needs_secrets;			   /* provision() refuses a team that has none */
+	bool blocking;				   /* runs in a runner, not in the event loop */
+	/*
+	 * Check values beyond names and types, which the core has checked already.
+	 * Raises AV010 with the option's name; never changes anything.
+	 */
+	void (*validate)(OptionScope scope, Jsonb *options);
+	/* Take the operation one step further; fills *step, which comes zeroed. */
+	void (*step)(const ProviderContext *context, ProviderStep *step);
+} Provider;
+
+/* ---- registry (registry.c) ---- */
+
+/*
+ * Make a provider known in this process; called from a library's _PG_init.
+ * The struct must stay valid for ever.  Raises AV010 for another ABI version,
+ * a bad name, or a name that is taken by a different provider.
+ */
+extern PGDLLEXPORT void agentvm_register_provider(const Provider *provider);
+
+/*
+ * The provider of that name, loading agentvm.provider_libraries on first use.
+ * Raises AV010 that lists the known names when there is none.
+ */
+extern const Provider *provider_get(const char *name);
+
+/* The same without raising: NULL when unknown. */
+extern const Provider *provider_find(const char *name);
+
+/*
+ * Check option names and types for a scope, then the provider's own rules.
+ * "options" must be a jsonb object.  Raises AV010 naming the option and listing
+ * the known ones, with the caller's statement and context kept out of the log.
+ */
+extern void provider_check_options(const Provider *provider, OptionScope scope, Jsonb *options);
+
+/* ---- reading options (options.c) ---- */
+
+/* Text of a string, number or boolean member, or NULL. Palloc'd. */
+extern char *option_text(Jsonb *options, const char *name);
+
+/* A boolean member, or the default. */
+extern bool option_bool(Jsonb *options, const char *name, bool fallback);
+
+/* An integer member, or the default. */
+extern int option_int(Jsonb *options, const char *name, int fallback);
+
+/* A duration in milliseconds (JSON number: seconds; string: interval), or the default. */
+extern int64 option_ms(Jsonb *options, const char *name, int64 fallback);
+
+/* Members of a list of strings, as a List of char *; a single string is a list of one. */
+extern List *option_list(Jsonb *options, const char *name);
+
+/* A member of any type, or NULL; points into "object" or is palloc'd. */
+extern JsonbValue *option_value(Jsonb *object, const char *name);
+
+/*
+ * A copy of "object" ('{}' when NULL) with one member set to a string (NULL
+ * removes it) or an integer.  For handles.
+ */
+extern Jsonb *handle_set_text(Jsonb *object, const char *name, const char *value);
+extern Jsonb *handle_set_int(Jsonb *object, const char *name, int64 value);
+
+/* Integer member of a handle, or the default. */
+extern int64 handle_int(Jsonb *object, const char *name, int64 fallback);
+
+extern const Provider noop_provider;
+extern const Provider ec2_provider;
+
+#endif /* AGENTVM_PROVIDERS_PROVIDER_H */

@@ -1,0 +1,730 @@
+/*-------------------------------------------------------------------------
+ *
+ * provision.c
+ *		provision(): checks, quota and one row, all in the caller's transaction.
+ *
+ * Nothing is called here.  The row becomes visible to the dispatchers when the
+ * caller commits, and is due at once; a rollback leaves nothing.
+ *
+ * Quota.  A team without limits takes a shared lock on its name in the lock
+ * manager and never queues.  A team with limits takes the exclusive one, as late
+ * as can be, and counts its live sessions with a snapshot taken after the lock
+ * was granted, at whatever isolation level the caller runs: all that was
+ * committed by holders before us is seen, and nobody comes after us before our
+ * transaction has ended.  The engine never needs this lock.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "agentvm.h"
+#include "catalog/pg_type.h"
+#include "db.h"
+#include "engine/shared.h"
+#include "engine/wake.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "providers/provider.h"
+#include "secret/secret.h"
+#include "session/session.h"
+#include "team/team.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+PG_FUNCTION_INFO_V1(agentvm_provision);
+
+/* The arguments, checked. Strings are NULL where not given. */
+typedef struct Request
+{
+	char *team_id;
+	char *agent_id;
+	char *profile;
+	char *provider;
+	char *idempotency_key;
+	Jsonb *env;
+	Jsonb *repos;
+	Jsonb *tags;
+	Jsonb *options;
+	int64 max_lifetime_s; /* 0: not given */
+} Request;
+
+/* What team, profile and provider configuration add. 0 and NULL: nothing said. */
+typedef struct Resolved
+{
+	int64 max_sessions; /* -1: no limit, as for the two below */
+	int64 max_vcpus;
+	int64 max_memory_mib;
+	int64 min_lifetime_s;
+	int64 team_max_lifetime_s;
+	int64 profile_max_lifetime_s;
+	int64 bootstrap_timeout_s;
+	int64 heartbeat_timeout_s;
+	bool has_profile;
+	char *profile_provider;
+	char *team_provider;
+	int vcpus;
+	int memory_mib;
+	int disk_gib;
+	int runtime; /* -1: not said */
+	Jsonb *profile_options;
+	Jsonb *team_options;
+	bool has_secrets;
+} Resolved;
+
+#define SECONDS(column) "extract(epoch FROM " column ")::int8"
+
+static DbQuery resolve_query = {
+	"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, " SECONDS("t.min_lifetime") ", "
+	SECONDS("t.max_lifetime") ", " SECONDS("p.max_lifetime") ", "
+	SECONDS("coalesce(p.bootstrap_timeout, t.bootstrap_timeout)") ", "
+	SECONDS("coalesce(p.heartbeat_timeout, t.heartbeat_timeout)") ", "
+	"p.name IS NOT NULL, p.provider, t.provider, p.vcpus, p.memory_mib, p.disk_gib, p.runtime, "
+	"p.options, c.options, "
+	"c.provider IS NOT NULL AND EXISTS (SELECT FROM agentvm.provider_secret s "
+	"WHERE s.team_id = c.team_id AND s.provider = c.provider), "
+	"$2 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id "
+	"AND pg_has_role($3, m.role, 'USAGE')) "
+	"FROM agentvm.team t "
+	"LEFT JOIN LATERAL (SELECT * FROM agentvm.profile p WHERE $4 IS NOT NULL AND p.name = $4 "
+	"AND (p.team_id = t.team_id OR p.team_id IS NULL) ORDER BY p.team_id NULLS LAST LIMIT 1) p ON true "
+	"LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
+	"AND c.provider = coalesce($5, p.provider, t.provider, $6) "
+	"WHERE t.team_id = $1",
+	6,
+	{TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID, TEXTOID}};
+
+/* Read again under the lock: alter_team() takes it, too. */
+static DbQuery limits_query = {
+	"SELECT max_sessions, max_vcpus, max_memory_mib FROM agentvm.team WHERE team_id = $1", 1, {TEXTOID}};
+
+/* Terminating sessions still count; no more is counted than is needed to refuse. */
+static DbQuery count_query = {
+	"SELECT count(*) FROM (SELECT FROM agentvm.session WHERE team_id = $1 AND ended_at IS NULL LIMIT $2) s",
+	2,
+	{TEXTOID, INT8OID}};
+
+static DbQuery sum_query = {
+	"SELECT coalesce(sum(vcpus), 0), coalesce(sum(memory_mib), 0) FROM agentvm.session "
+	"WHERE team_id = $1 AND ended_at IS NULL",
+	1,
+	{TEXTOID}};
+
+static DbQuery by_key_query = {
+	"SELECT session_id, args_hash FROM agentvm.session WHERE team_id = $1 AND idempotency_key = $2",
+	2,
+	{TEXTOID, TEXTOID}};
+
+#define INSERT_SESSION                                                                              \
+	"INSERT INTO agentvm.session (session_id, team_id, agent_id, provider, profile, created_at, "   \
+	"deadline_at, ceiling_at, tags, idempotency_key, created_by, args_hash, options, vcpus, "       \
+	"memory_mib, disk_gib, runtime, bootstrap_timeout, heartbeat_timeout, payload_enc, key_id, "    \
+	"lane, next_check_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, "    \
+	"$15, $16, $17, make_interval(secs => $18), make_interval(secs => $19), $20, $21, $22, $6)"
+#define INSERT_TYPES                                                                               \
+	{                                                                                              \
+		UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID,               \
+			TIMESTAMPTZOID, JSONBOID, TEXTOID, NAMEOID, BYTEAOID, JSONBOID, INT4OID, INT4OID,      \
+			INT4OID, BOOLOID, FLOAT8OID, FLOAT8OID, BYTEAOID, TEXTOID, INT2OID                     \
+	}
+#define NUM_INSERT_ARGS 22
+
+static DbQuery insert_query = {INSERT_SESSION, NUM_INSERT_ARGS, INSERT_TYPES};
+static DbQuery insert_once_query = {
+	INSERT_SESSION " ON CONFLICT (team_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
+	NUM_INSERT_ARGS, INSERT_TYPES};
+
+static DbQuery event_query = {
+	"INSERT INTO agentvm.session_event (session_id, team_id, kind, new_state, reason) "
+	"VALUES ($1, $2, 'state', 'provisioning', $3)",
+	3,
+	{UUIDOID, TEXTOID, TEXTOID}};
+
+/* ---- arguments ---- */
+
+static char *
+optional_identifier(FunctionCallInfo fcinfo, int argument, const char *name)
+{
+	return PG_ARGISNULL(argument) ? NULL : check_identifier(PG_GETARG_TEXT_PP(argument), name);
+}
+
+static Jsonb *
+document(FunctionCallInfo fcinfo, int argument, char kind, const char *name)
+{
+	Jsonb *value;
+
+	if (PG_ARGISNULL(argument))
+		return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(kind == 'o' ? "{}" : "[]")));
+	value = PG_GETARG_JSONB_P(argument);
+	check_document(value, kind, name);
+	return value;
+}
+
+static void
+bad_document(const char *argument, const char *detail)
+{
+	ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s has the wrong shape", argument),
+					errdetail("%s", detail), hide_caller()));
+}
+
+/* Environment: names that a shell takes, values that are strings. */
+static void
+check_env(Jsonb *env)
+{
+	JsonbIterator *it = JsonbIteratorInit(&env->root);
+	JsonbIteratorToken token;
+	JsonbValue v;
+
+	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
+	{
+		if (token == WJB_KEY)
+		{
+			int i;
+			bool ok = v.val.string.len > 0 && !isdigit((unsigned char) v.val.string.val[0]);
+
+			for (i = 0; i < v.val.string.len && ok; i++)
+				ok = isalnum((unsigned char) v.val.string.val[i]) || v.val.string.val[i] == '_';
+			if (!ok)
+				bad_document("env", "Names of environment variables consist of letters, digits and _, and do not begin with a digit.");
+		}
+		else if (token == WJB_VALUE && v.type != jbvString)
+			bad_document("env", "Values of environment variables are strings.");
+	}
+}
+
+/* Tags: values that are strings, numbers or booleans. */
+static void
+check_tags(Jsonb *tags)
+{
+	JsonbIterator *it = JsonbIteratorInit(&tags->root);
+	JsonbIteratorToken token;
+	JsonbValue v;
+
+	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
+	{
+		if (token == WJB_VALUE && v.type != jbvString && v.type != jbvNumeric && v.type != jbvBool)
+			bad_document("tags", "Values of tags are strings, numbers or booleans.");
+	}
+}
+
+/* Repositories: objects with url, and perhaps ref and path, all strings. */
+static void
+check_repos(Jsonb *repos)
+{
+	JsonbIterator *it = JsonbIteratorInit(&repos->root);
+	JsonbIteratorToken token;
+	JsonbValue v;
+
+	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
+	{
+		JsonbIterator *members;
+		JsonbValue m;
+		bool has_url = false;
+		bool is_url = false;
+
+		if (token != WJB_ELEM)
+			continue;
+		if (v.type != jbvBinary || !JsonContainerIsObject(v.val.binary.data))
+			bad_document("repos", "Each element is an object with url, and perhaps ref and path.");
+		members = JsonbIteratorInit(v.val.binary.data);
+		while ((token = JsonbIteratorNext(&members, &m, true)) != WJB_DONE)
+		{
+			if (token == WJB_KEY)
+			{
+				char *key = pnstrdup(m.val.string.val, m.val.string.len);
+
+				is_url = strcmp(key, "url") == 0;
+				if (!is_url && strcmp(key, "ref") != 0 && strcmp(key, "path") != 0)
+					bad_document("repos", psprintf("Unknown member \"%s\"; the known ones are url, ref and path.", key));
+			}
+			else if (token == WJB_VALUE)
+			{
+				if (m.type != jbvString || m.val.string.len == 0)
+					bad_document("repos", "url, ref and path are strings that are not empty.");
+				has_url = has_url || is_url;
+			}
+		}
+		if (!has_url)
+			bad_document("repos", "Each element needs a url.");
+	}
+}
+
+static void
+read_request(FunctionCallInfo fcinfo, Request *request)
+{
+	if (PG_ARGISNULL(0))
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("team_id must not be null")));
+	request->team_id = check_identifier(PG_GETARG_TEXT_PP(0), "team_id");
+	request->agent_id = optional_identifier(fcinfo, 1, "agent_id");
+	request->profile = optional_identifier(fcinfo, 2, "profile");
+	request->provider = optional_identifier(fcinfo, 3, "provider");
+	request->idempotency_key = optional_identifier(fcinfo, 4, "idempotency_key");
+	request->env = document(fcinfo, 5, 'o', "env");
+	request->repos = document(fcinfo, 6, 'a', "repos");
+	request->tags = document(fcinfo, 7, 'o', "tags");
+	request->options = document(fcinfo, 8, 'o', "options");
+	request->max_lifetime_s =
+		PG_ARGISNULL(9) ? 0 : check_interval(PG_GETARG_INTERVAL_P(9), "max_lifetime");
+	check_env(request->env);
+	check_repos(request->repos);
+	check_tags(request->tags);
+}
+
+/* ---- resolution ---- */
+
+static int64
+int_or(int column, int64 fallback)
+{
+	bool isnull;
+	Datum value = db_value(0, column, &isnull);
+
+	if (isnull)
+		return fallback;
+	switch (SPI_gettypeid(SPI_tuptable->tupdesc, column))
+	{
+		case INT4OID:
+			return DatumGetInt32(value);
+		case BOOLOID:
+			return DatumGetBool(value) ? 1 : 0;
+		default:
+			return DatumGetInt64(value);
+	}
+}
+
+static Jsonb *
+jsonb_or_null(int column)
+{
+	bool isnull;
+	Datum value = db_value(0, column, &isnull);
+
+	return isnull ? NULL : (Jsonb *) PG_DETOAST_DATUM_COPY(value);
+}
+
+static void
+resolve(const Request *request, Oid role, Resolved *resolved)
+{
+	Datum values[6];
+	char nulls[6] = {' ', ' ', ' ', ' ', ' ', ' '};
+
+	values[0] = CStringGetTextDatum(request->team_id);
+	values[1] = BoolGetDatum(caller_is_admin(role));
+	values[2] = ObjectIdGetDatum(role);
+	nulls[3] = request->profile ? ' ' : 'n';
+	values[3] = request->profile ? CStringGetTextDatum(request->profile) : (Datum) 0;
+	nulls[4] = request->provider ? ' ' : 'n';
+	values[4] = request->provider ? CStringGetTextDatum(request->provider) : (Datum) 0;
+	values[5] = CStringGetTextDatum(avm_default_provider);
+	db_run(&resolve_query, values, nulls);
+	if (SPI_processed == 0 || int_or(19, 0) == 0)
+		raise_no_such_team(request->team_id);
+
+	resolved->max_sessions = int_or(1, -1);
+	resolved->max_vcpus = int_or(2, -1);
+	resolved->max_memory_mib = int_or(3, -1);
+	resolved->min_lifetime_s = int_or(4, 0);
+	resolved->team_max_lifetime_s = int_or(5, 0);
+	resolved->profile_max_lifetime_s = int_or(6, 0);
+	resolved->bootstrap_timeout_s = int_or(7, avm_bootstrap_timeout_s);
+	resolved->heartbeat_timeout_s = int_or(8, avm_heartbeat_timeout_s);
+	resolved->has_profile = int_or(9, 0);
+	resolved->profile_provider = db_text(0, 10, CurrentMemoryContext);
+	resolved->team_provider = db_text(0, 11, CurrentMemoryContext);
+	resolved->vcpus = int_or(12, 0);
+	resolved->memory_mib = int_or(13, 0);
+	resolved->disk_gib = int_or(14, 0);
+	resolved->runtime = int_or(15, -1);
+	resolved->profile_options = jsonb_or_null(16);
+	resolved->team_options = jsonb_or_null(17);
+	resolved->has_secrets = int_or(18, 0);
+	SPI_freetuptable(SPI_tuptable);
+}
+
+/* Team's options, overridden by the profile's, overridden by the caller's. */
+static Jsonb *
+merge_options(const Resolved *resolved, const Request *request)
+{
+	Jsonb *merged = resolved->team_options;
+	Jsonb *layers[2] = {resolved->profile_options, request->options};
+	int i;
+
+	for (i = 0; i < lengthof(layers); i++)
+	{
+		if (layers[i] == NULL || JB_ROOT_COUNT(layers[i]) == 0)
+			continue;
+		merged = merged == NULL ? layers[i]
+								: DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(merged),
+																	 JsonbPGetDatum(layers[i])));
+	}
+	return merged ? merged : request->options;
+}
+
+static const Provider *
+resolve_provider(const Request *request, const Resolved *resolved)
+{
+	if (request->profile != NULL && !resolved->has_profile)
+		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
+						errmsg("profile \"%s\" does not exist for team \"%s\"", request->profile, request->team_id)));
+	if (request->provider != NULL && resolved->profile_provider != NULL &&
+		strcmp(request->provider, resolved->profile_provider) != 0)
+		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
+						errmsg("provider \"%s\" contradicts profile \"%s\", which is for \"%s\"",
+							   request->provider, request->profile, resolved->profile_provider)));
+	return provider_get(request->provider			 ? request->provider
+						: resolved->profile_provider ? resolved->profile_provider
+						: resolved->team_provider	 ? resolved->team_provider
+													 : avm_default_provider);
+}
+
+/* Lifetime in seconds, and the ceiling that extend() may reach. */
+static int64
+resolve_lifetime(const Request *request, const Resolved *resolved, int64 *ceiling)
+{
+	int64 lifetime;
+
+	*ceiling = avm_max_lifetime_ceiling_s;
+	if (resolved->team_max_lifetime_s > 0)
+		*ceiling = Min(*ceiling, resolved->team_max_lifetime_s);
+
+	if (request->max_lifetime_s == 0)
+	{
+		lifetime = resolved->profile_max_lifetime_s > 0 ? resolved->profile_max_lifetime_s
+														: avm_max_lifetime_s;
+		lifetime = Min(lifetime, *ceiling);
+		return Max(lifetime, Min(resolved->min_lifetime_s, *ceiling));
+	}
+	if (request->max_lifetime_s > *ceiling)
+		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
+						errmsg("max_lifetime is %lld s, but at most %lld s are allowed for team \"%s\"",
+							   (long long) request->max_lifetime_s, (long long) *ceiling, request->team_id)));
+	if (request->max_lifetime_s < resolved->min_lifetime_s)
+		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
+						errmsg("max_lifetime is %lld s, but at least %lld s are asked of team \"%s\"",
+							   (long long) request->max_lifetime_s, (long long) resolved->min_lifetime_s, request->team_id)));
+	return request->max_lifetime_s;
+}
+
+static bool
+resolve_runtime(const Provider *provider, const Resolved *resolved, Jsonb *options)
+{
+	bool runtime = resolved->runtime >= 0 ? resolved->runtime : provider->runtime_default;
+
+	runtime = option_bool(options, "runtime", runtime);
+	if (runtime && avm_gateway_url[0] == '\0')
+		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
+						errmsg("a session with a runtime needs agentvm.gateway_url"),
+						errhint("Set agentvm.gateway_url to the URL that VMs reach a gateway at, or use a profile with runtime = false.")));
+	return runtime;
+}
+
+/* ---- quota ---- */
+
+static void
+over_quota(const char *team_id, const char *what, int64 limit, int64 used, int64 wanted)
+{
+	ereport(ERROR, (errcode(AVM_QUOTA),
+					errmsg("team \"%s\" is at its limit of %lld %s", team_id, (long long) limit, what),
+					errdetail("%lld are in use, %lld more were asked for.", (long long) used, (long long) wanted),
+					errhint("Sessions that are ending still count until they have ended.")));
+}
+
+static void
+check_quota(const char *team_id, Resolved *resolved)
+{
+	Datum values[2] = {CStringGetTextDatum(team_id), (Datum) 0};
+	bool isnull;
+	bool limited = resolved->max_sessions >= 0 || resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0;
+
+	for (;;)
+	{
+		LOCKMODE mode = limited ? ExclusiveLock : ShareLock;
+
+		team_lock(team_id, mode);
+		db_run(&limits_query, values, NULL);
+		if (SPI_processed == 0)
+			raise_no_such_team(team_id);
+		resolved->max_sessions = int_or(1, -1);
+		resolved->max_vcpus = int_or(2, -1);
+		resolved->max_memory_mib = int_or(3, -1);
+		SPI_freetuptable(SPI_tuptable);
+		if (limited || (resolved->max_sessions < 0 && resolved->max_vcpus < 0 && resolved->max_memory_mib < 0))
+			break;
+		/* it got a limit between our first look and the lock */
+		team_unlock(team_id, mode);
+		limited = true;
+	}
+
+	if (resolved->max_sessions >= 0)
+	{
+		int64 used;
+
+		values[1] = Int64GetDatum(resolved->max_sessions);
+		db_run(&count_query, values, NULL);
+		used = DatumGetInt64(db_value(0, 1, &isnull));
+		SPI_freetuptable(SPI_tuptable);
+		if (used >= resolved->max_sessions)
+			over_quota(team_id, "sessions", resolved->max_sessions, used, 1);
+	}
+	if (resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0)
+	{
+		int64 vcpus;
+		int64 memory;
+
+		db_run(&sum_query, values, NULL);
+		vcpus = DatumGetInt64(db_value(0, 1, &isnull));
+		memory = DatumGetInt64(db_value(0, 2, &isnull));
+		SPI_freetuptable(SPI_tuptable);
+		if ((resolved->max_vcpus >= 0 && resolved->vcpus == 0) ||
+			(resolved->max_memory_mib >= 0 && resolved->memory_mib == 0))
+			ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
+							errmsg("team \"%s\" has a limit on vCPUs or memory, but the session's size is not known", team_id),
+							errhint("Use a profile that states vcpus and memory_mib.")));
+		if (resolved->max_vcpus >= 0 && vcpus + resolved->vcpus > resolved->max_vcpus)
+			over_quota(team_id, "vCPUs", resolved->max_vcpus, vcpus, resolved->vcpus);
+		if (resolved->max_memory_mib >= 0 && memory + resolved->memory_mib > resolved->max_memory_mib)
+			over_quota(team_id, "MiB of memory", resolved->max_memory_mib, memory, resolved->memory_mib);
+	}
+}
+
+/* ---- identity ---- */
+
+/*
+ * A version 7 UUID (RFC 9562): milliseconds, then microseconds within them in
+ * the 12 bits of rand_a so that ids of one backend sort by time, then random.
+ */
+static void
+make_session_id(pg_uuid_t *id, TimestampTz now)
+{
+	int64 us = now + (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY;
+	uint64 ms = us / 1000;
+	uint32 sub = (uint32) ((us % 1000) * 4096 / 1000);
+	int i;
+
+	if (!pg_strong_random(id->data + 8, 8))
+		ereport(ERROR, (errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not generate random values")));
+	for (i = 0; i < 6; i++)
+		id->data[i] = (unsigned char) (ms >> (8 * (5 - i)));
+	id->data[6] = 0x70 | (sub >> 8);
+	id->data[7] = sub & 0xff;
+	id->data[8] = 0x80 | (id->data[8] & 0x3f);
+}
+
+/* SHA-256 over all arguments but the key, so that a repeat can be told from a conflict. */
+static bytea *
+hash_request(const Request *request)
+{
+	bytea *hash = palloc(VARHDRSZ + SHA256_LEN);
+	const char *texts[3] = {request->agent_id, request->profile, request->provider};
+	Jsonb *documents[4] = {request->env, request->repos, request->tags, request->options};
+	StringInfoData all;
+	int i;
+
+	initStringInfo(&all);
+	for (i = 0; i < lengthof(texts); i++)
+	{
+		int32 len = texts[i] ? strlen(texts[i]) : -1;
+
+		appendBinaryStringInfo(&all, (char *) &len, sizeof(len));
+		if (texts[i] != NULL)
+			appendStringInfoString(&all, texts[i]);
+	}
+	/* jsonb keeps one form for equal documents, as text */
+	for (i = 0; i < lengthof(documents); i++)
+	{
+		(void) JsonbToCString(&all, &documents[i]->root, VARSIZE(documents[i]));
+		appendStringInfoChar(&all, '\n');
+	}
+	appendStringInfo(&all, "%lld", (long long) request->max_lifetime_s);
+	SET_VARSIZE(hash, VARHDRSZ + SHA256_LEN);
+	sha256_bytes(all.data, all.len, (uint8 *) VARDATA(hash));
+	secret_wipe(all.data, all.len);
+	pfree(all.data);
+	return hash;
+}
+
+/* The session that already has this key, if any; the same arguments give the same session. */
+static bool
+find_by_key(const Request *request, const bytea *hash, pg_uuid_t *found)
+{
+	Datum values[2] = {CStringGetTextDatum(request->team_id), CStringGetTextDatum(request->idempotency_key)};
+	bool isnull;
+	bytea *stored;
+
+	db_run(&by_key_query, values, NULL);
+	if (SPI_processed == 0)
+		return false;
+	*found = *DatumGetUUIDP(db_value(0, 1, &isnull));
+	stored = DatumGetByteaPP(db_value(0, 2, &isnull));
+	if (isnull || VARSIZE_ANY_EXHDR(stored) != SHA256_LEN ||
+		memcmp(VARDATA_ANY(stored), VARDATA(hash), SHA256_LEN) != 0)
+		ereport(ERROR, (errcode(AVM_IDEMPOTENCY_CONFLICT),
+						errmsg("idempotency key \"%s\" was used before with other arguments", request->idempotency_key),
+						errhint("Use a new key for a new request."), hide_caller()));
+	SPI_freetuptable(SPI_tuptable);
+	return true;
+}
+
+/*
+ * Environment and repositories for the runtime, encrypted; nobody else ever
+ * gets them, so without a runtime they are not kept at all.
+ */
+static bytea *
+make_payload(const Request *request, const char *session_id, char **key_id)
+{
+	StringInfoData text;
+	bytea *encrypted;
+
+	initStringInfo(&text);
+	appendStringInfoString(&text, "{\"env\": ");
+	(void) JsonbToCString(&text, &request->env->root, VARSIZE(request->env));
+	appendStringInfoString(&text, ", \"repos\": ");
+	(void) JsonbToCString(&text, &request->repos->root, VARSIZE(request->repos));
+	appendStringInfoChar(&text, '}');
+	encrypted = secret_encrypt(request->team_id, "session", session_id, text.data, text.len, key_id);
+	secret_wipe(text.data, text.len);
+	pfree(text.data);
+	return encrypted;
+}
+
+/* Calling where nobody works is never a silent no-op; said once per transaction. */
+static void
+warn_unless_served(void)
+{
+	static LocalTransactionId warned = InvalidLocalTransactionId;
+
+	if (shared_is_served() || warned == AvmLocalTransactionId())
+		return;
+	warned = AvmLocalTransactionId();
+	ereport(WARNING,
+			(errmsg("no agentvm dispatcher serves this database, so the session is not launched by itself"),
+			 shared_available()
+				 ? errhint("Add the database to agentvm.databases, or run CALL agentvm.dispatch().")
+				 : errhint("Add agentvm to shared_preload_libraries and restart, or run CALL agentvm.dispatch() from time to time.")));
+}
+
+static void
+set_optional_text(Datum *values, char *nulls, int i, const char *text)
+{
+	nulls[i] = text ? ' ' : 'n';
+	values[i] = text ? CStringGetTextDatum(text) : (Datum) 0;
+}
+
+Datum
+agentvm_provision(PG_FUNCTION_ARGS)
+{
+	Oid role = GetUserId();
+	Name created_by = palloc0(sizeof(NameData));
+	pg_uuid_t *id = palloc(sizeof(pg_uuid_t));
+	Request request = {0};
+	Resolved resolved = {0};
+	const Provider *provider;
+	Jsonb *options;
+	DbScope scope;
+	Datum values[NUM_INSERT_ARGS];
+	char nulls[NUM_INSERT_ARGS];
+	bytea *hash = NULL;
+	bytea *payload = NULL;
+	char *key_id = NULL;
+	bool runtime;
+	bool has_payload;
+	int64 lifetime;
+	int64 ceiling;
+	TimestampTz now = GetCurrentTimestamp();
+
+	read_request(fcinfo, &request);
+	namestrcpy(created_by, GetUserNameFromId(role, false));
+
+	db_enter(&scope);
+	resolve(&request, role, &resolved);
+	provider = resolve_provider(&request, &resolved);
+	if (request.idempotency_key != NULL)
+	{
+		hash = hash_request(&request);
+		if (find_by_key(&request, hash, id))
+		{
+			db_leave(&scope);
+			PG_RETURN_UUID_P(id);
+		}
+	}
+	if (JB_ROOT_COUNT(request.options) > 0)
+		provider_check_options(provider, OPTIONS_CALLER, request.options);
+	options = merge_options(&resolved, &request);
+	provider_check_options(provider, OPTIONS_LAUNCH, options);
+	if (provider->needs_secrets && !resolved.has_secrets)
+		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
+						errmsg("team \"%s\" has no credentials for provider \"%s\"", request.team_id, provider->name),
+						errhint("An administrator sets them with agentvm.set_provider().")));
+	lifetime = resolve_lifetime(&request, &resolved, &ceiling);
+	runtime = resolve_runtime(provider, &resolved, options);
+
+	make_session_id(id, now);
+	has_payload = JB_ROOT_COUNT(request.env) > 0 || JB_ROOT_COUNT(request.repos) > 0;
+	if (runtime)
+	{
+		if (has_payload)
+			payload = make_payload(&request, DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id))), &key_id);
+		else
+			key_id = keyring_current_id();
+	}
+	else if (has_payload)
+		ereport(WARNING, (errmsg("env and repos are ignored: the session has no runtime that could receive them"),
+						  hide_caller()));
+
+	memset(nulls, ' ', sizeof(nulls));
+	values[0] = UUIDPGetDatum(id);
+	values[1] = CStringGetTextDatum(request.team_id);
+	set_optional_text(values, nulls, 2, request.agent_id);
+	values[3] = CStringGetTextDatum(provider->name);
+	set_optional_text(values, nulls, 4, request.profile);
+	values[5] = TimestampTzGetDatum(now);
+	values[6] = TimestampTzGetDatum(now + lifetime * USECS_PER_SEC);
+	values[7] = TimestampTzGetDatum(now + ceiling * USECS_PER_SEC);
+	values[8] = JsonbPGetDatum(request.tags);
+	set_optional_text(values, nulls, 9, request.idempotency_key);
+	values[10] = NameGetDatum(created_by);
+	nulls[11] = hash ? ' ' : 'n';
+	values[11] = PointerGetDatum(hash);
+	values[12] = JsonbPGetDatum(options);
+	nulls[13] = resolved.vcpus > 0 ? ' ' : 'n';
+	values[13] = Int32GetDatum(resolved.vcpus);
+	nulls[14] = resolved.memory_mib > 0 ? ' ' : 'n';
+	values[14] = Int32GetDatum(resolved.memory_mib);
+	nulls[15] = resolved.disk_gib > 0 ? ' ' : 'n';
+	values[15] = Int32GetDatum(resolved.disk_gib);
+	values[16] = BoolGetDatum(runtime);
+	values[17] = Float8GetDatum((double) resolved.bootstrap_timeout_s);
+	values[18] = Float8GetDatum((double) resolved.heartbeat_timeout_s);
+	nulls[19] = payload ? ' ' : 'n';
+	values[19] = PointerGetDatum(payload);
+	set_optional_text(values, nulls, 20, key_id);
+	values[21] = Int16GetDatum(provider->blocking ? 1 : 0);
+
+	check_quota(request.team_id, &resolved);
+	if (request.idempotency_key == NULL)
+		db_run(&insert_query, values, nulls);
+	else
+	{
+		db_run(&insert_once_query, values, nulls);
+		if (SPI_processed == 0)
+		{
+			/* somebody else's transaction with the same key committed first */
+			if (!find_by_key(&request, hash, id))
+				ereport(ERROR, (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+								errmsg("idempotency key \"%s\" was used concurrently", request.idempotency_key),
+								errhint("Try again.")));
+			db_leave(&scope);
+			PG_RETURN_UUID_P(id);
+		}
+	}
+	{
+		Datum event[3] = {values[0], values[1], values[10]};
+		char event_nulls[3] = {' ', ' ', 'n'};
+
+		db_run(&event_query, event, event_nulls);
+	}
+	db_leave(&scope);
+
+	wake_dispatchers(now);
+	wake_waiters(id);
+	warn_unless_served();
+	PG_RETURN_UUID_P(id);
+}

@@ -1,0 +1,315 @@
+/*-------------------------------------------------------------------------
+ *
+ * session.c
+ *		Functions on one session: terminate, extend, status, inspect; and the
+ *		triggers that hold the state machine.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "agentvm.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "db.h"
+#include "engine/ask.h"
+#include "engine/session_row.h"
+#include "engine/wake.h"
+#include "miscadmin.h"
+#include "session/session.h"
+#include "utils/builtins.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
+
+PG_FUNCTION_INFO_V1(agentvm_terminate);
+PG_FUNCTION_INFO_V1(agentvm_extend);
+PG_FUNCTION_INFO_V1(agentvm_status);
+PG_FUNCTION_INFO_V1(agentvm_inspect);
+PG_FUNCTION_INFO_V1(agentvm_session_transition);
+PG_FUNCTION_INFO_V1(agentvm_event_is_append_only);
+
+#define MAX_REASON 500 /* bytes of terminate()'s free text */
+
+static DbQuery facts_query = {
+	"SELECT s.state, s.end_reason, s.detail, s.next_check_at, s.xmin, "
+	"$3 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = s.team_id "
+	"AND pg_has_role($2, m.role, 'USAGE')) "
+	"FROM agentvm.session s WHERE s.session_id = $1",
+	3,
+	{UUIDOID, OIDOID, BOOLOID}};
+
+/*
+ * The wish is written, and the row made due; while somebody holds a lease it
+ * moves next_check_at itself, once its call has been answered.
+ */
+static DbQuery terminate_query = {
+	"UPDATE agentvm.session SET state = 'terminating', end_reason = 'requested', detail = $2, "
+	"retries = 0, next_check_at = CASE WHEN lease IS NULL THEN least(next_check_at, $3) "
+	"ELSE next_check_at END "
+	"WHERE session_id = $1 AND state NOT IN ('terminating', 'terminated', 'failed') "
+	"RETURNING next_check_at",
+	3,
+	{UUIDOID, TEXTOID, TIMESTAMPTZOID}};
+
+/*
+ * next_check_at stays at the old deadline: the engine looks then, and finds the
+ * new one.
+ */
+static DbQuery extend_query = {
+	"UPDATE agentvm.session SET deadline_at = deadline_at + $2 "
+	"WHERE session_id = $1 AND state NOT IN ('terminating', 'terminated', 'failed') "
+	"AND deadline_at + $2 <= ceiling_at RETURNING deadline_at, next_check_at",
+	2,
+	{UUIDOID, INTERVALOID}};
+
+static DbQuery ceiling_query = {
+	"SELECT ceiling_at::text FROM agentvm.session WHERE session_id = $1", 1, {UUIDOID}};
+
+static DbQuery transition_query = {
+	"INSERT INTO agentvm.session_event (session_id, team_id, kind, old_state, new_state, reason, "
+	"detail) VALUES ($1, $2, 'state', $3, $4, $5, "
+	"CASE WHEN $6 IS NOT NULL THEN jsonb_build_object('detail', $6) END)",
+	6,
+	{UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}};
+
+pg_uuid_t *
+session_id_argument(FunctionCallInfo fcinfo, int argument)
+{
+	if (PG_ARGISNULL(argument))
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("session_id must not be null")));
+	return PG_GETARG_UUID_P(argument);
+}
+
+static char *
+uuid_text(const pg_uuid_t *id)
+{
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
+}
+
+void
+session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
+{
+	Datum values[3] = {UUIDPGetDatum(id), ObjectIdGetDatum(role),
+					   BoolGetDatum(caller_is_admin(role))};
+	bool isnull;
+
+	db_run(&facts_query, values, NULL);
+	if (SPI_processed == 0 || !DatumGetBool(db_value(0, 6, &isnull)) || isnull)
+		ereport(ERROR, (errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
+						errhint("It may also belong to a team that the current role is not a member of.")));
+	facts->state = state_parse(db_text(0, 1, CurrentMemoryContext));
+	facts->end_reason = db_text(0, 2, CurrentMemoryContext);
+	facts->detail = db_text(0, 3, CurrentMemoryContext);
+	facts->next_check_at = DatumGetTimestampTz(db_value(0, 4, &isnull));
+	if (isnull)
+		facts->next_check_at = 0;
+	facts->changed_here =
+		TransactionIdIsCurrentTransactionId(DatumGetTransactionId(db_value(0, 5, &isnull)));
+	SPI_freetuptable(SPI_tuptable);
+}
+
+void
+session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts)
+{
+	const char *reason = facts->end_reason ? facts->end_reason : "unknown";
+
+	ereport(ERROR,
+			(errcode(reason_sqlstate(reason)),
+			 state_is_ended(facts->state)
+				 ? errmsg("session %s has ended: %s", uuid_text(id), reason)
+				 : errmsg("session %s is ending: %s", uuid_text(id), reason),
+			 facts->detail ? errdetail("%s", facts->detail) : 0,
+			 errhint("The log of the session is in agentvm.session_event.")));
+	pg_unreachable();
+}
+
+Datum
+agentvm_terminate(PG_FUNCTION_ARGS)
+{
+	Oid role = GetUserId();
+	pg_uuid_t *id = session_id_argument(fcinfo, 0);
+	TimestampTz now = GetCurrentTimestamp();
+	SessionFacts facts;
+	DbScope scope;
+	Datum values[3];
+	char nulls[3] = {' ', 'n', ' '};
+	bool began;
+	bool isnull;
+
+	if (!PG_ARGISNULL(1))
+	{
+		char *reason = text_to_cstring(PG_GETARG_TEXT_PP(1));
+		const char *c;
+
+		if (strlen(reason) > MAX_REASON)
+			ereport(ERROR, (errcode(AVM_OVER_LIMIT),
+							errmsg("reason is %zu bytes long, but at most %d are kept", strlen(reason), MAX_REASON)));
+		for (c = reason; *c != '\0'; c++)
+		{
+			if ((unsigned char) *c < ' ' || *c == 0x7f)
+				ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+								errmsg("reason must not hold control characters")));
+		}
+		if (strcmp(reason, "requested") != 0)
+		{
+			values[1] = CStringGetTextDatum(reason);
+			nulls[1] = ' ';
+		}
+	}
+
+	db_enter(&scope);
+	session_facts(id, role, &facts);
+	values[0] = UUIDPGetDatum(id);
+	values[2] = TimestampTzGetDatum(now);
+	db_run(&terminate_query, values, nulls);
+	began = SPI_processed > 0;
+	if (began)
+		wake_dispatchers(DatumGetTimestampTz(db_value(0, 1, &isnull)));
+	db_leave(&scope);
+	PG_RETURN_BOOL(began);
+}
+
+Datum
+agentvm_extend(PG_FUNCTION_ARGS)
+{
+	Oid role = GetUserId();
+	pg_uuid_t *id = session_id_argument(fcinfo, 0);
+	SessionFacts facts;
+	DbScope scope;
+	Datum values[2];
+	TimestampTz deadline;
+	bool isnull;
+
+	if (PG_ARGISNULL(1))
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("by must not be null")));
+	(void) check_interval(PG_GETARG_INTERVAL_P(1), "by");
+
+	db_enter(&scope);
+	session_facts(id, role, &facts);
+	values[0] = UUIDPGetDatum(id);
+	values[1] = PG_GETARG_DATUM(1);
+	db_run(&extend_query, values, NULL);
+	if (SPI_processed == 0)
+	{
+		session_facts(id, role, &facts);
+		if (facts.state == STATE_TERMINATING || state_is_ended(facts.state))
+			ereport(ERROR, (errcode(AVM_SESSION_ENDED),
+							errmsg("session %s is %s and cannot be extended", uuid_text(id), state_name(facts.state))));
+		db_run(&ceiling_query, values, NULL);
+		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
+						errmsg("session %s cannot be extended beyond its ceiling", uuid_text(id)),
+						errdetail("The ceiling is %s.", db_text(0, 1, CurrentMemoryContext)),
+						errhint("It was set by the team's max_lifetime and agentvm.max_lifetime_ceiling when the session was made.")));
+	}
+	deadline = DatumGetTimestampTz(db_value(0, 1, &isnull));
+	/* we held the row's lock: whoever passed it by meanwhile looks again */
+	wake_dispatchers(DatumGetTimestampTz(db_value(0, 2, &isnull)));
+	db_leave(&scope);
+	PG_RETURN_TIMESTAMPTZ(deadline);
+}
+
+/* As the caller, through the view: what it may not see, it does not see. */
+Datum
+agentvm_status(PG_FUNCTION_ARGS)
+{
+	static SPIPlanPtr plan = NULL;
+	pg_uuid_t *id = session_id_argument(fcinfo, 0);
+	Datum values[1] = {UUIDPGetDatum(id)};
+	Oid types[1] = {UUIDOID};
+	Datum result;
+	bool isnull;
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	if (plan == NULL)
+	{
+		plan = SPI_prepare("SELECT s FROM agentvm.sessions s WHERE s.session_id OPERATOR(pg_catalog.=) $1", 1, types);
+		if (plan == NULL || SPI_keepplan(plan) != 0)
+			elog(ERROR, "could not prepare the status query");
+	}
+	if (SPI_execute_plan(plan, values, NULL, true, 1) != SPI_OK_SELECT)
+		elog(ERROR, "the status query failed");
+	if (SPI_processed == 0)
+		ereport(ERROR, (errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
+						errhint("It may also belong to a team that the current role is not a member of.")));
+	result = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull);
+	result = SPI_datumTransfer(result, false, -1);
+	SPI_finish();
+	return result;
+}
+
+Datum
+agentvm_inspect(PG_FUNCTION_ARGS)
+{
+	Oid role = GetUserId();
+	pg_uuid_t *id = session_id_argument(fcinfo, 0);
+	MemoryContext caller = CurrentMemoryContext;
+	SessionFacts facts;
+	DbScope scope;
+	SessionRow *row;
+	MemoryContext old;
+
+	db_enter(&scope);
+	session_facts(id, role, &facts);
+	old = MemoryContextSwitchTo(caller);
+	row = session_row_read(id);
+	MemoryContextSwitchTo(old);
+	db_leave(&scope);
+	PG_RETURN_JSONB_P(provider_ask(OP_INSPECT, row->team_id, row->provider, row->options, row));
+}
+
+/* AFTER UPDATE of the state: refuse what the design does not know, log the rest. */
+Datum
+agentvm_session_transition(PG_FUNCTION_ARGS)
+{
+	TriggerData *trigger = (TriggerData *) fcinfo->context;
+	TupleDesc desc;
+	DbScope scope;
+	SessionState from;
+	SessionState to;
+	Datum values[6];
+	char nulls[6] = {' ', ' ', ' ', ' ', ' ', ' '};
+	bool isnull;
+	int state_column;
+	pg_uuid_t *id;
+	static const char *const copied[] = {"session_id", "team_id", NULL, NULL, "end_reason", "detail"};
+	int i;
+
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BY_UPDATE(trigger->tg_event))
+		ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+						errmsg("agentvm.session_transition() is a trigger on agentvm.session")));
+	desc = RelationGetDescr(trigger->tg_relation);
+	state_column = SPI_fnumber(desc, "state");
+	values[2] = heap_getattr(trigger->tg_trigtuple, state_column, desc, &isnull);
+	values[3] = heap_getattr(trigger->tg_newtuple, state_column, desc, &isnull);
+	from = state_parse(TextDatumGetCString(values[2]));
+	to = state_parse(TextDatumGetCString(values[3]));
+	for (i = 0; i < lengthof(copied); i++)
+	{
+		if (copied[i] == NULL)
+			continue;
+		values[i] = heap_getattr(trigger->tg_newtuple, SPI_fnumber(desc, copied[i]), desc, &isnull);
+		nulls[i] = isnull ? 'n' : ' ';
+	}
+	id = DatumGetUUIDP(values[0]);
+	if (!state_may_become(from, to))
+		ereport(ERROR, (errcode(ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION),
+						errmsg("session %s cannot go from %s to %s", uuid_text(id), state_name(from), state_name(to)),
+						state_is_ended(from) ? errdetail("An ended session is a tombstone: nothing revives it.") : 0));
+
+	db_enter(&scope);
+	db_run(&transition_query, values, nulls);
+	db_leave(&scope);
+	wake_waiters(id);
+	return PointerGetDatum(NULL);
+}
+
+Datum
+agentvm_event_is_append_only(PG_FUNCTION_ARGS)
+{
+	ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+					errmsg("agentvm.session_event is append-only")));
+	return (Datum) 0;
+}

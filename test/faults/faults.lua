@@ -1,0 +1,277 @@
+-- Faults between agentvm and EC2, and the idempotency that moto lacks. Commands, any HTTP method:
+--
+--   /_faults/set?mode=M&action=A&n=N&market=spot|on-demand&skip=S&...
+--        the next N calls (default: all to come) of action A (default: any) fail as M says, the first S of them excepted;
+--        the first rule that fits decides; a rule with market fits RunInstances of that market only
+--   /_faults/clear      no more rules            /_faults/reset      nor counts, tokens and canned instances
+--   /_faults/counts     {"received": {"RunInstances": 3, ...}, "cloud": {...}, "faulted": {...}, "replayed": {...}}
+--
+-- Modes: pass; capacity; throttle; 500 (EC2's own, as XML); html (a 502 that is no XML); auth (credentials refused);
+-- error (&status=400&code=X&message=Y); slow (&ms=N, then on); drop (closed before the cloud saw it); lost (the cloud did it,
+-- the caller sees the connection close); truncated (half of the cloud's answer); body (&status=200&body=...&repeat=N);
+-- canned (&ms=N: answered here without a cloud). With &log=0 the
+-- calls are not written to requests.log, which benches would make large.
+local M = {}
+local rules, counts, tokens, canned = ngx.shared.rules, ngx.shared.counts, ngx.shared.tokens, ngx.shared.canned
+
+local errors = {
+    capacity = { status = 500, code = "InsufficientInstanceCapacity", message = "There is no capacity of this type in the zone." },
+    throttle = { status = 503, code = "RequestLimitExceeded", message = "Request limit exceeded." },
+    ["500"] = { status = 500, code = "InternalError", message = "An internal error has occurred" },
+    auth = { status = 401, code = "AuthFailure", message = "AWS was not able to validate the provided access credentials" },
+}
+
+local function count(kind, action)
+    counts:incr(kind .. ":" .. action, 1, 0)
+end
+
+local function reply(status, body, content_type)
+    ngx.status = status
+    ngx.header.content_type = content_type or "text/xml;charset=UTF-8"
+    ngx.header.content_length = #body
+    ngx.print(body)
+end
+
+local function fail(fault)
+    reply(tonumber(fault.status) or 400, string.format('<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error><Code>%s</Code>'
+        .. "<Message>%s</Message></Error></Errors><RequestID>%s</RequestID></Response>", fault.code or "Unknown", fault.message or "",
+        ngx.var.request_id))
+end
+
+-- The rule that decides about this call, which uses up one of its n
+local function rule_for(action, args)
+    local market = args["InstanceMarketOptions.MarketType"] or "on-demand"
+    for i = 1, rules:get("last") or 0 do
+        local rule = ngx.decode_args(rules:get("rule:" .. i), 0)
+        local fits = (not rule.action or rule.action == "*" or rule.action == action)
+            and (not rule.market or (action == "RunInstances" and rule.market == market))
+        if fits and rules:incr("skip:" .. i, -1) < 0 and (not rule.n or rules:incr("n:" .. i, -1) >= 0) then
+            return rule
+        end
+    end
+    return { mode = "pass" }
+end
+
+local function subnet_of(args)
+    return args.SubnetId or args["NetworkInterface.1.SubnetId"] or ""
+end
+
+-- All parameters in one string, whatever their order was
+local function fingerprint(args)
+    local keys = {}
+    for key, value in pairs(args) do
+        keys[#keys + 1] = key .. "=" .. tostring(value)
+    end
+    table.sort(keys)
+    return ngx.md5(table.concat(keys, "&"))
+end
+
+local function ask_cloud(action)
+    count("cloud", action)
+    local answer = ngx.location.capture("/_cloud", { method = ngx.HTTP_POST, always_forward_body = true })
+    return answer.status, answer.body, answer.header["Content-Type"]
+end
+
+-- RunInstances with a token: scoped to the subnet, as EC2's is to the zone. The first caller asks the cloud, those who
+-- come meanwhile wait for its answer; a failed launch leaves the token free.
+local function run_once(action, args, before)
+    local token = args.ClientToken and args.ClientToken .. "|" .. subnet_of(args)
+    if not token then
+        if before() then
+            return ask_cloud(action)
+        end
+        return nil
+    end
+    local wanted = fingerprint(args)
+    while not tokens:add(token .. "|wanted", wanted) do
+        if tokens:get(token .. "|wanted") ~= wanted then
+            count("mismatched", action)
+            return 400, '<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error><Code>IdempotentParameterMismatch</Code>'
+                .. "<Message>The client token was used with other parameters</Message></Error></Errors></Response>"
+        end
+        local body = tokens:get(token .. "|body")
+        if body then
+            count("replayed", action)
+            return 200, body
+        end
+        ngx.sleep(0.01)
+    end
+    if not before() then
+        tokens:delete(token .. "|wanted")
+        return nil
+    end
+    local status, body, content_type = ask_cloud(action)
+    if status == 200 then
+        tokens:set(token .. "|body", body)
+    else
+        tokens:delete(token .. "|wanted")
+    end
+    return status, body, content_type
+end
+
+-- Answers without a cloud: what was launched is remembered, by id, token and session tag
+local function instance_xml(id)
+    local subnet, market, state = canned:get(id .. "|subnet"), canned:get(id .. "|market"), canned:get(id .. "|state")
+    local codes = { running = 16, ["shutting-down"] = 32, terminated = 48 }
+    return string.format("<item><instanceId>%s</instanceId><imageId>ami-12345678</imageId><instanceState><code>%d</code><name>%s</name>"
+        .. "</instanceState><privateIpAddress>10.0.0.1</privateIpAddress><instanceType>t3.micro</instanceType><subnetId>%s</subnetId>"
+        .. "<placement><availabilityZone>us-east-1a</availabilityZone></placement>%s<clientToken>%s</clientToken><tagSet>"
+        .. "<item><key>agentvm-session-id</key><value>%s</value></item></tagSet></item>", id, codes[state], state, subnet,
+        market == "spot" and "<instanceLifecycle>spot</instanceLifecycle>" or "", canned:get(id .. "|token"), canned:get(id .. "|session"))
+end
+
+local function envelope(action, inside)
+    return string.format('<?xml version="1.0" encoding="UTF-8"?>\n<%sResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><requestId>%s'
+        .. "</requestId>%s</%sResponse>", action, ngx.var.request_id, inside, action)
+end
+
+local function from_the_can(action, args, rule)
+    local ids, items = {}, {}
+    if rule.ms then
+        ngx.sleep(tonumber(rule.ms) / 1000)
+    end
+    for i = 1, 1000 do
+        local id = args["InstanceId." .. i]
+        if not id then break end
+        ids[i] = id
+    end
+    if action == "RunInstances" then
+        local key = "token:" .. (args.ClientToken or ngx.var.request_id) .. "|" .. subnet_of(args)
+        local id = string.format("i-%017x", canned:incr("last", 1, 0))
+        if not canned:add(key, id) then
+            id = canned:get(key)
+            count("replayed", action)
+        else
+            local session = ""
+            for i = 1, 50 do
+                if args["TagSpecification.1.Tag." .. i .. ".Key"] == "agentvm-session-id" then
+                    session = args["TagSpecification.1.Tag." .. i .. ".Value"]
+                end
+            end
+            canned:set(id .. "|state", "running")
+            canned:set(id .. "|subnet", subnet_of(args))
+            canned:set(id .. "|market", args["InstanceMarketOptions.MarketType"] or "on-demand")
+            canned:set(id .. "|token", args.ClientToken or "")
+            canned:set(id .. "|session", session)
+            canned:set("session:" .. session, id)
+        end
+        return reply(200, envelope(action, "<reservationId>r-1</reservationId><instancesSet>" .. instance_xml(id) .. "</instancesSet>"))
+    elseif action == "TerminateInstances" then
+        for i, id in ipairs(ids) do
+            if canned:get(id .. "|state") then
+                canned:set(id .. "|state", "terminated")
+            end
+            items[i] = "<item><instanceId>" .. id .. "</instanceId><currentState><code>32</code><name>shutting-down</name></currentState>"
+                .. "<previousState><code>16</code><name>running</name></previousState></item>"
+        end
+        return reply(200, envelope(action, "<instancesSet>" .. table.concat(items) .. "</instancesSet>"))
+    elseif action == "DescribeInstances" then
+        for i = 1, 10 do
+            local name = args["Filter." .. i .. ".Name"]
+            for v = 1, 200 do
+                local value = args["Filter." .. i .. ".Value." .. v]
+                if not value then break end
+                if name == "tag:agentvm-session-id" then
+                    ids[#ids + 1] = canned:get("session:" .. value)
+                elseif name == "client-token" then
+                    ids[#ids + 1] = canned:get("token:" .. value .. "|")
+                end
+            end
+        end
+        for _, id in ipairs(ids) do
+            if canned:get(id .. "|state") then
+                items[#items + 1] = "<item><reservationId>r-1</reservationId><instancesSet>" .. instance_xml(id) .. "</instancesSet></item>"
+            end
+        end
+        return reply(200, envelope(action, "<reservationSet>" .. table.concat(items) .. "</reservationSet>"))
+    end
+    return fail({ status = 400, code = "InvalidAction", message = "not in the can" })
+end
+
+function M.serve()
+    ngx.req.read_body()
+    local args = ngx.req.get_post_args(0)
+    local action = args.Action or "?"
+    ngx.var.action = action
+    count("received", action)
+
+    local rule = rule_for(action, args)
+    local mode = rule.mode
+    ngx.var.outcome = mode
+    ngx.var.log = rule.log or 1
+    if mode ~= "pass" and mode ~= "canned" then
+        count("faulted", action)
+    end
+    if mode == "canned" or (mode == "pass" and ngx.var.no_cloud == "") then
+        return from_the_can(action, args, rule)
+    elseif mode == "drop" then
+        return ngx.exit(444)
+    elseif mode == "html" then
+        return reply(502, "<html><head><title>502 Bad Gateway</title></head><body><center><h1>502</h1></body></html>", "text/html")
+    elseif mode == "body" then
+        return reply(tonumber(rule.status) or 200, string.rep(rule.body or "", tonumber(rule["repeat"]) or 1))
+    elseif mode == "error" then
+        return fail(rule)
+    elseif errors[mode] and mode ~= "capacity" then
+        return fail(errors[mode])
+    elseif mode == "slow" then
+        ngx.sleep((tonumber(rule.ms) or 1000) / 1000)
+    end
+
+    -- a token that has launched already is answered from the table even when there is no capacity left
+    local status, body, content_type
+    local function before()
+        return mode ~= "capacity"
+    end
+    if action == "RunInstances" then
+        status, body, content_type = run_once(action, args, before)
+    elseif before() then
+        status, body, content_type = ask_cloud(action)
+    end
+    if not status then
+        return fail(errors.capacity)
+    elseif mode == "lost" then
+        return ngx.exit(444)
+    elseif mode == "truncated" then
+        body = body:sub(1, math.floor(#body / 2))
+    end
+    return reply(status, body, content_type)
+end
+
+function M.control()
+    local command, args = ngx.var.uri:match("^/_faults/(.*)$"), ngx.req.get_uri_args(0)
+    if command == "set" then
+        if not args.mode then
+            return reply(400, "mode is missing\n", "text/plain")
+        end
+        local i = rules:incr("last", 1, 0)
+        rules:set("rule:" .. i, ngx.encode_args(args))
+        rules:set("n:" .. i, tonumber(args.n) or 0)
+        rules:set("skip:" .. i, tonumber(args.skip) or 0)
+    elseif command == "clear" or command == "reset" then
+        rules:flush_all()
+        if command == "reset" then
+            counts:flush_all()
+            tokens:flush_all()
+            canned:flush_all()
+        end
+    elseif command == "counts" then
+        local kinds, parts = {}, {}
+        for _, kind in ipairs({ "received", "cloud", "faulted", "replayed", "mismatched" }) do
+            kinds[kind] = {}
+        end
+        for _, key in ipairs(counts:get_keys(0)) do
+            local kind, action = key:match("^(%w+):(.*)$")
+            table.insert(kinds[kind], string.format('"%s":%d', action:gsub("[^%w?]", "_"), counts:get(key)))
+        end
+        for kind, list in pairs(kinds) do
+            parts[#parts + 1] = string.format('"%s":{%s}', kind, table.concat(list, ","))
+        end
+        return reply(200, "{" .. table.concat(parts, ",") .. "}\n", "application/json")
+    else
+        return reply(404, "no such command\n", "text/plain")
+    end
+    return reply(200, "ok\n", "text/plain")
+end
+
+return M

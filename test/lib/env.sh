@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# What test/run, test/bench, infra/demo and the Makefile share: packages, the Python environment, a private copy of
+# the server, the unprivileged user, and cleaning up. Source it, or run one function: env.sh FUNCTION [ARGUMENT...]
+set -euo pipefail
+umask 022
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+say() { printf '%s\n' "$*" >&2; }
+
+# The newest server, from 14 to 18, whose development files are installed; else the distribution's own
+pg_version() {
+	local pgxs
+	pgxs=$(printf '%s\n' /usr/lib/postgresql/1[4-8]/lib/pgxs | sort -V | tail -1)
+	if [[ -d $pgxs ]]; then basename "${pgxs%/lib/pgxs}"; else apt-cache depends postgresql | sed -n 's/.*Depends: postgresql-\([0-9]*\)$/\1/p'; fi
+}
+
+as_root() { if ((EUID)); then sudo "$@"; else "$@"; fi; }
+
+# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, try or test
+packages() {
+	command -v dpkg-query >/dev/null || { say 'no dpkg here: taking for granted that everything needed is installed'; return; }
+	local version names=() missing kind status=0 log own_policy='' policy=/usr/sbin/policy-rc.d
+	apt-cache show postgresql >/dev/null 2>&1 || as_root apt-get -qq update
+	version=$(pg_version)
+	for kind; do
+		case $kind in
+			build) names+=(make gcc libc6-dev pkg-config postgresql-"$version" postgresql-server-dev-"$version" libcurl4-openssl-dev libxml2-dev libssl-dev) ;;
+			try) names+=(python3-venv) ;;
+			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron) ;;
+		esac
+	done
+	missing=$(comm -23 <(printf '%s\n' "${names[@]}" | sort) <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort))
+	[[ $missing ]] || return 0
+	say "installing: ${missing//$'\n'/ }"
+	as_root apt-get -qq update
+	[[ -e $policy ]] || { printf '#!/bin/sh\nexit 101\n' | as_root tee $policy >/dev/null && as_root chmod +x $policy && own_policy=$policy; }
+	# shellcheck disable=SC2086
+	log=$(as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $missing 2>&1 </dev/null) || { status=$? && say "$log"; }
+	[[ ! $own_policy ]] || as_root rm -f "$own_policy"
+	return $status
+}
+
+server_config() { printf '%s\n' "${PG_CONFIG:-/usr/lib/postgresql/$(pg_version)/bin/pg_config}"; }
+
+# Print where the Python environment of test/requirements.txt is, having made it if need be; it is kept between runs
+venv() {
+	local cache=/var/cache/agentvm dir
+	((!EUID)) || cache=${XDG_CACHE_HOME:-$HOME/.cache}/agentvm
+	dir=$cache/venv-$(sha256sum <"$root/test/requirements.txt" | cut -c1-12)
+	mkdir -p "$cache"
+	(
+		flock 9
+		[[ -e $dir/complete ]] && exit
+		say 'making the Python environment (moto, boto3; once)'
+		/usr/bin/python3 -m venv --clear "$dir" && "$dir/bin/pip" install -q -r "$root/test/requirements.txt" >&2 && touch "$dir/complete"
+	) 9>"$cache/lock" || return
+	printf '%s\n' "$dir"
+}
+
+# A copy of the server that DIR/bin-relative look-ups make self-contained: an extension can be installed into it
+# (make install DESTDIR=DIR) without touching the machine. With it, a key file and the setting that names it.
+tree() { # DIR PG_CONFIG
+	local dir=$1 config=$2 stamp bin share lib
+	stamp=$("$config" --version) bin=$("$config" --bindir) share=$("$config" --sharedir) lib=$("$config" --pkglibdir)
+	[[ $(cat "$dir/version" 2>/dev/null) != "$stamp" ]] || return 0
+	rm -rf "$dir"
+	mkdir -p "$dir"
+	tar -C / --exclude=bitcode --exclude=pgxs --exclude=man -cf - "${bin#/}" "${share#/}" "${lib#/}" | tar -C "$dir" -xf -
+	key_file "$dir/keys"
+	printf "agentvm.key_file = '%s/keys'\n" "$dir" >"$dir/keys.conf"
+	printf '%s\n' "$stamp" >"$dir/version"
+}
+
+key_file() { (umask 077 && printf 'k1:%s\n' "$(head -c 32 /dev/urandom | base64 -w0)" >"$1"); }
+
+# Copy the sources to DIR, readable by the unprivileged user, who builds and runs there
+stage() { # DIR
+	mkdir -p "$1"
+	tar -C "$root" --exclude-vcs --exclude='./tmp_*' --exclude='./output_iso' --exclude='./results' --exclude='*.o' --exclude='*.d' --exclude='*.so' \
+		--warning=no-file-changed -cf - . | tar -C "$1" --no-same-owner -xf -
+	((EUID)) || chown -R postgres: "$1"
+}
+
+# Run a command as somebody whom initdb accepts
+unprivileged() {
+	if ((EUID)); then "$@"; else setpriv --reuid=postgres --regid=postgres --init-groups env HOME="${HOME_DIR:-/tmp}" USER=postgres LOGNAME=postgres "$@"; fi
+}
+
+# End every process that works in a directory below DIR, and remove it
+sweep() { # DIR
+	local signal dir tries pids
+	dir=$(readlink -f "$1")
+	cd /
+	for signal in QUIT KILL; do
+		for ((tries = 0; tries < 30; tries++)); do
+			pids=$(find /proc/[0-9]*/cwd -maxdepth 0 -lname "$dir*" -printf '%h\n' 2>/dev/null | sed 's,/proc/,,' || true)
+			[[ $pids ]] || break 2
+			# shellcheck disable=SC2086
+			((tries)) || kill -$signal $pids 2>/dev/null || true
+			sleep 0.1
+		done
+	done
+	rm -rf "$dir"
+}
+
+# A private cluster below DIR out of the tree in TREE, on a socket in DIR; the rest are lines of configuration
+cluster() { # DIR TREE PG_CONFIG LINE...
+	local dir=$1 bin
+	bin=$2$("$3" --bindir)
+	shift 3
+	"$bin/initdb" -D "$dir/data" -A trust -U postgres -N >"$dir/initdb.log" || { cat "$dir/initdb.log"; return 1; }
+	printf '%s\n' "listen_addresses = ''" "unix_socket_directories = '$dir'" "shared_preload_libraries = 'agentvm'" \
+		"max_worker_processes = 16" "$@" >>"$dir/data/postgresql.conf"
+	(cd "$dir" && "$bin/pg_ctl" -D "$dir/data" -l "$dir/server.log" -s -w start) || { cat "$dir/server.log"; return 1; }
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || "$@"
