@@ -53,7 +53,7 @@ CONTRIB_TESTDB = regression
 ISOLATION_TESTDB = regression
 in_tree = cd $(CURDIR) && PATH="$(TREE)$(bindir):$$PATH"
 
-.PHONY: check-regress check-isolation check-tap tree format lint
+.PHONY: check-regress check-isolation check-tap tree format lint lint-format lint-gcc lint-clang lint-cppcheck lint-scripts
 tree: all $(TEST_MODULES)
 	@test/lib/env.sh tree $(TREE) $(PG_CONFIG)
 	@$(MAKE) -s --no-print-directory install DESTDIR=$(TREE)
@@ -76,18 +76,22 @@ check-tap: tree
 
 # Style and static checks
 c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c)
-scripts = $(shell grep -rlE '^\#!.*\bbash' .ci test infra --include='*' --exclude-dir='.*')
-strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Wshadow=compatible-local -Werror -c -o /dev/null \
+scripts = $(shell find .ci test infra -type f -exec awk 'FNR == 1 && /^\#!.*bash/ { print FILENAME } { nextfile }' {} +)
+strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -c -o /dev/null \
 	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS))
 
 format:
 	clang-format -i $(c_sources) $(wildcard src/*.h src/*/*.h)
 
-lint:
-	clang-format --dry-run --Werror $(c_sources) $(wildcard src/*.h src/*/*.h)
-	printf '%s\n' $(c_sources) | xargs -P2 -I{} gcc $(strict) {}
-	printf '%s\n' $(c_sources) | xargs -P2 -I{} clang $(subst =compatible-local,,$(strict)) {}
-	cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c99 --library=test/cppcheck.cfg -Isrc $(c_sources)
-	shellcheck -x $(scripts)
+lint: lint-format lint-gcc lint-clang lint-cppcheck lint-scripts
+lint-format:
+	@clang-format --dry-run --Werror $(c_sources) $(wildcard src/*.h src/*/*.h)
+lint-gcc lint-clang: lint-%:
+	@printf '%s\n' $(c_sources) | xargs -P2 -I{} $* $(if $(filter gcc,$*),$(strict) -Wshadow=compatible-local,$(strict) -Wshadow) {}
+lint-cppcheck:
+	@cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c99 \
+		--library=test/cppcheck.cfg -Isrc $(c_sources)
+lint-scripts:
+	@shellcheck -x $(scripts)
 
 endif

@@ -74,12 +74,14 @@ check_url(char **newval, void **extra, GucSource source)
 		return true;
 	if (strncmp(*newval, "https://", 8) != 0 && strncmp(*newval, "http://", 7) != 0)
 	{
-		GUC_check_errdetail("It must begin with https:// (or http:// where agentvm.allow_insecure_endpoints is on).");
+		GUC_check_errdetail("It must begin with https:// (or http:// where "
+							"agentvm.allow_insecure_endpoints is on).");
 		return false;
 	}
 	for (c = *newval; *c != '\0'; c++)
 	{
-		if ((unsigned char) *c <= ' ' || (unsigned char) *c == 0x7f || strchr("\"'\\`$<>", *c) != NULL)
+		if ((unsigned char) *c <= ' ' || (unsigned char) *c == 0x7f ||
+			strchr("\"'\\`$<>", *c) != NULL)
 		{
 			GUC_check_errdetail("It holds a character that does not belong in a URL.");
 			return false;
@@ -111,53 +113,64 @@ define_settings(void)
 
 	define_string("agentvm.databases", "Databases that dispatchers serve, separated by commas.",
 				  &avm_databases, "postgres", check_name_list);
-	define_string("agentvm.provider_libraries", "Libraries that add providers, separated by commas.",
-				  &avm_provider_libraries, "", check_name_list);
-	define_string("agentvm.key_file", "File of the master keys, one \"id:base64\" a line; the first one encrypts.",
+	define_string("agentvm.provider_libraries",
+				  "Libraries that add providers, separated by commas.", &avm_provider_libraries, "",
+				  check_name_list);
+	define_string("agentvm.key_file",
+				  "File of the master keys, one \"id:base64\" a line; the first one encrypts.",
 				  &avm_key_file, "", NULL);
 	define_string("agentvm.default_provider", "Provider for teams and profiles that name none.",
 				  &avm_default_provider, "noop", NULL);
 	define_int("agentvm.dispatchers", "Dispatchers per served database.", &avm_dispatchers, 1, 0,
 			   MAX_DISPATCHERS, 0);
-	define_int("agentvm.max_in_flight", "Provider calls under way at once, over all dispatchers of a database.",
+	define_int("agentvm.max_in_flight",
+			   "Provider calls under way at once, over all dispatchers of a database.",
 			   &avm_max_in_flight, 256, 1, 10000, 0);
 	define_int("agentvm.max_in_flight_per_team", "Provider calls under way at once for one team.",
 			   &avm_max_in_flight_per_team, 32, 1, 10000, 0);
-	define_int("agentvm.sweep_interval", "Time between sweeps for silent sessions, and the longest sleep of a dispatcher.",
+	define_int("agentvm.sweep_interval",
+			   "Time between sweeps for silent sessions, and the longest sleep of a dispatcher.",
 			   &avm_sweep_interval_ms, 30000, 100, 3600 * 1000, GUC_UNIT_MS);
-	define_int("agentvm.batch_size", "Sessions that one claim or sweep takes at most.", &avm_batch_size,
-			   100, 1, 10000, 0);
+	define_int("agentvm.batch_size", "Sessions that one claim or sweep takes at most.",
+			   &avm_batch_size, 100, 1, 10000, 0);
 	define_int("agentvm.bootstrap_timeout", "Time from launch in which a runtime must report.",
 			   &avm_bootstrap_timeout_s, 180, 1, day_s, GUC_UNIT_S);
 	define_int("agentvm.heartbeat_interval", "Time between heartbeats that runtimes are told.",
 			   &avm_heartbeat_interval_s, 30, 1, day_s, GUC_UNIT_S);
 	define_int("agentvm.heartbeat_timeout", "Silence after which a session is lost.",
 			   &avm_heartbeat_timeout_s, 120, 1, day_s, GUC_UNIT_S);
-	define_int("agentvm.max_lifetime", "Lifetime of a session when nobody says.", &avm_max_lifetime_s,
-			   120 * 60, 1, 366 * day_s, GUC_UNIT_S);
+	define_int("agentvm.max_lifetime", "Lifetime of a session when nobody says.",
+			   &avm_max_lifetime_s, 120 * 60, 1, 366 * day_s, GUC_UNIT_S);
 	define_int("agentvm.max_lifetime_ceiling", "Lifetime that no session exceeds.",
 			   &avm_max_lifetime_ceiling_s, day_s, 1, 366 * day_s, GUC_UNIT_S);
 	define_int("agentvm.deadline_grace", "Time after its deadline at which a VM powers itself off.",
 			   &avm_deadline_grace_s, 5 * 60, 0, day_s, GUC_UNIT_S);
-	define_int("agentvm.deadman_allowance", "Time without control plane after which a VM powers itself off.",
+	define_int("agentvm.deadman_allowance",
+			   "Time without control plane after which a VM powers itself off.",
 			   &avm_deadman_allowance_s, 15 * 60, 1, 30 * day_s, GUC_UNIT_S);
-	define_int("agentvm.lease", "Time for which a worker owns a session it works on; calls are aborted at two thirds of it.",
+	define_int("agentvm.lease",
+			   "Time for which a worker owns a session it works on; calls are aborted at two "
+			   "thirds of it.",
 			   &avm_lease_ms, 60000, 1000, 3600 * 1000, GUC_UNIT_MS);
-	define_int("agentvm.retention", "Time for which ended sessions and events are kept.", &avm_retention_s,
-			   30 * day_s, 1, INT_MAX, GUC_UNIT_S);
-	define_int("agentvm.launch_settle", "Time for which a VM is looked for whose launch was never answered.",
+	define_int("agentvm.retention", "Time for which ended sessions and events are kept.",
+			   &avm_retention_s, 30 * day_s, 1, INT_MAX, GUC_UNIT_S);
+	define_int("agentvm.launch_settle",
+			   "Time for which a VM is looked for whose launch was never answered.",
 			   &avm_launch_settle_s, 300, 1, day_s, GUC_UNIT_S);
 	define_string("agentvm.gateway_url", "URL that VMs dial; needed by profiles with a runtime.",
 				  &avm_gateway_url, "", check_url);
-	define_string("agentvm.gateway_ca_file", "Authority that VMs trust for the gateway, if not a public one (PEM).",
+	define_string("agentvm.gateway_ca_file",
+				  "Authority that VMs trust for the gateway, if not a public one (PEM).",
 				  &avm_gateway_ca_file, "", NULL);
 	define_string("agentvm.aws_endpoint_url", "Endpoint for all AWS calls instead of AWS's own.",
 				  &avm_aws_endpoint_url, "", check_url);
-	DefineCustomBoolVariable("agentvm.allow_insecure_endpoints", "Allow endpoints without TLS (for tests).",
-							 NULL, &avm_allow_insecure_endpoints, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
-	DefineCustomBoolVariable("agentvm.environment_credentials",
-							 "Let teams without credentials of their own use the server's (for development).",
-							 NULL, &avm_environment_credentials, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomBoolVariable("agentvm.allow_insecure_endpoints",
+							 "Allow endpoints without TLS (for tests).", NULL,
+							 &avm_allow_insecure_endpoints, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomBoolVariable(
+		"agentvm.environment_credentials",
+		"Let teams without credentials of their own use the server's (for development).", NULL,
+		&avm_environment_credentials, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("agentvm");
 }
 

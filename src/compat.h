@@ -64,7 +64,7 @@ extern void avm_init_materialized_srf(FunctionCallInfo fcinfo);
 
 /* 18 carries the extension's name and version in the magic block. */
 #if PG_VERSION_NUM >= 180000
-#define AVM_MODULE_MAGIC(modname, modversion) \
+#define AVM_MODULE_MAGIC(modname, modversion)                                                      \
 	PG_MODULE_MAGIC_EXT(.name = modname, .version = modversion)
 #else
 #define AVM_MODULE_MAGIC(modname, modversion) PG_MODULE_MAGIC

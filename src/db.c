@@ -137,6 +137,7 @@ db_leave(DbScope *scope)
 static void
 run_query(DbQuery *query, Datum *values, const char *nulls, bool latest)
 {
+	MemoryContext caller = CurrentMemoryContext;
 	Snapshot snapshot = InvalidSnapshot;
 	Snapshot crosscheck = InvalidSnapshot;
 	int rc;
@@ -163,6 +164,7 @@ run_query(DbQuery *query, Datum *values, const char *nulls, bool latest)
 	}
 
 	rc = SPI_execute_snapshot(query->plan, values, nulls, snapshot, crosscheck, false, true, 0);
+	MemoryContextSwitchTo(caller); /* SPI leaves us in a context that db_leave() frees */
 	if (rc < 0)
 		elog(ERROR, "SPI_execute_snapshot failed: %s: %s", SPI_result_code_string(rc), query->sql);
 }

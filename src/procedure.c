@@ -20,7 +20,8 @@ require_no_transaction_block(FunctionCallInfo fcinfo, const char *procedure)
 		ereport(ERROR, (errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
 						errmsg("%s cannot run inside a transaction block", procedure),
 						errdetail("It commits while it works."),
-						errhint("CALL it with autocommit on: not between BEGIN and COMMIT, and not from a function.")));
+						errhint("CALL it with autocommit on: not between BEGIN and COMMIT, and not "
+								"from a function.")));
 }
 
 Datum

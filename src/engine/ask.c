@@ -69,15 +69,16 @@ provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Json
 				CHECK_FOR_INTERRUPTS();
 				break;
 			case STEP_FAILED:
-				ereport(ERROR,
-						(errcode(reason_sqlstate(class_end_reason(step.error_class))),
-						 errmsg("provider \"%s\" refused: %s", provider_name,
-								step.error_code ? step.error_code : error_class_name(step.error_class)),
-						 step.error_message
-							 ? errdetail("%s", secret_redact(secrets, step.error_message))
-							 : 0));
+				ereport(ERROR, (errcode(reason_sqlstate(class_end_reason(step.error_class))),
+								errmsg("provider \"%s\" refused: %s", provider_name,
+									   step.error_code ? step.error_code
+													   : error_class_name(step.error_class)),
+								step.error_message
+									? errdetail("%s", secret_redact(secrets, step.error_message))
+									: 0));
 		}
 	}
-	ereport(ERROR, (errcode(AVM_PROVIDER_ERROR), errmsg("provider \"%s\" did not come to an answer", provider_name)));
+	ereport(ERROR, (errcode(AVM_PROVIDER_ERROR),
+					errmsg("provider \"%s\" did not come to an answer", provider_name)));
 	return NULL;
 }

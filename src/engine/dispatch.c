@@ -69,9 +69,9 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 			continue;
 		if (engine_in_flight(engine) == 0)
 			break;
-		(void) WaitLatchOrSocket(MyLatch,
-								 WL_LATCH_SET | WL_SOCKET_READABLE | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-								 engine_fd(engine), 100, AvmWaitEvent("AgentvmDispatch"));
+		(void) WaitLatchOrSocket(
+			MyLatch, WL_LATCH_SET | WL_SOCKET_READABLE | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+			engine_fd(engine), 100, AvmWaitEvent("AgentvmDispatch"));
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}

@@ -37,7 +37,8 @@
 #include "utils/timestamp.h"
 
 #define ERROR_PAUSE_MS 1000
-#define STATEMENT_LIMIT_MS 60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
+#define STATEMENT_LIMIT_MS                                                                         \
+	60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
 
 static void
 begin(void)
@@ -76,7 +77,8 @@ version_matches(Oid extension)
 	if (HeapTupleIsValid(tuple))
 	{
 		bool isnull;
-		Datum version = heap_getattr(tuple, Anum_pg_extension_extversion, RelationGetDescr(relation), &isnull);
+		Datum version =
+			heap_getattr(tuple, Anum_pg_extension_extversion, RelationGetDescr(relation), &isnull);
 
 		matches = !isnull && strcmp(TextDatumGetCString(version), AGENTVM_VERSION) == 0;
 	}
@@ -107,8 +109,10 @@ extension_is_ready(void)
 	{
 		ready = false;
 		if (!complained)
-			ereport(LOG, (errmsg("agentvm: the extension's version is not %s, the library's", AGENTVM_VERSION),
-						  errhint("Run ALTER EXTENSION agentvm UPDATE, or restart the server after installing the library.")));
+			ereport(LOG, (errmsg("agentvm: the extension's version is not %s, the library's",
+								 AGENTVM_VERSION),
+						  errhint("Run ALTER EXTENSION agentvm UPDATE, or restart the server after "
+								  "installing the library.")));
 		complained = true;
 	}
 	else
@@ -236,8 +240,9 @@ agentvm_dispatcher_main(Datum arg)
 			fd = engine_fd(engine);
 			events |= WL_SOCKET_READABLE;
 		}
-		(void) WaitLatchOrSocket(MyLatch, events, fd,
-								 Min(Max(1, (until - GetCurrentTimestamp() + 999) / 1000), 3600 * 1000L),
-								 AvmWaitEvent("AgentvmDispatcher"));
+		(void) WaitLatchOrSocket(
+			MyLatch, events, fd,
+			Min(Max(1, (until - GetCurrentTimestamp() + 999) / 1000), 3600 * 1000L),
+			AvmWaitEvent("AgentvmDispatcher"));
 	}
 }

@@ -37,10 +37,10 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
-#define SCAN_CHUNK 1000			/* candidates read at once: under 2,000 buffers */
-#define CHUNKS_PER_CLAIM 8		/* then commit, and go on in the next claim */
-#define RECORD_BATCH 128		/* replies recorded in one transaction */
-#define LOCKED_RETRY_US 100000	/* how soon a record is tried again whose row a user has locked */
+#define SCAN_CHUNK 1000			 /* candidates read at once: under 2,000 buffers */
+#define CHUNKS_PER_CLAIM 8		 /* then commit, and go on in the next claim */
+#define RECORD_BATCH 128		 /* replies recorded in one transaction */
+#define LOCKED_RETRY_US 100000	 /* how soon a record is tried again whose row a user has locked */
 #define DEFAULT_TIMEOUT_MS 30000 /* of a call; never above two thirds of the lease */
 
 /* A session whose call is under way, or answered and not yet recorded. */
@@ -71,7 +71,7 @@ typedef struct TeamLoad
 {
 	char team_id[AVM_MAX_ID + 1]; /* hash key */
 	int in_flight;
-	int chosen;				/* for the claim at hand */
+	int chosen;				 /* for the claim at hand */
 	TimestampTz parked_from; /* its due rows begin after this; DT_NOEND: none are parked */
 	TimestampTz slow_until;	 /* the provider throttles this team's account */
 	int slow_count;
@@ -90,23 +90,22 @@ struct Engine
 	dlist_head under_way;
 	dlist_head answered;
 	int in_flight;
-	TimestampTz low;	   /* low-water mark: nothing older is due that is not parked */
-	TimestampTz next_due;  /* the earliest next_check_at ahead, as last seen */
-	bool more;			   /* more is due than the last claim took */
-	int one_at_a_time;	   /* so many transactions are for one session only */
-	bool have_suspect;	   /* the claim of "suspect" alone raised: put it off */
+	TimestampTz low;	  /* low-water mark: nothing older is due that is not parked */
+	TimestampTz next_due; /* the earliest next_check_at ahead, as last seen */
+	bool more;			  /* more is due than the last claim took */
+	int one_at_a_time;	  /* so many transactions are for one session only */
+	bool have_suspect;	  /* the claim of "suspect" alone raised: put it off */
 	pg_uuid_t suspect;
 	uint64 recorded;
 	List *outgoing; /* in batch */
 	ConfigCache configs;
 };
 
-static DbQuery scan_query = {
-	"SELECT session_id, team_id, next_check_at FROM agentvm.session "
-	"WHERE lane = $1 AND next_check_at > $2 AND next_check_at <= $3 "
-	"ORDER BY next_check_at LIMIT $4",
-	4,
-	{INT2OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID}};
+static DbQuery scan_query = {"SELECT session_id, team_id, next_check_at FROM agentvm.session "
+							 "WHERE lane = $1 AND next_check_at > $2 AND next_check_at <= $3 "
+							 "ORDER BY next_check_at LIMIT $4",
+							 4,
+							 {INT2OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID}};
 
 static DbQuery parked_query = {
 	"SELECT session_id, team_id, next_check_at FROM agentvm.session "
@@ -172,8 +171,7 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
 	ctl.keysize = AVM_MAX_ID + 1;
 	ctl.entrysize = sizeof(TeamLoad);
 	ctl.hcxt = context;
-	engine->teams =
-		hash_create("agentvm teams", 64, &ctl, HASH_ELEM | HASH_STRINGS | HASH_CONTEXT);
+	engine->teams = hash_create("agentvm teams", 64, &ctl, HASH_ELEM | HASH_STRINGS | HASH_CONTEXT);
 	engine->http = http_client_create();
 	engine->on_delete.func = close_http;
 	engine->on_delete.arg = engine;
@@ -208,6 +206,14 @@ engine_recorded(Engine *engine)
 /* ---- transactions ---- */
 
 /*
+ * What the planner may not use in the engine.  The price of a scan type that is
+ * off makes any plan look dear enough for just-in-time compilation, so that has
+ * to be off, too.
+ */
+static const char *const planner_off[] = {"enable_seqscan", "enable_bitmapscan", "enable_sort",
+										  "jit"};
+
+/*
  * Begin a transaction as the extension's owner.  Left alone the planner takes a
  * bitmap scan and a sort for a claim with many rows due, at 200 times the
  * buffers, and a bitmap scan never lets dead index entries be cleaned.
@@ -215,18 +221,17 @@ engine_recorded(Engine *engine)
 static void
 begin_batch(Engine *engine, DbScope *scope)
 {
+	int i;
+
 	engine->host.begin();
 	db_enter(scope);
 	/* what is committed before a call must survive a crash after it */
 	if (synchronous_commit == SYNCHRONOUS_COMMIT_OFF)
 		(void) set_config_option("synchronous_commit", "local", PGC_USERSET, PGC_S_SESSION,
 								 GUC_ACTION_SAVE, true, 0, false);
-	(void) set_config_option("enable_seqscan", "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
-							 true, 0, false);
-	(void) set_config_option("enable_bitmapscan", "off", PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
-	(void) set_config_option("enable_sort", "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
-							 true, 0, false);
+	for (i = 0; i < lengthof(planner_off); i++)
+		(void) set_config_option(planner_off[i], "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
+								 true, 0, false);
 	MemoryContextReset(engine->batch);
 	engine->outgoing = NIL;
 	engine->configs.context = engine->batch;
@@ -374,7 +379,8 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 	TurnResult result;
 
 	session_turn(row, act ? act->reply : NULL, act ? act->op : OP_PROVISION,
-				 act ? act->operation : NULL, act ? act->mutates : false, &engine->configs, &result);
+				 act ? act->operation : NULL, act ? act->mutates : false, &engine->configs,
+				 &result);
 	if (act != NULL)
 		note_throttling(engine, act->team_id, result.last_class);
 
@@ -392,7 +398,8 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 		row->lease = act->lease;
 		row->next_check_at = GetCurrentTimestamp() + avm_lease_ms * INT64CONST(1000);
 		act->op = result.op;
-		act->operation = MemoryContextStrdup(act->context, result.operation ? result.operation : "call");
+		act->operation =
+			MemoryContextStrdup(act->context, result.operation ? result.operation : "call");
 		act->mutates = result.mutates;
 		act->reply = NULL;
 		out->act = act;
@@ -537,8 +544,7 @@ look_ahead(Engine *engine, TimestampTz now)
 	values[0] = Int16GetDatum(engine->lane);
 	values[1] = TimestampTzGetDatum(now);
 	db_run(&ahead_query, values, NULL);
-	engine->next_due =
-		SPI_processed > 0 ? DatumGetTimestampTz(db_value(0, 1, &isnull)) : DT_NOEND;
+	engine->next_due = SPI_processed > 0 ? DatumGetTimestampTz(db_value(0, 1, &isnull)) : DT_NOEND;
 	SPI_freetuptable(SPI_tuptable);
 }
 
@@ -741,8 +747,8 @@ engine_next_look(Engine *engine)
 
 	if (engine->more)
 		return DT_NOBEGIN;
-	dlist_foreach(iter, &engine->answered)
-		next = Min(next, dlist_container(Act, node, iter.cur)->not_before);
+	dlist_foreach(iter, &engine->answered) next =
+		Min(next, dlist_container(Act, node, iter.cur)->not_before);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
 	{

@@ -76,9 +76,11 @@ agentvm_health(PG_FUNCTION_ARGS)
 	db_enter(&scope);
 
 	put_check(rsinfo, "dispatcher", shared_is_served(),
-			  shared_is_served()	 ? "a dispatcher serves this database"
-			  : shared_available() ? "no dispatcher serves this database: see agentvm.databases, agentvm.dispatchers and max_worker_processes"
-								   : "agentvm is not in shared_preload_libraries: only CALL agentvm.dispatch() works here");
+			  shared_is_served()   ? "a dispatcher serves this database"
+			  : shared_available() ? "no dispatcher serves this database: see agentvm.databases, "
+									 "agentvm.dispatchers and max_worker_processes"
+								   : "agentvm is not in shared_preload_libraries: only CALL "
+									 "agentvm.dispatch() works here");
 	db_run(&secret_query, NULL, NULL);
 	secrets = count_at(1);
 	problem = keyring_problem();
@@ -88,9 +90,12 @@ agentvm_health(PG_FUNCTION_ARGS)
 		put_check(rsinfo, "key_file", secrets == 0, problem);
 
 	db_run(&stuck_query, values, NULL);
-	put_count(rsinfo, "terminate", count_at(1), "sessions cannot be terminated at their provider and are tried again");
-	put_count(rsinfo, "launch", count_at(2), "launches have failed several times and are tried again");
-	put_count(rsinfo, "backlog", count_at(3), "sessions are overdue for more than two sweep intervals");
+	put_count(rsinfo, "terminate", count_at(1),
+			  "sessions cannot be terminated at their provider and are tried again");
+	put_count(rsinfo, "launch", count_at(2),
+			  "launches have failed several times and are tried again");
+	put_count(rsinfo, "backlog", count_at(3),
+			  "sessions are overdue for more than two sweep intervals");
 
 	db_run(&hold_query, NULL, NULL);
 	put_check(rsinfo, "sweep_hold", SPI_processed == 0,
@@ -118,7 +123,7 @@ agentvm_stat_provider(PG_FUNCTION_ARGS)
 		values[0] = CStringGetTextDatum(stats[i].provider);
 		values[1] = CStringGetTextDatum(stats[i].operation);
 		values[2] = Int64GetDatum(stats[i].calls);
-		for (class = CLASS_CREDENTIALS; class < NUM_ERROR_CLASSES; class++)
+		for (class = CLASS_CREDENTIALS; class < NUM_ERROR_CLASSES; class ++)
 			values[2 + class] = Int64GetDatum(stats[i].errors[class]);
 		values[10] = Float8GetDatum(shared_latency_quantile(&stats[i], 0.5));
 		values[11] = Float8GetDatum(shared_latency_quantile(&stats[i], 0.99));
@@ -127,7 +132,8 @@ agentvm_stat_provider(PG_FUNCTION_ARGS)
 	return (Datum) 0;
 }
 
-StaticAssertDecl(CLASS_CREDENTIALS == 1 && CLASS_PERMANENT == 7, "columns of stat_provider follow the classes");
+StaticAssertDecl(CLASS_CREDENTIALS == 1 && CLASS_PERMANENT == 7,
+				 "columns of stat_provider follow the classes");
 
 Datum
 agentvm_stat_dispatcher(PG_FUNCTION_ARGS)

@@ -41,8 +41,8 @@
 
 #define MIN_BACKOFF_MS 1000
 #define MAX_BACKOFF_MS 60000
-#define TICK_MS 10000		/* how soon a database that was just created is noticed */
-#define HEALTHY_MS 10000	/* a worker that lived so long has not failed */
+#define TICK_MS 10000	 /* how soon a database that was just created is noticed */
+#define HEALTHY_MS 10000 /* a worker that lived so long has not failed */
 
 /* What the launcher knows about one dispatcher it should keep running. */
 typedef struct Wanted
@@ -180,7 +180,8 @@ start_dispatcher(Wanted *wanted)
 	shared_unlock();
 	if (slot == NULL)
 	{
-		ereport(LOG, (errmsg("agentvm: no more than %d dispatchers can run in one cluster", MAX_DISPATCHERS)));
+		ereport(LOG, (errmsg("agentvm: no more than %d dispatchers can run in one cluster",
+							 MAX_DISPATCHERS)));
 		return false;
 	}
 
@@ -231,9 +232,8 @@ has_slot(Wanted *wanted)
 
 		if (slot->database != wanted->database || slot->index != wanted->index)
 			continue;
-		if (slot->pid == 0 &&
-			(wanted->handle == NULL ||
-			 GetBackgroundWorkerPid(wanted->handle, &pid) == BGWH_STOPPED))
+		if (slot->pid == 0 && (wanted->handle == NULL ||
+							   GetBackgroundWorkerPid(wanted->handle, &pid) == BGWH_STOPPED))
 			memset(slot, 0, sizeof(*slot));
 		else
 			found = true;
@@ -328,6 +328,7 @@ agentvm_launcher_main(Datum arg)
 
 		pgstat_report_activity(STATE_IDLE, NULL);
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 Max(1, (wake - GetCurrentTimestamp()) / 1000), AvmWaitEvent("AgentvmLauncher"));
+						 Max(1, (wake - GetCurrentTimestamp()) / 1000),
+						 AvmWaitEvent("AgentvmLauncher"));
 	}
 }

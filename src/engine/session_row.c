@@ -129,7 +129,7 @@ row_from_result(uint64 i, MemoryContext context)
 	row->bootstrap_timeout_us = get_int(i, c++, 8);
 	row->key_id = db_text(i, c++, context);
 	row->cluster = db_text(i, c++, context);
-	row->state = state_parse(db_text(i, c++, context));
+	row->state = row->saved_state = state_parse(db_text(i, c++, context));
 	row->end_reason = db_text(i, c++, context);
 	row->detail = db_text(i, c++, context);
 	row->vm_id = db_text(i, c++, context);
@@ -225,7 +225,7 @@ set_jsonb(Datum *values, char *nulls, int i, Jsonb *document)
 }
 
 void
-session_row_save(const SessionRow *row)
+session_row_save(SessionRow *row)
 {
 	Datum values[19];
 	char nulls[19];
@@ -255,6 +255,7 @@ session_row_save(const SessionRow *row)
 
 	if (state_is_ended(row->state) && row->runtime)
 		db_run(&unbeat_query, values, NULL);
+	row->saved_state = row->state;
 	if (row->next_check_at != 0)
 		wake_dispatchers(row->next_check_at);
 }

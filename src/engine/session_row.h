@@ -37,6 +37,7 @@ typedef struct SessionRow
 	char *key_id;
 	char *cluster;
 
+	SessionState saved_state; /* as the row has it */
 	SessionState state;
 	char *end_reason;
 	char *detail;
@@ -71,7 +72,7 @@ extern SessionRow *session_row_read(const pg_uuid_t *id);
  * owner.  Arranges for dispatchers and waiters to be woken at commit.  Inside a
  * db scope, with the row locked.
  */
-extern void session_row_save(const SessionRow *row);
+extern void session_row_save(SessionRow *row);
 
 /* The lease of a session as last committed, 0 when it has none or is gone.  Inside a db scope. */
 extern int64 session_row_lease(const pg_uuid_t *id);

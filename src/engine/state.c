@@ -16,8 +16,8 @@
 #include "agentvm.h"
 #include "engine/state.h"
 
-static const char *const state_names[] = {"provisioning", "warm",		 "ready",
-										  "pausing",	  "paused",		 "resuming",
+static const char *const state_names[] = {"provisioning", "warm",		"ready",
+										  "pausing",	  "paused",		"resuming",
 										  "terminating",  "terminated", "failed"};
 
 #define BIT(state) (1 << (state))

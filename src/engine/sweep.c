@@ -33,21 +33,21 @@
  * The candidates are near the front of the due index: the engine keeps
  * next_check_at at or before every deadline, or at the end of a lease.
  */
-#define END_DUE(reason, condition)                                                              \
-	"WITH due AS MATERIALIZED (SELECT session_id FROM agentvm.session "                         \
-	"WHERE next_check_at <= clock_timestamp() + $2 * interval '1 ms' AND lane IN (0, 1) AND "   \
-	condition " AND state NOT IN ('terminating', 'terminated', 'failed') "                      \
-	"ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED) "                                     \
-	"UPDATE agentvm.session s SET state = 'terminating', end_reason = '" reason "', "           \
-	"detail = NULL, retries = 0, next_check_at = "                                              \
-	"CASE WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "                    \
+#define END_DUE(reason, condition)                                                                 \
+	"WITH due AS MATERIALIZED (SELECT session_id FROM agentvm.session "                            \
+	"WHERE next_check_at <= clock_timestamp() + $2 * interval '1 ms' AND lane IN (0, 1) "          \
+	"AND " condition " AND state NOT IN ('terminating', 'terminated', 'failed') "                  \
+	"ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED) "                                        \
+	"UPDATE agentvm.session s SET state = 'terminating', end_reason = '" reason "', "              \
+	"detail = NULL, retries = 0, next_check_at = "                                                 \
+	"CASE WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "                       \
 	"FROM due WHERE s.session_id = due.session_id RETURNING s.next_check_at"
 
-static DbQuery bootstrap_query = {
-	END_DUE("bootstrap_timeout", "state = 'provisioning' AND runtime AND "
-								 "launched_at + bootstrap_timeout <= clock_timestamp()"),
-	2,
-	{INT8OID, INT4OID}};
+static DbQuery bootstrap_query = {END_DUE("bootstrap_timeout",
+										  "state = 'provisioning' AND runtime AND "
+										  "launched_at + bootstrap_timeout <= clock_timestamp()"),
+								  2,
+								  {INT8OID, INT4OID}};
 
 static DbQuery lifetime_query = {
 	END_DUE("max_lifetime", "deadline_at <= clock_timestamp()"), 2, {INT8OID, INT4OID}};
@@ -61,13 +61,14 @@ static DbQuery listening_query = {
 	"SELECT CASE WHEN count(*) = 0 THEN pg_postmaster_start_time() "
 	"WHEN max(last_report_at) > clock_timestamp() - $1 * interval '1 s' THEN "
 	"greatest(pg_postmaster_start_time(), "
-	"(SELECT listening_since FROM agentvm.gateway ORDER BY last_report_at DESC NULLS LAST LIMIT 1)) "
+	"(SELECT listening_since FROM agentvm.gateway ORDER BY last_report_at DESC NULLS LAST LIMIT "
+	"1)) "
 	"END FROM agentvm.gateway",
 	1,
 	{INT4OID}};
 
-#define IS_SILENT                                                                       \
-	"greatest(h.last_heartbeat_at, s.ready_at, $1) + h.lost_after < clock_timestamp() " \
+#define IS_SILENT                                                                                  \
+	"greatest(h.last_heartbeat_at, s.ready_at, $1) + h.lost_after < clock_timestamp() "            \
 	"AND s.state IN ('ready', 'warm')"
 
 /* One scan of the narrow table; sessions that cannot be silent yet are not even joined. */
@@ -171,7 +172,8 @@ hold_back(int64 silent, int64 fleet, Datum longest_timeout)
 		return !DatumGetBool(db_value(0, 1, &isnull));
 	values[0] = Int64GetDatum(silent);
 	db_run(&hold_query, values, NULL);
-	ereport(LOG, (errmsg("agentvm: heartbeat sweep would end %lld of %lld sessions and holds for one more timeout",
+	ereport(LOG, (errmsg("agentvm: heartbeat sweep would end %lld of %lld sessions and holds for "
+						 "one more timeout",
 						 (long long) silent, (long long) fleet)));
 	return true;
 }
@@ -246,12 +248,12 @@ sweep_from_sql(FunctionCallInfo fcinfo, int (*const *sweeps)(int))
 	PG_RETURN_INT32(count);
 }
 
-#define SWEEP_FUNCTION(name, ...)                             \
-	PG_FUNCTION_INFO_V1(agentvm_##name);                      \
-	Datum agentvm_##name(PG_FUNCTION_ARGS)                    \
-	{                                                         \
-		static int (*const sweeps[])(int) = {__VA_ARGS__, NULL}; \
-		return sweep_from_sql(fcinfo, sweeps);                \
+#define SWEEP_FUNCTION(name, ...)                                                                  \
+	PG_FUNCTION_INFO_V1(agentvm_##name);                                                           \
+	Datum agentvm_##name(PG_FUNCTION_ARGS)                                                         \
+	{                                                                                              \
+		static int (*const sweeps[])(int) = {__VA_ARGS__, NULL};                                   \
+		return sweep_from_sql(fcinfo, sweeps);                                                     \
 	}
 
 SWEEP_FUNCTION(sweep_bootstrap, sweep_bootstrap)

@@ -25,8 +25,8 @@
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
 
-#define MAX_DETAIL 500	/* bytes of an error kept on the row and in events */
-#define MAX_ROUNDS 16	/* steps of one turn without network or waiting */
+#define MAX_DETAIL 500 /* bytes of an error kept on the row and in events */
+#define MAX_ROUNDS 16  /* steps of one turn without network or waiting */
 
 typedef struct ConfigEntry
 {
@@ -106,8 +106,8 @@ config_secrets(ConfigCache *configs, const char *team_id, const char *provider, 
 
 		entry->secrets = NULL;
 		entry->error = MemoryContextStrdup(
-			configs->context, caught->detail ? psprintf("%s: %s", caught->message, caught->detail)
-											 : caught->message);
+			configs->context,
+			caught->detail ? psprintf("%s: %s", caught->message, caught->detail) : caught->message);
 	}
 	PG_END_TRY();
 	*error = entry->error;
@@ -147,9 +147,9 @@ provider_step(const Provider *provider, const ProviderContext *context, Provider
 static char *
 step_error(const ProviderStep *step, const SecretSet *secrets)
 {
-	char *text = psprintf("%s%s%s", step->error_code ? step->error_code : "error",
-						  step->error_message ? ": " : "",
-						  step->error_message ? step->error_message : "");
+	char *text =
+		psprintf("%s%s%s", step->error_code ? step->error_code : "error",
+				 step->error_message ? ": " : "", step->error_message ? step->error_message : "");
 	int len;
 	char *c;
 
@@ -310,10 +310,10 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 			memset(&step, 0, sizeof(step));
 			step.kind = STEP_FAILED;
 			step.error_class = CLASS_TRANSIENT;
-			step.error_code = provider == NULL	   ? "UnknownProvider"
+			step.error_code = provider == NULL		 ? "UnknownProvider"
 							  : config_error != NULL ? "SecretUnavailable"
 													 : "StepLoop";
-			step.error_message = provider == NULL	   ? row->provider
+			step.error_message = provider == NULL		? row->provider
 								 : config_error != NULL ? config_error
 														: "the provider goes round in circles";
 		}
@@ -357,6 +357,9 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 			row->retries = 0;
 			if (op == OP_TERMINATE)
 			{
+				/* the log tells of every state, also of one that lasts no time */
+				if (row->saved_state != STATE_TERMINATING)
+					session_row_save(row);
 				row->state = reason_end_state(row->end_reason);
 				row->ended_at = now;
 				break;
@@ -379,13 +382,15 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		{
 			/* never gives up; view health shows it */
 			row->retries++;
-			retry_at = now + retry_delay_ms(row->retries, RETRY_CAP_TERMINATE_MS) * INT64CONST(1000);
+			retry_at =
+				now + retry_delay_ms(row->retries, RETRY_CAP_TERMINATE_MS) * INT64CONST(1000);
 			break;
 		}
 		if (step.error_class == CLASS_THROTTLED || step.error_class == CLASS_TRANSIENT)
 		{
 			if (step.error_class == CLASS_TRANSIENT && row->launched_at == 0 &&
-				row->state == STATE_PROVISIONING && row->created_at + row->bootstrap_timeout_us <= now)
+				row->state == STATE_PROVISIONING &&
+				row->created_at + row->bootstrap_timeout_us <= now)
 			{
 				session_begin_end(row, "provider_error", error);
 				continue;

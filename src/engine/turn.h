@@ -23,11 +23,11 @@ typedef struct ConfigCache
 /* What a turn found to do. */
 typedef struct TurnResult
 {
-	HttpRequest *request;		/* to be sent after commit, or NULL */
-	ProviderOp op;				/* with request */
-	const char *operation;		/* with request */
-	bool mutates;				/* with request */
-	ErrorClass last_class;		/* how the last answer was, for throttling */
+	HttpRequest *request;  /* to be sent after commit, or NULL */
+	ProviderOp op;		   /* with request */
+	const char *operation; /* with request */
+	bool mutates;		   /* with request */
+	ErrorClass last_class; /* how the last answer was, for throttling */
 } TurnResult;
 
 /*

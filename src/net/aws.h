@@ -40,9 +40,10 @@ extern HttpRequest *aws_form_request(const char *service, const char *region, Aw
 /* What an AWS reply says. */
 typedef struct AwsError
 {
-	ErrorClass class;	 /* CLASS_NONE: success */
-	const char *code;	 /* AWS's code, or one of ours: "NoReply", "HTTP 500"; NULL on success */
-	const char *message; /* AWS's message, at most 500 bytes, no control characters; NULL on success */
+	ErrorClass class; /* CLASS_NONE: success */
+	const char *code; /* AWS's code, or one of ours: "NoReply", "HTTP 500"; NULL on success */
+	const char
+		*message; /* AWS's message, at most 500 bytes, no control characters; NULL on success */
 } AwsError;
 
 /*

@@ -513,7 +513,6 @@ add_header(HttpCall *call, const char *header)
 static CURLcode
 set_up_call(HttpCall *call, const HttpRequest *request)
 {
-	HttpClient *client = call->client;
 	CURL *easy = call->easy;
 	CURLcode rc = CURLE_OK;
 	long timeout_ms = request->timeout_ms > 0 ? request->timeout_ms : DEFAULT_TIMEOUT_MS;

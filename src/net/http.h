@@ -40,7 +40,7 @@ typedef struct HttpRequest
 	const Secret *secret_key; /* with sigv4 */
 	const Secret *session_token; /* X-Amz-Security-Token, or NULL */
 	const char *ca_file;		 /* NULL: the system's authorities */
-	int timeout_ms;				 /* whole call; 0: 30 s; the engine lowers it to two thirds of the lease */
+	int timeout_ms; /* whole call; 0: 30 s; the engine lowers it to two thirds of the lease */
 } HttpRequest;
 
 /* What came back; allocated in the memory context current at http_finished(). */

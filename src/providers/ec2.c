@@ -23,9 +23,8 @@
  * (keys may have been revoked in between), save for lack of capacity: a token
  * that had launched would have been answered with its instance.
  *
- * User data is a constant script plus one base64 payload and two numbers.  It
- * arms a power-off at the ceiling of the session's lifetime, which no control
- * plane is needed for: instances terminate when they shut down.
+ * This file has what all operations share, and all operations but the launch,
+ * which is in ec2_launch.c; ec2_boot.c makes the user data.
  *
  *-------------------------------------------------------------------------
  */
@@ -71,7 +70,7 @@ static const ProviderOption ec2_secrets[] = {
 	{"session_token", 's', false, "AWS session token, for temporary keys"},
 	{NULL, 0, false, NULL}};
 
-/* Its members by name. */
+/* The members of Ec2Progress by name. */
 typedef struct ProgressMember
 {
 	const char *name;

@@ -45,8 +45,8 @@ typedef struct ProviderSession
 	const char *session_id; /* uuid text */
 	const char *team_id;
 	const char *agent_id;
-	const char *cluster;  /* installation uuid: value of the tag agentvm-cluster */
-	const char *vm_id;	  /* as the provider told it */
+	const char *cluster; /* installation uuid: value of the tag agentvm-cluster */
+	const char *vm_id;	 /* as the provider told it */
 	const char *region;
 	const char *address;
 	const char *purchase; /* "spot" or "on-demand" */
@@ -59,19 +59,21 @@ typedef struct ProviderSession
 	TimestampTz created_at;
 	TimestampTz launched_at; /* 0: not yet */
 	TimestampTz deadline_at;
-	TimestampTz ceiling_at; /* no extend() ever goes beyond; the VM's own hard stop is this + grace */
+	TimestampTz
+		ceiling_at; /* no extend() ever goes beyond; the VM's own hard stop is this + grace */
 } ProviderSession;
 
 typedef struct ProviderContext
 {
 	ProviderOp op;
 	const ProviderSession *session; /* NULL for OP_CHECK */
-	Jsonb *options;					/* merged: team, then profile, then caller; frozen at provision() */
-	const SecretSet *secrets;		/* decrypted credentials of the team for this provider */
-	Jsonb *handle;					/* progress that the last step kept, or NULL */
-	const HttpReply *reply;			/* answer to the last step's request; NULL: (re)start from the handle */
+	Jsonb *options;			  /* merged: team, then profile, then caller; frozen at provision() */
+	const SecretSet *secrets; /* decrypted credentials of the team for this provider */
+	Jsonb *handle;			  /* progress that the last step kept, or NULL */
+	const HttpReply *reply; /* answer to the last step's request; NULL: (re)start from the handle */
 	TimestampTz now;
-	bool ending;					/* OP_PROVISION: the session is to end: begin nothing new, just take in the reply */
+	bool
+		ending; /* OP_PROVISION: the session is to end: begin nothing new, just take in the reply */
 } ProviderContext;
 
 typedef enum StepKind
@@ -85,16 +87,18 @@ typedef enum StepKind
 typedef struct ProviderStep
 {
 	StepKind kind;
-	HttpRequest *request;  /* STEP_REQUEST */
-	const char *operation; /* the provider's name for the call just answered or to be made: "RunInstances" */
-	bool mutates;		   /* STEP_REQUEST: the call changes something (an event row is written for it) */
-	int wait_ms;		   /* STEP_WAIT */
-	ErrorClass error_class; /* STEP_FAILED; also set (kind != FAILED) when the reply was bad but the step goes on */
+	HttpRequest *request; /* STEP_REQUEST */
+	const char *
+		operation; /* the provider's name for the call just answered or to be made: "RunInstances" */
+	bool mutates;  /* STEP_REQUEST: the call changes something (an event row is written for it) */
+	int wait_ms;   /* STEP_WAIT */
+	ErrorClass
+		error_class; /* STEP_FAILED; also set (kind != FAILED) when the reply was bad but the step goes on */
 	const char *error_code; /* with error_class */
 	const char *error_message;
-	Jsonb *handle;	 /* new progress; NULL: unchanged */
-	int attempt;	 /* > 0: this launch attempt begins; its bootstrap token is committed with it */
-	bool running;	 /* the VM runs (OP_PROVISION) */
+	Jsonb *handle; /* new progress; NULL: unchanged */
+	int attempt;   /* > 0: this launch attempt begins; its bootstrap token is committed with it */
+	bool running;  /* the VM runs (OP_PROVISION) */
 	/* facts learned; NULL: unchanged */
 	const char *vm_id;
 	const char *region;
@@ -116,7 +120,8 @@ typedef enum OptionScope
 typedef struct ProviderOption
 {
 	const char *name;
-	char type;		  /* 's' string, 'b' boolean, 'i' integer, 'd' duration (interval text or seconds), 'l' list of strings */
+	char
+		type; /* 's' string, 'b' boolean, 'i' integer, 'd' duration (interval text or seconds), 'l' list of strings */
 	bool caller;	  /* a caller of provision() may set it */
 	const char *help; /* for error hints and README */
 } ProviderOption;

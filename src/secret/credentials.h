@@ -16,6 +16,7 @@
  * db_leave().  Raises AV010 when a field does not decrypt.  The set is wiped
  * with its context.
  */
-extern SecretSet *credentials_load(const char *team_id, const char *provider, MemoryContext context);
+extern SecretSet *credentials_load(const char *team_id, const char *provider,
+								   MemoryContext context);
 
 #endif /* AGENTVM_SECRET_CREDENTIALS_H */

@@ -74,35 +74,48 @@ typedef struct Resolved
 
 #define SECONDS(column) "extract(epoch FROM " column ")::int8"
 
-static DbQuery resolve_query = {
-	"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, " SECONDS("t.min_lifetime") ", "
-	SECONDS("t.max_lifetime") ", " SECONDS("p.max_lifetime") ", "
-	SECONDS("coalesce(p.bootstrap_timeout, t.bootstrap_timeout)") ", "
-	SECONDS("coalesce(p.heartbeat_timeout, t.heartbeat_timeout)") ", "
-	"p.name IS NOT NULL, p.provider, t.provider, p.vcpus, p.memory_mib, p.disk_gib, p.runtime, "
-	"p.options, c.options, "
-	"c.provider IS NOT NULL AND EXISTS (SELECT FROM agentvm.provider_secret s "
-	"WHERE s.team_id = c.team_id AND s.provider = c.provider), "
-	"$2 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id "
-	"AND pg_has_role($3, m.role, 'USAGE')) "
-	"FROM agentvm.team t "
-	"LEFT JOIN LATERAL (SELECT * FROM agentvm.profile p WHERE $4 IS NOT NULL AND p.name = $4 "
-	"AND (p.team_id = t.team_id OR p.team_id IS NULL) ORDER BY p.team_id NULLS LAST LIMIT 1) p ON true "
-	"LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
-	"AND c.provider = coalesce($5, p.provider, t.provider, $6) "
-	"WHERE t.team_id = $1",
-	6,
-	{TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID, TEXTOID}};
+static DbQuery
+	resolve_query = {"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, " SECONDS("t.min_"
+																					  "lifetime") ", " SECONDS("t.max_lifetime") ", " SECONDS(
+						 "p.max_lifetime") ", " SECONDS("coalesce(p.bootstrap_timeout, "
+														"t.bootstrap_timeout)") ", " SECONDS("coale"
+																							 "sce("
+																							 "p."
+																							 "heart"
+																							 "beat_"
+																							 "timeo"
+																							 "ut, "
+																							 "t."
+																							 "heart"
+																							 "beat_"
+																							 "timeo"
+																							 "ut)") ", "
+																									"p.name IS NOT NULL, p.provider, t.provider, p.vcpus, p.memory_mib, p.disk_gib, p.runtime, "
+																									"p.options, c.options, "
+																									"c.provider IS NOT NULL AND EXISTS (SELECT FROM agentvm.provider_secret s "
+																									"WHERE s.team_id = c.team_id AND s.provider = c.provider), "
+																									"$2 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id "
+																									"AND pg_has_role($3, m.role, 'USAGE')) "
+																									"FROM agentvm.team t "
+																									"LEFT JOIN LATERAL (SELECT * FROM agentvm.profile p WHERE $4 IS NOT NULL AND p.name = $4 "
+																									"AND (p.team_id = t.team_id OR p.team_id IS NULL) ORDER BY p.team_id NULLS LAST LIMIT 1) p ON true "
+																									"LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
+																									"AND c.provider = coalesce($5, p.provider, t.provider, $6) "
+																									"WHERE t.team_id = $1",
+					 6,
+					 {TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID, TEXTOID}};
 
 /* Read again under the lock: alter_team() takes it, too. */
 static DbQuery limits_query = {
-	"SELECT max_sessions, max_vcpus, max_memory_mib FROM agentvm.team WHERE team_id = $1", 1, {TEXTOID}};
+	"SELECT max_sessions, max_vcpus, max_memory_mib FROM agentvm.team WHERE team_id = $1",
+	1,
+	{TEXTOID}};
 
 /* Terminating sessions still count; no more is counted than is needed to refuse. */
-static DbQuery count_query = {
-	"SELECT count(*) FROM (SELECT FROM agentvm.session WHERE team_id = $1 AND ended_at IS NULL LIMIT $2) s",
-	2,
-	{TEXTOID, INT8OID}};
+static DbQuery count_query = {"SELECT count(*) FROM (SELECT FROM agentvm.session WHERE team_id = "
+							  "$1 AND ended_at IS NULL LIMIT $2) s",
+							  2,
+							  {TEXTOID, INT8OID}};
 
 static DbQuery sum_query = {
 	"SELECT coalesce(sum(vcpus), 0), coalesce(sum(memory_mib), 0) FROM agentvm.session "
@@ -115,11 +128,11 @@ static DbQuery by_key_query = {
 	2,
 	{TEXTOID, TEXTOID}};
 
-#define INSERT_SESSION                                                                              \
-	"INSERT INTO agentvm.session (session_id, team_id, agent_id, provider, profile, created_at, "   \
-	"deadline_at, ceiling_at, tags, idempotency_key, created_by, args_hash, options, vcpus, "       \
-	"memory_mib, disk_gib, runtime, bootstrap_timeout, heartbeat_timeout, payload_enc, key_id, "    \
-	"lane, next_check_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, "    \
+#define INSERT_SESSION                                                                             \
+	"INSERT INTO agentvm.session (session_id, team_id, agent_id, provider, profile, created_at, "  \
+	"deadline_at, ceiling_at, tags, idempotency_key, created_by, args_hash, options, vcpus, "      \
+	"memory_mib, disk_gib, runtime, bootstrap_timeout, heartbeat_timeout, payload_enc, key_id, "   \
+	"lane, next_check_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, "   \
 	"$15, $16, $17, make_interval(secs => $18), make_interval(secs => $19), $20, $21, $22, $6)"
 #define INSERT_TYPES                                                                               \
 	{                                                                                              \
@@ -131,7 +144,8 @@ static DbQuery by_key_query = {
 
 static DbQuery insert_query = {INSERT_SESSION, NUM_INSERT_ARGS, INSERT_TYPES};
 static DbQuery insert_once_query = {
-	INSERT_SESSION " ON CONFLICT (team_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
+	INSERT_SESSION
+	" ON CONFLICT (team_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
 	NUM_INSERT_ARGS, INSERT_TYPES};
 
 static DbQuery event_query = {
@@ -154,7 +168,8 @@ document(FunctionCallInfo fcinfo, int argument, char kind, const char *name)
 	Jsonb *value;
 
 	if (PG_ARGISNULL(argument))
-		return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(kind == 'o' ? "{}" : "[]")));
+		return DatumGetJsonbP(
+			DirectFunctionCall1(jsonb_in, CStringGetDatum(kind == 'o' ? "{}" : "[]")));
 	value = PG_GETARG_JSONB_P(argument);
 	check_document(value, kind, name);
 	return value;
@@ -163,8 +178,9 @@ document(FunctionCallInfo fcinfo, int argument, char kind, const char *name)
 static void
 bad_document(const char *argument, const char *detail)
 {
-	ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s has the wrong shape", argument),
-					errdetail("%s", detail), hide_caller()));
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s has the wrong shape", argument),
+			 errdetail("%s", detail), hide_caller()));
 }
 
 /* Environment: names that a shell takes, values that are strings. */
@@ -185,7 +201,8 @@ check_env(Jsonb *env)
 			for (i = 0; i < v.val.string.len && ok; i++)
 				ok = isalnum((unsigned char) v.val.string.val[i]) || v.val.string.val[i] == '_';
 			if (!ok)
-				bad_document("env", "Names of environment variables consist of letters, digits and _, and do not begin with a digit.");
+				bad_document("env", "Names of environment variables consist of letters, digits and "
+									"_, and do not begin with a digit.");
 		}
 		else if (token == WJB_VALUE && v.type != jbvString)
 			bad_document("env", "Values of environment variables are strings.");
@@ -235,7 +252,10 @@ check_repos(Jsonb *repos)
 
 				is_url = strcmp(key, "url") == 0;
 				if (!is_url && strcmp(key, "ref") != 0 && strcmp(key, "path") != 0)
-					bad_document("repos", psprintf("Unknown member \"%s\"; the known ones are url, ref and path.", key));
+					bad_document(
+						"repos",
+						psprintf("Unknown member \"%s\"; the known ones are url, ref and path.",
+								 key));
 			}
 			else if (token == WJB_VALUE)
 			{
@@ -253,7 +273,8 @@ static void
 read_request(FunctionCallInfo fcinfo, Request *request)
 {
 	if (PG_ARGISNULL(0))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("team_id must not be null")));
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("team_id must not be null")));
 	request->team_id = check_identifier(PG_GETARG_TEXT_PP(0), "team_id");
 	request->agent_id = optional_identifier(fcinfo, 1, "agent_id");
 	request->profile = optional_identifier(fcinfo, 2, "profile");
@@ -351,9 +372,10 @@ merge_options(const Resolved *resolved, const Request *request)
 	{
 		if (layers[i] == NULL || JB_ROOT_COUNT(layers[i]) == 0)
 			continue;
-		merged = merged == NULL ? layers[i]
-								: DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(merged),
-																	 JsonbPGetDatum(layers[i])));
+		merged = merged == NULL
+					 ? layers[i]
+					 : DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(merged),
+														  JsonbPGetDatum(layers[i])));
 	}
 	return merged ? merged : request->options;
 }
@@ -363,7 +385,8 @@ resolve_provider(const Request *request, const Resolved *resolved)
 {
 	if (request->profile != NULL && !resolved->has_profile)
 		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
-						errmsg("profile \"%s\" does not exist for team \"%s\"", request->profile, request->team_id)));
+						errmsg("profile \"%s\" does not exist for team \"%s\"", request->profile,
+							   request->team_id)));
 	if (request->provider != NULL && resolved->profile_provider != NULL &&
 		strcmp(request->provider, resolved->profile_provider) != 0)
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
@@ -393,13 +416,17 @@ resolve_lifetime(const Request *request, const Resolved *resolved, int64 *ceilin
 		return Max(lifetime, Min(resolved->min_lifetime_s, *ceiling));
 	}
 	if (request->max_lifetime_s > *ceiling)
-		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
-						errmsg("max_lifetime is %lld s, but at most %lld s are allowed for team \"%s\"",
-							   (long long) request->max_lifetime_s, (long long) *ceiling, request->team_id)));
+		ereport(
+			ERROR,
+			(errcode(AVM_OVER_LIMIT),
+			 errmsg("max_lifetime is %lld s, but at most %lld s are allowed for team \"%s\"",
+					(long long) request->max_lifetime_s, (long long) *ceiling, request->team_id)));
 	if (request->max_lifetime_s < resolved->min_lifetime_s)
-		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
-						errmsg("max_lifetime is %lld s, but at least %lld s are asked of team \"%s\"",
-							   (long long) request->max_lifetime_s, (long long) resolved->min_lifetime_s, request->team_id)));
+		ereport(ERROR,
+				(errcode(AVM_OVER_LIMIT),
+				 errmsg("max_lifetime is %lld s, but at least %lld s are asked of team \"%s\"",
+						(long long) request->max_lifetime_s, (long long) resolved->min_lifetime_s,
+						request->team_id)));
 	return request->max_lifetime_s;
 }
 
@@ -412,7 +439,8 @@ resolve_runtime(const Provider *provider, const Resolved *resolved, Jsonb *optio
 	if (runtime && avm_gateway_url[0] == '\0')
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 						errmsg("a session with a runtime needs agentvm.gateway_url"),
-						errhint("Set agentvm.gateway_url to the URL that VMs reach a gateway at, or use a profile with runtime = false.")));
+						errhint("Set agentvm.gateway_url to the URL that VMs reach a gateway at, "
+								"or use a profile with runtime = false.")));
 	return runtime;
 }
 
@@ -421,10 +449,12 @@ resolve_runtime(const Provider *provider, const Resolved *resolved, Jsonb *optio
 static void
 over_quota(const char *team_id, const char *what, int64 limit, int64 used, int64 wanted)
 {
-	ereport(ERROR, (errcode(AVM_QUOTA),
-					errmsg("team \"%s\" is at its limit of %lld %s", team_id, (long long) limit, what),
-					errdetail("%lld are in use, %lld more were asked for.", (long long) used, (long long) wanted),
-					errhint("Sessions that are ending still count until they have ended.")));
+	ereport(ERROR,
+			(errcode(AVM_QUOTA),
+			 errmsg("team \"%s\" is at its limit of %lld %s", team_id, (long long) limit, what),
+			 errdetail("%lld are in use, %lld more were asked for.", (long long) used,
+					   (long long) wanted),
+			 errhint("Sessions that are ending still count until they have ended.")));
 }
 
 static void
@@ -432,7 +462,8 @@ check_quota(const char *team_id, Resolved *resolved)
 {
 	Datum values[2] = {CStringGetTextDatum(team_id), (Datum) 0};
 	bool isnull;
-	bool limited = resolved->max_sessions >= 0 || resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0;
+	bool limited =
+		resolved->max_sessions >= 0 || resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0;
 
 	for (;;)
 	{
@@ -446,7 +477,8 @@ check_quota(const char *team_id, Resolved *resolved)
 		resolved->max_vcpus = int_or(2, -1);
 		resolved->max_memory_mib = int_or(3, -1);
 		SPI_freetuptable(SPI_tuptable);
-		if (limited || (resolved->max_sessions < 0 && resolved->max_vcpus < 0 && resolved->max_memory_mib < 0))
+		if (limited ||
+			(resolved->max_sessions < 0 && resolved->max_vcpus < 0 && resolved->max_memory_mib < 0))
 			break;
 		/* it got a limit between our first look and the lock */
 		team_unlock(team_id, mode);
@@ -476,12 +508,16 @@ check_quota(const char *team_id, Resolved *resolved)
 		if ((resolved->max_vcpus >= 0 && resolved->vcpus == 0) ||
 			(resolved->max_memory_mib >= 0 && resolved->memory_mib == 0))
 			ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
-							errmsg("team \"%s\" has a limit on vCPUs or memory, but the session's size is not known", team_id),
+							errmsg("team \"%s\" has a limit on vCPUs or memory, but the session's "
+								   "size is not known",
+								   team_id),
 							errhint("Use a profile that states vcpus and memory_mib.")));
 		if (resolved->max_vcpus >= 0 && vcpus + resolved->vcpus > resolved->max_vcpus)
 			over_quota(team_id, "vCPUs", resolved->max_vcpus, vcpus, resolved->vcpus);
-		if (resolved->max_memory_mib >= 0 && memory + resolved->memory_mib > resolved->max_memory_mib)
-			over_quota(team_id, "MiB of memory", resolved->max_memory_mib, memory, resolved->memory_mib);
+		if (resolved->max_memory_mib >= 0 &&
+			memory + resolved->memory_mib > resolved->max_memory_mib)
+			over_quota(team_id, "MiB of memory", resolved->max_memory_mib, memory,
+					   resolved->memory_mib);
 	}
 }
 
@@ -500,7 +536,8 @@ make_session_id(pg_uuid_t *id, TimestampTz now)
 	int i;
 
 	if (!pg_strong_random(id->data + 8, 8))
-		ereport(ERROR, (errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not generate random values")));
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not generate random values")));
 	for (i = 0; i < 6; i++)
 		id->data[i] = (unsigned char) (ms >> (8 * (5 - i)));
 	id->data[6] = 0x70 | (sub >> 8);
@@ -545,7 +582,8 @@ hash_request(const Request *request)
 static bool
 find_by_key(const Request *request, const bytea *hash, pg_uuid_t *found)
 {
-	Datum values[2] = {CStringGetTextDatum(request->team_id), CStringGetTextDatum(request->idempotency_key)};
+	Datum values[2] = {CStringGetTextDatum(request->team_id),
+					   CStringGetTextDatum(request->idempotency_key)};
 	bool isnull;
 	bytea *stored;
 
@@ -557,7 +595,8 @@ find_by_key(const Request *request, const bytea *hash, pg_uuid_t *found)
 	if (isnull || VARSIZE_ANY_EXHDR(stored) != SHA256_LEN ||
 		memcmp(VARDATA_ANY(stored), VARDATA(hash), SHA256_LEN) != 0)
 		ereport(ERROR, (errcode(AVM_IDEMPOTENCY_CONFLICT),
-						errmsg("idempotency key \"%s\" was used before with other arguments", request->idempotency_key),
+						errmsg("idempotency key \"%s\" was used before with other arguments",
+							   request->idempotency_key),
 						errhint("Use a new key for a new request."), hide_caller()));
 	SPI_freetuptable(SPI_tuptable);
 	return true;
@@ -579,7 +618,8 @@ make_payload(const Request *request, const char *session_id, char **key_id)
 	appendStringInfoString(&text, ", \"repos\": ");
 	(void) JsonbToCString(&text, &request->repos->root, VARSIZE(request->repos));
 	appendStringInfoChar(&text, '}');
-	encrypted = secret_encrypt(request->team_id, "session", session_id, text.data, text.len, key_id);
+	encrypted =
+		secret_encrypt(request->team_id, "session", session_id, text.data, text.len, key_id);
 	secret_wipe(text.data, text.len);
 	pfree(text.data);
 	return encrypted;
@@ -595,10 +635,12 @@ warn_unless_served(void)
 		return;
 	warned = AvmLocalTransactionId();
 	ereport(WARNING,
-			(errmsg("no agentvm dispatcher serves this database, so the session is not launched by itself"),
+			(errmsg("no agentvm dispatcher serves this database, so the session is not launched by "
+					"itself"),
 			 shared_available()
 				 ? errhint("Add the database to agentvm.databases, or run CALL agentvm.dispatch().")
-				 : errhint("Add agentvm to shared_preload_libraries and restart, or run CALL agentvm.dispatch() from time to time.")));
+				 : errhint("Add agentvm to shared_preload_libraries and restart, or run CALL "
+						   "agentvm.dispatch() from time to time.")));
 }
 
 static void
@@ -651,7 +693,8 @@ agentvm_provision(PG_FUNCTION_ARGS)
 	provider_check_options(provider, OPTIONS_LAUNCH, options);
 	if (provider->needs_secrets && !resolved.has_secrets)
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
-						errmsg("team \"%s\" has no credentials for provider \"%s\"", request.team_id, provider->name),
+						errmsg("team \"%s\" has no credentials for provider \"%s\"",
+							   request.team_id, provider->name),
 						errhint("An administrator sets them with agentvm.set_provider().")));
 	lifetime = resolve_lifetime(&request, &resolved, &ceiling);
 	runtime = resolve_runtime(provider, &resolved, options);
@@ -661,13 +704,18 @@ agentvm_provision(PG_FUNCTION_ARGS)
 	if (runtime)
 	{
 		if (has_payload)
-			payload = make_payload(&request, DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id))), &key_id);
+			payload = make_payload(
+				&request, DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id))),
+				&key_id);
 		else
 			key_id = keyring_current_id();
 	}
 	else if (has_payload)
-		ereport(WARNING, (errmsg("env and repos are ignored: the session has no runtime that could receive them"),
-						  hide_caller()));
+		ereport(
+			WARNING,
+			(errmsg(
+				 "env and repos are ignored: the session has no runtime that could receive them"),
+			 hide_caller()));
 
 	memset(nulls, ' ', sizeof(nulls));
 	values[0] = UUIDPGetDatum(id);
@@ -709,7 +757,8 @@ agentvm_provision(PG_FUNCTION_ARGS)
 			/* somebody else's transaction with the same key committed first */
 			if (!find_by_key(&request, hash, id))
 				ereport(ERROR, (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-								errmsg("idempotency key \"%s\" was used concurrently", request.idempotency_key),
+								errmsg("idempotency key \"%s\" was used concurrently",
+									   request.idempotency_key),
 								errhint("Try again.")));
 			db_leave(&scope);
 			PG_RETURN_UUID_P(id);

@@ -31,12 +31,14 @@ PG_FUNCTION_INFO_V1(agentvm_authenticate);
 PG_FUNCTION_INFO_V1(agentvm_heartbeat);
 PG_FUNCTION_INFO_V1(agentvm_heartbeat_batch);
 
-#define MAX_BATCH 10000 /* heartbeats in one call */
+#define MAX_BATCH 10000	 /* heartbeats in one call */
 #define REPORT_EVERY_S 5 /* a gateway's row is written no more often */
 #define GATEWAY_SILENT_S 30
 
 static DbQuery by_token_query = {
-	"SELECT session_id FROM agentvm.session_token WHERE token_sha256 = $1 AND kind = $2", 2, {BYTEAOID, TEXTOID}};
+	"SELECT session_id FROM agentvm.session_token WHERE token_sha256 = $1 AND kind = $2",
+	2,
+	{BYTEAOID, TEXTOID}};
 
 static DbQuery boot_lock_query = {
 	"SELECT s.state, s.boot_id, s.team_id, s.payload_enc, s.key_id, s.deadline_at, "
@@ -85,7 +87,8 @@ static DbQuery beat_query = {
 static DbQuery beats_query = {
 	"WITH b AS (SELECT id, max(coalesce(seen, clock_timestamp())) AS seen "
 	"FROM unnest($1, $2) AS u (id, seen) WHERE id IS NOT NULL GROUP BY id), "
-	"l AS (SELECT h.session_id, b.seen FROM agentvm.session_heartbeat h JOIN b ON b.id = h.session_id "
+	"l AS (SELECT h.session_id, b.seen FROM agentvm.session_heartbeat h JOIN b ON b.id = "
+	"h.session_id "
 	"ORDER BY h.session_id FOR UPDATE OF h) "
 	"UPDATE agentvm.session_heartbeat h SET "
 	"last_heartbeat_at = greatest(h.last_heartbeat_at, least(l.seen, clock_timestamp())) "
@@ -121,7 +124,8 @@ hash_argument(FunctionCallInfo fcinfo, int argument, const char *name)
 	bytea *hash;
 
 	if (PG_ARGISNULL(argument))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", name)));
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", name)));
 	hash = PG_GETARG_BYTEA_PP(argument);
 	if (VARSIZE_ANY_EXHDR(hash) != SHA256_LEN)
 		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -195,7 +199,8 @@ agentvm_bootstrap(PG_FUNCTION_ARGS)
 	Jsonb *answer;
 
 	if (PG_ARGISNULL(2))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("boot_id must not be null")));
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("boot_id must not be null")));
 	boot_id = check_identifier(PG_GETARG_TEXT_PP(2), "boot_id");
 	info = PG_ARGISNULL(3) ? NULL : PG_GETARG_JSONB_P(3);
 	if (info != NULL)
@@ -355,7 +360,8 @@ agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 	uint64 i;
 
 	if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("session_ids and seen_at must not be null")));
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+						errmsg("session_ids and seen_at must not be null")));
 	ids = PG_GETARG_ARRAYTYPE_P(0);
 	seen = PG_GETARG_ARRAYTYPE_P(1);
 	count = ArrayGetNItems(ARR_NDIM(ids), ARR_DIMS(ids));
@@ -363,8 +369,9 @@ agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 		ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
 						errmsg("session_ids and seen_at must be lists of the same length")));
 	if (count > MAX_BATCH)
-		ereport(ERROR, (errcode(AVM_OVER_LIMIT), errmsg("%d heartbeats in one call are too many", count),
-						errdetail("At most %d are taken.", MAX_BATCH)));
+		ereport(ERROR,
+				(errcode(AVM_OVER_LIMIT), errmsg("%d heartbeats in one call are too many", count),
+				 errdetail("At most %d are taken.", MAX_BATCH)));
 
 	AvmInitMaterializedSRF(fcinfo);
 	db_enter(&scope);

@@ -78,7 +78,8 @@ pg_uuid_t *
 session_id_argument(FunctionCallInfo fcinfo, int argument)
 {
 	if (PG_ARGISNULL(argument))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("session_id must not be null")));
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("session_id must not be null")));
 	return PG_GETARG_UUID_P(argument);
 }
 
@@ -97,8 +98,10 @@ session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 
 	db_run(&facts_query, values, NULL);
 	if (SPI_processed == 0 || !DatumGetBool(db_value(0, 6, &isnull)) || isnull)
-		ereport(ERROR, (errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
-						errhint("It may also belong to a team that the current role is not a member of.")));
+		ereport(
+			ERROR,
+			(errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
+			 errhint("It may also belong to a team that the current role is not a member of.")));
 	facts->state = state_parse(db_text(0, 1, CurrentMemoryContext));
 	facts->end_reason = db_text(0, 2, CurrentMemoryContext);
 	facts->detail = db_text(0, 3, CurrentMemoryContext);
@@ -115,13 +118,12 @@ session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts)
 {
 	const char *reason = facts->end_reason ? facts->end_reason : "unknown";
 
-	ereport(ERROR,
-			(errcode(reason_sqlstate(reason)),
-			 state_is_ended(facts->state)
-				 ? errmsg("session %s has ended: %s", uuid_text(id), reason)
-				 : errmsg("session %s is ending: %s", uuid_text(id), reason),
-			 facts->detail ? errdetail("%s", facts->detail) : 0,
-			 errhint("The log of the session is in agentvm.session_event.")));
+	ereport(ERROR, (errcode(reason_sqlstate(reason)),
+					state_is_ended(facts->state)
+						? errmsg("session %s has ended: %s", uuid_text(id), reason)
+						: errmsg("session %s is ending: %s", uuid_text(id), reason),
+					facts->detail ? errdetail("%s", facts->detail) : 0,
+					errhint("The log of the session is in agentvm.session_event.")));
 	pg_unreachable();
 }
 
@@ -145,7 +147,8 @@ agentvm_terminate(PG_FUNCTION_ARGS)
 
 		if (strlen(reason) > MAX_REASON)
 			ereport(ERROR, (errcode(AVM_OVER_LIMIT),
-							errmsg("reason is %zu bytes long, but at most %d are kept", strlen(reason), MAX_REASON)));
+							errmsg("reason is %zu bytes long, but at most %d are kept",
+								   strlen(reason), MAX_REASON)));
 		for (c = reason; *c != '\0'; c++)
 		{
 			if ((unsigned char) *c < ' ' || *c == 0x7f)
@@ -195,13 +198,15 @@ agentvm_extend(PG_FUNCTION_ARGS)
 	{
 		session_facts(id, role, &facts);
 		if (facts.state == STATE_TERMINATING || state_is_ended(facts.state))
-			ereport(ERROR, (errcode(AVM_SESSION_ENDED),
-							errmsg("session %s is %s and cannot be extended", uuid_text(id), state_name(facts.state))));
+			ereport(ERROR,
+					(errcode(AVM_SESSION_ENDED), errmsg("session %s is %s and cannot be extended",
+														uuid_text(id), state_name(facts.state))));
 		db_run(&ceiling_query, values, NULL);
 		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
 						errmsg("session %s cannot be extended beyond its ceiling", uuid_text(id)),
 						errdetail("The ceiling is %s.", db_text(0, 1, CurrentMemoryContext)),
-						errhint("It was set by the team's max_lifetime and agentvm.max_lifetime_ceiling when the session was made.")));
+						errhint("It was set by the team's max_lifetime and "
+								"agentvm.max_lifetime_ceiling when the session was made.")));
 	}
 	deadline = DatumGetTimestampTz(db_value(0, 1, &isnull));
 	/* we held the row's lock: whoever passed it by meanwhile looks again */
@@ -225,15 +230,19 @@ agentvm_status(PG_FUNCTION_ARGS)
 		elog(ERROR, "SPI_connect failed");
 	if (plan == NULL)
 	{
-		plan = SPI_prepare("SELECT s FROM agentvm.sessions s WHERE s.session_id OPERATOR(pg_catalog.=) $1", 1, types);
+		plan = SPI_prepare(
+			"SELECT s FROM agentvm.sessions s WHERE s.session_id OPERATOR(pg_catalog.=) $1", 1,
+			types);
 		if (plan == NULL || SPI_keepplan(plan) != 0)
 			elog(ERROR, "could not prepare the status query");
 	}
 	if (SPI_execute_plan(plan, values, NULL, true, 1) != SPI_OK_SELECT)
 		elog(ERROR, "the status query failed");
 	if (SPI_processed == 0)
-		ereport(ERROR, (errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
-						errhint("It may also belong to a team that the current role is not a member of.")));
+		ereport(
+			ERROR,
+			(errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
+			 errhint("It may also belong to a team that the current role is not a member of.")));
 	result = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull);
 	result = SPI_datumTransfer(result, false, -1);
 	SPI_finish();
@@ -274,7 +283,8 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	bool isnull;
 	int state_column;
 	pg_uuid_t *id;
-	static const char *const copied[] = {"session_id", "team_id", NULL, NULL, "end_reason", "detail"};
+	static const char *const copied[] = {"session_id", "team_id",	 NULL,
+										 NULL,		   "end_reason", "detail"};
 	int i;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BY_UPDATE(trigger->tg_event))
@@ -296,8 +306,11 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	id = DatumGetUUIDP(values[0]);
 	if (!state_may_become(from, to))
 		ereport(ERROR, (errcode(ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION),
-						errmsg("session %s cannot go from %s to %s", uuid_text(id), state_name(from), state_name(to)),
-						state_is_ended(from) ? errdetail("An ended session is a tombstone: nothing revives it.") : 0));
+						errmsg("session %s cannot go from %s to %s", uuid_text(id),
+							   state_name(from), state_name(to)),
+						state_is_ended(from)
+							? errdetail("An ended session is a tombstone: nothing revives it.")
+							: 0));
 
 	db_enter(&scope);
 	db_run(&transition_query, values, nulls);

@@ -21,7 +21,8 @@ typedef struct SessionFacts
 	char *end_reason;
 	char *detail;
 	TimestampTz next_check_at; /* 0: never */
-	bool changed_here; /* this transaction has written the row: its engine work begins after commit */
+	bool
+		changed_here; /* this transaction has written the row: its engine work begins after commit */
 } SessionFacts;
 
 /* A uuid argument that must be there; raises 22004. */
@@ -35,6 +36,7 @@ extern pg_uuid_t *session_id_argument(FunctionCallInfo fcinfo, int argument);
 extern void session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts);
 
 /* Raise the error that belongs to a session that is ending or has ended. */
-extern void session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts) pg_attribute_noreturn();
+extern void session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts)
+	pg_attribute_noreturn();
 
 #endif /* AGENTVM_SESSION_SESSION_H */

@@ -51,12 +51,16 @@ read_arguments(FunctionCallInfo fcinfo, WaitFor *wait)
 	wait->session_id = *session_id_argument(fcinfo, 0);
 	wait->role = GetUserId();
 	if (PG_ARGISNULL(1) || PG_ARGISNULL(2))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", PG_ARGISNULL(1) ? "until" : "timeout")));
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+						errmsg("%s must not be null", PG_ARGISNULL(1) ? "until" : "timeout")));
 	until = text_to_cstring(PG_GETARG_TEXT_PP(1));
 	state = state_find(until);
-	if (state < 0 || state == STATE_PROVISIONING || state == STATE_PAUSING || state == STATE_RESUMING)
-		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("cannot wait until \"%s\"", until),
-						errhint("Known states are warm, ready, paused, terminating, terminated and failed.")));
+	if (state < 0 || state == STATE_PROVISIONING || state == STATE_PAUSING ||
+		state == STATE_RESUMING)
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("cannot wait until \"%s\"", until),
+			 errhint("Known states are warm, ready, paused, terminating, terminated and failed.")));
 	wait->until = state;
 	wait->timeout_s = check_interval(PG_GETARG_INTERVAL_P(2), "timeout");
 	wait->give_up_at = GetCurrentTimestamp() + wait->timeout_s * USECS_PER_SEC;
@@ -74,8 +78,10 @@ is_reached(const WaitFor *wait, const SessionFacts *facts)
 		session_raise_ended(&wait->session_id, facts);
 	if (facts->changed_here)
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-						errmsg("this wait could never end: the session was changed in this transaction, which has not committed"),
-						errhint("The provider is called only after commit: COMMIT first, then wait in a new transaction.")));
+						errmsg("this wait could never end: the session was changed in this "
+							   "transaction, which has not committed"),
+						errhint("The provider is called only after commit: COMMIT first, then wait "
+								"in a new transaction.")));
 	return false;
 }
 
@@ -89,19 +95,22 @@ sleep_for_change(const WaitFor *wait, int *pause_ms)
 	if (left_ms <= 0)
 	{
 		ConditionVariableCancelSleep();
-		ereport(ERROR, (errcode(AVM_TIMED_OUT),
-						errmsg("session %s did not become %s within %lld s",
-							   DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&wait->session_id))),
-							   state_name(wait->until), (long long) wait->timeout_s),
-						errhint("It goes on by itself; see agentvm.status() and agentvm.session_event.")));
+		ereport(ERROR,
+				(errcode(AVM_TIMED_OUT),
+				 errmsg("session %s did not become %s within %lld s",
+						DatumGetCString(
+							DirectFunctionCall1(uuid_out, UUIDPGetDatum(&wait->session_id))),
+						state_name(wait->until), (long long) wait->timeout_s),
+				 errhint("It goes on by itself; see agentvm.status() and agentvm.session_event.")));
 	}
 	if (changed != NULL)
 	{
-		(void) ConditionVariableTimedSleep(changed, Min(left_ms, MISSED_WAKE_MS), AvmWaitEvent("AgentvmWait"));
+		(void) ConditionVariableTimedSleep(changed, Min(left_ms, MISSED_WAKE_MS),
+										   AvmWaitEvent("AgentvmWait"));
 		return;
 	}
-	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, Min(left_ms, *pause_ms),
-					 AvmWaitEvent("AgentvmWait"));
+	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+					 Min(left_ms, *pause_ms), AvmWaitEvent("AgentvmWait"));
 	ResetLatch(MyLatch);
 	CHECK_FOR_INTERRUPTS();
 	*pause_ms = Min(*pause_ms * 2, LAST_PAUSE_MS);

@@ -16,12 +16,11 @@
 
 PG_FUNCTION_INFO_V1(agentvm_check_provider);
 
-static DbQuery config_query = {
-	"SELECT coalesce($2, t.provider, $3), c.options FROM agentvm.team t "
-	"LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
-	"AND c.provider = coalesce($2, t.provider, $3) WHERE t.team_id = $1",
-	3,
-	{TEXTOID, TEXTOID, TEXTOID}};
+static DbQuery config_query = {"SELECT coalesce($2, t.provider, $3), c.options FROM agentvm.team t "
+							   "LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
+							   "AND c.provider = coalesce($2, t.provider, $3) WHERE t.team_id = $1",
+							   3,
+							   {TEXTOID, TEXTOID, TEXTOID}};
 
 Datum
 agentvm_check_provider(PG_FUNCTION_ARGS)
@@ -38,7 +37,8 @@ agentvm_check_provider(PG_FUNCTION_ARGS)
 
 	require_admin("check a provider");
 	if (PG_ARGISNULL(0))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("team_id must not be null")));
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("team_id must not be null")));
 	team_id = check_identifier(PG_GETARG_TEXT_PP(0), "team_id");
 	values[0] = CStringGetTextDatum(team_id);
 	nulls[1] = PG_ARGISNULL(1) ? 'n' : ' ';

@@ -79,6 +79,7 @@ sub await
 	my $end = time + ($opt{timeout} // 60);
 	my $dbname = $opt{dbname} // 'postgres';
 	my ($answer, $error);
+	local $ENV{PGOPTIONS} = '-c log_statement=none';    # keep the polling out of the log
 
 	$expected //= 't';
 	while (1)
