@@ -252,57 +252,6 @@ raise_no_such_team(const char *team_id)
 	pg_unreachable();
 }
 
-/* Is any of the roles that the last query found one that "role" has the rights of? */
-static bool
-acts_for_found_role(Oid role)
-{
-	uint64 i;
-
-	for (i = 0; i < SPI_processed; i++)
-	{
-		bool isnull;
-		Datum member = db_value(i, 1, &isnull);
-
-		/* A member that has been dropped is just no member. */
-		if (!isnull && SearchSysCacheExists1(AUTHOID, member) &&
-			has_privs_of_role(role, DatumGetObjectId(member)))
-			return true;
-	}
-	return false;
-}
-
-void
-require_team(const char *team_id, Oid role)
-{
-	static DbQuery find_team = {
-		.sql = "SELECT 1 FROM agentvm.team WHERE team_id = $1",
-		.nargs = 1,
-		.argtypes = {TEXTOID},
-	};
-	static DbQuery find_members = {
-		.sql = "SELECT m.role FROM agentvm.team_member m WHERE m.team_id = $1",
-		.nargs = 1,
-		.argtypes = {TEXTOID},
-	};
-	Datum value = CStringGetTextDatum(team_id);
-	bool allowed;
-
-	if (caller_is_admin(role))
-	{
-		db_run(&find_team, &value, NULL);
-		allowed = SPI_processed > 0;
-	}
-	else
-	{
-		db_run(&find_members, &value, NULL);
-		allowed = acts_for_found_role(role);
-	}
-	pfree(DatumGetPointer(value));
-
-	if (!allowed)
-		raise_no_such_team(team_id);
-}
-
 static bool
 has_control_character(const char *string)
 {

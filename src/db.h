@@ -70,13 +70,9 @@ extern bool caller_is_admin(Oid role);
 extern void require_admin(const char *what);
 
 /*
- * Raise 42704 unless "role" may act for the team: an administrator for any team
- * that exists, a member for its own.  The error is the same for a team that
- * does not exist and one that is not the caller's.  Inside a scope.
+ * Raise 42704: the same error for a team that does not exist and one that the
+ * caller is no member of.
  */
-extern void require_team(const char *team_id, Oid role);
-
-/* Raise that 42704. */
 extern void raise_no_such_team(const char *team_id) pg_attribute_noreturn();
 
 /* ---- checking what callers hand in ---- */

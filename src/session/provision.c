@@ -72,38 +72,27 @@ typedef struct Resolved
 	bool has_secrets;
 } Resolved;
 
-#define SECONDS(column) "extract(epoch FROM " column ")::int8"
-
-static DbQuery
-	resolve_query = {"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, " SECONDS("t.min_"
-																					  "lifetime") ", " SECONDS("t.max_lifetime") ", " SECONDS(
-						 "p.max_lifetime") ", " SECONDS("coalesce(p.bootstrap_timeout, "
-														"t.bootstrap_timeout)") ", " SECONDS("coale"
-																							 "sce("
-																							 "p."
-																							 "heart"
-																							 "beat_"
-																							 "timeo"
-																							 "ut, "
-																							 "t."
-																							 "heart"
-																							 "beat_"
-																							 "timeo"
-																							 "ut)") ", "
-																									"p.name IS NOT NULL, p.provider, t.provider, p.vcpus, p.memory_mib, p.disk_gib, p.runtime, "
-																									"p.options, c.options, "
-																									"c.provider IS NOT NULL AND EXISTS (SELECT FROM agentvm.provider_secret s "
-																									"WHERE s.team_id = c.team_id AND s.provider = c.provider), "
-																									"$2 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id "
-																									"AND pg_has_role($3, m.role, 'USAGE')) "
-																									"FROM agentvm.team t "
-																									"LEFT JOIN LATERAL (SELECT * FROM agentvm.profile p WHERE $4 IS NOT NULL AND p.name = $4 "
-																									"AND (p.team_id = t.team_id OR p.team_id IS NULL) ORDER BY p.team_id NULLS LAST LIMIT 1) p ON true "
-																									"LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
-																									"AND c.provider = coalesce($5, p.provider, t.provider, $6) "
-																									"WHERE t.team_id = $1",
-					 6,
-					 {TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID, TEXTOID}};
+static DbQuery resolve_query = {
+	"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, extract(epoch FROM "
+	"t.min_lifetime)::int8, "
+	"extract(epoch FROM t.max_lifetime)::int8, extract(epoch FROM p.max_lifetime)::int8, "
+	"extract(epoch FROM coalesce(p.bootstrap_timeout, t.bootstrap_timeout))::int8, "
+	"extract(epoch FROM coalesce(p.heartbeat_timeout, t.heartbeat_timeout))::int8, "
+	"p.name IS NOT NULL, p.provider, t.provider, p.vcpus, p.memory_mib, p.disk_gib, p.runtime, "
+	"p.options, c.options, "
+	"c.provider IS NOT NULL AND EXISTS (SELECT FROM agentvm.provider_secret s "
+	"WHERE s.team_id = c.team_id AND s.provider = c.provider), "
+	"$2 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id "
+	"AND pg_has_role($3, m.role, 'USAGE')) "
+	"FROM agentvm.team t "
+	"LEFT JOIN LATERAL (SELECT * FROM agentvm.profile p WHERE $4 IS NOT NULL AND p.name = $4 "
+	"AND (p.team_id = t.team_id OR p.team_id IS NULL) ORDER BY p.team_id NULLS LAST LIMIT 1) p "
+	"ON true "
+	"LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
+	"AND c.provider = coalesce($5, p.provider, t.provider, $6) "
+	"WHERE t.team_id = $1",
+	6,
+	{TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID, TEXTOID}};
 
 /* Read again under the lock: alter_team() takes it, too. */
 static DbQuery limits_query = {
