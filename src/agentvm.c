@@ -14,6 +14,7 @@
 #include <limits.h>
 
 #include "agentvm.h"
+#include "engine/database_hook.h"
 #include "engine/shared.h"
 #include "engine/wake.h"
 #include "engine/worker.h"
@@ -183,4 +184,5 @@ _PG_init(void)
 		return;
 	shared_init();
 	worker_init();
+	database_hook_init();
 }

@@ -11,6 +11,7 @@
 #define AGENTVM_COMPAT_H
 
 #include "access/xact.h"
+#include "catalog/pg_database.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
@@ -46,6 +47,13 @@ extern void avm_init_materialized_srf(FunctionCallInfo fcinfo);
 #define AvmInitMaterializedSRF(fcinfo) avm_init_materialized_srf(fcinfo)
 #else
 #define AvmInitMaterializedSRF(fcinfo) InitMaterializedSRF(fcinfo, 0)
+#endif
+
+/* 16 merged the ownership checks of all kinds of objects. */
+#if PG_VERSION_NUM >= 160000
+#define AvmOwnsDatabase(database, role) object_ownercheck(DatabaseRelationId, database, role)
+#else
+#define AvmOwnsDatabase(database, role) pg_database_ownercheck(database, role)
 #endif
 
 /* 17 gives extensions wait events of their own name. */

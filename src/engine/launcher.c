@@ -311,6 +311,13 @@ agentvm_launcher_main(Datum arg)
 			}
 			if (has_slot(wanted))
 				continue;
+			if (shared_is_held(wanted->database))
+			{
+				/* whoever holds it wakes us, unless he dies */
+				wake = Min(wake, now + MIN_BACKOFF_MS * INT64CONST(1000));
+				wanted->started_at = 0;
+				continue;
+			}
 			/* it has ended: at once if it lived, with back-off if it fails again and again */
 			if (wanted->started_at != 0 && wanted->not_before <= wanted->started_at)
 			{

@@ -13,14 +13,25 @@
 #include "postgres.h"
 
 #include <math.h>
+#include <signal.h>
 
 #include "agentvm.h"
 #include "common/hashfn.h"
 #include "engine/shared.h"
 #include "miscadmin.h"
 #include "storage/ipc.h"
+#include "storage/procarray.h"
 #include "storage/shmem.h"
 #include "utils/timestamp.h"
+
+#define MAX_HOLDS 16
+
+/* A backend that wants a database for itself. */
+typedef struct DatabaseHold
+{
+	int pid; /* 0: free */
+	Oid database;
+} DatabaseHold;
 
 typedef struct Shared
 {
@@ -28,6 +39,7 @@ typedef struct Shared
 	int launcher_pid;
 	Latch *launcher_latch;
 	DispatcherSlot slots[MAX_DISPATCHERS];
+	DatabaseHold holds[MAX_HOLDS];
 	ConditionVariable changed[NUM_CHANGED_BUCKETS];
 	ProviderStat stats[MAX_PROVIDER_STATS];
 } Shared;
@@ -141,6 +153,61 @@ shared_wake_launcher(void)
 	if (shared->launcher_latch != NULL)
 		SetLatch(shared->launcher_latch);
 	LWLockRelease(shared->lock);
+}
+
+void
+shared_hold_database(Oid database)
+{
+	int i;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_HOLDS; i++)
+	{
+		DatabaseHold *hold = &shared->holds[i];
+
+		if (OidIsValid(database) && (hold->pid == 0 || BackendPidGetProc(hold->pid) == NULL))
+		{
+			hold->pid = MyProcPid;
+			hold->database = database;
+			break;
+		}
+		if (!OidIsValid(database) && hold->pid == MyProcPid)
+			hold->pid = 0;
+	}
+	LWLockRelease(shared->lock);
+}
+
+bool
+shared_is_held(Oid database)
+{
+	bool held = false;
+	int i;
+
+	LWLockAcquire(shared->lock, LW_SHARED);
+	for (i = 0; i < MAX_HOLDS; i++)
+		held = held || (shared->holds[i].pid != 0 && shared->holds[i].database == database &&
+						BackendPidGetProc(shared->holds[i].pid) != NULL);
+	LWLockRelease(shared->lock);
+	return held;
+}
+
+int
+shared_stop_dispatchers(Oid database)
+{
+	int count = 0;
+	int i;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_DISPATCHERS; i++)
+	{
+		if (shared->slots[i].database != database)
+			continue;
+		count++;
+		if (shared->slots[i].pid != 0)
+			kill(shared->slots[i].pid, SIGTERM);
+	}
+	LWLockRelease(shared->lock);
+	return count;
 }
 
 /* Exit hook of a dispatcher: free our slot, and tell the launcher. */

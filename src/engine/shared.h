@@ -65,6 +65,22 @@ extern void shared_set_launcher(int pid, Latch *latch);
 /* Set the launcher's latch. */
 extern void shared_wake_launcher(void);
 
+/* ---- who wants a database for himself (database_hook.c) ---- */
+
+/*
+ * Put this backend's hold on a database, or lift it (InvalidOid).  While it
+ * stands, and the backend lives, no dispatcher is started there.  When there is
+ * no room for a hold nothing happens, and the command may find the database in
+ * use.
+ */
+extern void shared_hold_database(Oid database);
+
+/* Whether a living backend holds the database. */
+extern bool shared_is_held(Oid database);
+
+/* Send SIGTERM to the dispatchers of a database; how many slots it still has. */
+extern int shared_stop_dispatchers(Oid database);
+
 /* ---- the dispatcher's side ---- */
 
 /*

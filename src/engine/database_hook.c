@@ -1,0 +1,137 @@
+/*-------------------------------------------------------------------------
+ *
+ * database_hook.c
+ *		Letting go of a database that somebody wants for himself.
+ *
+ * These commands fail while anybody is connected to the database.  The backend
+ * that runs one puts a hold on it in shared memory, so that the launcher starts
+ * nobody there, asks its dispatchers to end, waits until they have, and lifts
+ * the hold afterwards.  A hold whose backend has died is void.  Only who may run
+ * the command stops anybody: else a failing DROP by a stranger would be a way to
+ * disturb.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "agentvm.h"
+#include "commands/dbcommands.h"
+#include "commands/defrem.h"
+#include "engine/database_hook.h"
+#include "engine/shared.h"
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "tcop/utility.h"
+#include "utils/timestamp.h"
+
+#define LET_GO_MS 5000 /* then the command itself says who is in the way */
+
+static ProcessUtility_hook_type prev_utility_hook = NULL;
+
+/* Text of an option of a command, or NULL. */
+static char *
+option_of(List *options, const char *name)
+{
+	ListCell *lc;
+
+	foreach (lc, options)
+	{
+		DefElem *option = lfirst_node(DefElem, lc);
+
+		if (strcmp(option->defname, name) == 0 && option->arg != NULL)
+			return defGetString(option);
+	}
+	return NULL;
+}
+
+/* The database that a command needs for itself, or NULL; *copies: it is only copied from. */
+static const char *
+wanted_database(Node *command, bool *copies)
+{
+	*copies = false;
+	switch (nodeTag(command))
+	{
+		case T_DropdbStmt:
+			return castNode(DropdbStmt, command)->dbname;
+		case T_RenameStmt:
+			if (castNode(RenameStmt, command)->renameType == OBJECT_DATABASE)
+				return castNode(RenameStmt, command)->subname;
+			return NULL;
+		case T_AlterDatabaseStmt:
+			if (option_of(castNode(AlterDatabaseStmt, command)->options, "tablespace") != NULL)
+				return castNode(AlterDatabaseStmt, command)->dbname;
+			return NULL;
+		case T_CreatedbStmt:
+			*copies = true;
+			return option_of(castNode(CreatedbStmt, command)->options, "template");
+		default:
+			return NULL;
+	}
+}
+
+/* The database to be let go, InvalidOid for none: there, served, and the caller's to command. */
+static Oid
+database_to_release(Node *command)
+{
+	bool copies;
+	const char *name = wanted_database(command, &copies);
+	Oid database;
+
+	if (name == NULL || !shared_available())
+		return InvalidOid;
+	database = get_database_oid(name, true);
+	if (!OidIsValid(database) || database == MyDatabaseId)
+		return InvalidOid;
+	if (!AvmOwnsDatabase(database, GetUserId()) || (copies && !have_createdb_privilege()))
+		return InvalidOid;
+	return database;
+}
+
+/* Ask the dispatchers to end, and wait until they have, but not for ever. */
+static void
+release_database(Oid database)
+{
+	TimestampTz give_up_at = GetCurrentTimestamp() + LET_GO_MS * INT64CONST(1000);
+
+	while (shared_stop_dispatchers(database) > 0 && GetCurrentTimestamp() < give_up_at)
+	{
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 10,
+						 AvmWaitEvent("AgentvmLetGo"));
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+}
+
+static void
+agentvm_utility(PlannedStmt *pstmt, const char *queryString, bool readOnlyTree,
+				ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *queryEnv,
+				DestReceiver *dest, QueryCompletion *qc)
+{
+	Oid database = database_to_release(pstmt->utilityStmt);
+	ProcessUtility_hook_type next = prev_utility_hook ? prev_utility_hook : standard_ProcessUtility;
+
+	if (!OidIsValid(database))
+	{
+		next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
+		return;
+	}
+	PG_TRY();
+	{
+		shared_hold_database(database);
+		release_database(database);
+		next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
+	}
+	PG_FINALLY();
+	{
+		shared_hold_database(InvalidOid);
+		shared_wake_launcher();
+	}
+	PG_END_TRY();
+}
+
+void
+database_hook_init(void)
+{
+	prev_utility_hook = ProcessUtility_hook;
+	ProcessUtility_hook = agentvm_utility;
+}
