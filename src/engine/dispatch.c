@@ -45,6 +45,7 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 	MemoryContext caller = CurrentMemoryContext;
 	int limit = PG_ARGISNULL(0) ? 100 : PG_GETARG_INT32(0);
 	int claimed = 0;
+	TimestampTz last_claim_at = GetCurrentTimestamp();
 	Engine *engine;
 
 	if (limit <= 0)
@@ -67,7 +68,11 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 		engine_run(engine);
 		if (more > 0 && claimed < limit)
 			continue;
-		if (engine_in_flight(engine) == 0)
+		if (more > 0)
+			last_claim_at = GetCurrentTimestamp();
+		/* what is left after a whole lease is locked by a user: others will record it */
+		if (engine_in_flight(engine) == 0 ||
+			GetCurrentTimestamp() > last_claim_at + avm_lease_ms * INT64CONST(1000))
 			break;
 		(void) WaitLatchOrSocket(
 			MyLatch, WL_LATCH_SET | WL_SOCKET_READABLE | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,

@@ -472,8 +472,15 @@ choose_parked(Engine *engine, Candidates *chosen, TimestampTz now)
 			team->chosen++;
 			last = DatumGetTimestampTz(db_value(i, 3, &isnull));
 		}
-		/* rows of the same microsecond may be left: the next look begins at it, not after it */
-		team->parked_from = SPI_processed < room ? DT_NOEND : last - 1;
+		/*
+		 * Rows of the same microsecond may be left, so the next look begins at
+		 * it and not after it; but if that is where this one began, what we
+		 * found is locked by somebody.
+		 */
+		if (SPI_processed < room)
+			team->parked_from = DT_NOEND;
+		else
+			team->parked_from = last - 1 > team->parked_from ? last - 1 : last;
 		SPI_freetuptable(SPI_tuptable);
 	}
 }

@@ -25,8 +25,9 @@
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
 
-#define MAX_DETAIL 500 /* bytes of an error kept on the row and in events */
-#define MAX_ROUNDS 16  /* steps of one turn without network or waiting */
+#define MAX_DETAIL 500	   /* bytes of an error kept on the row and in events */
+#define MIN_LAUNCH_TRIES 3 /* before a launch is given up */
+#define MAX_ROUNDS 16	   /* steps of one turn without network or waiting */
 
 typedef struct ConfigEntry
 {
@@ -386,10 +387,12 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 				now + retry_delay_ms(row->retries, RETRY_CAP_TERMINATE_MS) * INT64CONST(1000);
 			break;
 		}
-		if (step.error_class == CLASS_THROTTLED || step.error_class == CLASS_TRANSIENT)
+		if (step.error_class == CLASS_THROTTLED || step.error_class == CLASS_TRANSIENT ||
+			(row->runtime && row->launched_at != 0 && step.error_class != CLASS_NOT_FOUND))
 		{
+			/* a VM that is launched is judged by its runtime, not by our failure to look at it */
 			if (step.error_class == CLASS_TRANSIENT && row->launched_at == 0 &&
-				row->state == STATE_PROVISIONING &&
+				row->retries >= MIN_LAUNCH_TRIES &&
 				row->created_at + row->bootstrap_timeout_us <= now)
 			{
 				session_begin_end(row, "provider_error", error);

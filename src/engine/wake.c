@@ -4,8 +4,9 @@
  *		What a transaction has to tell others once it has committed.
  *
  * Callers' transactions never NOTIFY (it takes a cluster-wide lock at commit);
- * they set latches instead, after their changes have become visible.  An abort
- * tells the dispatchers, too: they may have passed by a row that was locked.
+ * they set latches instead, after their changes have become visible.  The abort
+ * of a transaction that had a row locked tells the dispatchers, too: they may
+ * have passed it by.
  * COMMIT PREPARED tells nobody; the full pass of every sweep_interval is for
  * that.
  *
@@ -20,6 +21,7 @@
 
 static TimestampTz pending_due = DT_NOEND;
 static uint64 pending_changed = 0; /* a bit per bucket */
+static bool pending_locked = false;
 
 StaticAssertDecl(NUM_CHANGED_BUCKETS <= 64, "buckets do not fit the mask");
 
@@ -40,7 +42,7 @@ wake_xact_callback(XactEvent event, void *arg)
 			}
 			break;
 		case XACT_EVENT_ABORT:
-			if (pending_due != DT_NOEND)
+			if (pending_locked)
 				shared_publish_due(DT_NOBEGIN);
 			break;
 		case XACT_EVENT_PREPARE:
@@ -50,6 +52,7 @@ wake_xact_callback(XactEvent event, void *arg)
 	}
 	pending_due = DT_NOEND;
 	pending_changed = 0;
+	pending_locked = false;
 }
 
 void
@@ -70,8 +73,9 @@ wake_waiters(const pg_uuid_t *session_id)
 	pending_changed |= UINT64CONST(1) << shared_changed_bucket(session_id);
 }
 
-bool
-wake_is_pending(void)
+void
+wake_after_lock(TimestampTz due)
 {
-	return pending_due != DT_NOEND || pending_changed != 0;
+	wake_dispatchers(due);
+	pending_locked = true;
 }

@@ -26,7 +26,10 @@ extern void wake_dispatchers(TimestampTz due);
 /* This transaction changed the state of a session: at COMMIT whoever waits for it is woken. */
 extern void wake_waiters(const pg_uuid_t *session_id);
 
-/* Whether this transaction has changed a session's state or asked for a wake-up. */
-extern bool wake_is_pending(void);
+/*
+ * The same for a row that was there before: the dispatchers may have passed it
+ * by while we had it locked, so an ABORT makes them look again, too.
+ */
+extern void wake_after_lock(TimestampTz due);
 
 #endif /* AGENTVM_ENGINE_WAKE_H */

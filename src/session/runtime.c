@@ -272,7 +272,7 @@ agentvm_bootstrap(PG_FUNCTION_ARGS)
 		nulls[2] = info ? ' ' : 'n';
 		values[2] = PointerGetDatum(info);
 		db_run(&boot_query, values, nulls);
-		wake_dispatchers(DatumGetTimestampTz(db_value(0, 1, &isnull)));
+		wake_after_lock(DatumGetTimestampTz(db_value(0, 1, &isnull)));
 		db_run(&add_heartbeat_query, values, NULL);
 	}
 	answer = boot_answer(&id, team_id, payload, key_id, deadline);

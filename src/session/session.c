@@ -169,7 +169,7 @@ agentvm_terminate(PG_FUNCTION_ARGS)
 	db_run(&terminate_query, values, nulls);
 	began = SPI_processed > 0;
 	if (began)
-		wake_dispatchers(DatumGetTimestampTz(db_value(0, 1, &isnull)));
+		wake_after_lock(DatumGetTimestampTz(db_value(0, 1, &isnull)));
 	db_leave(&scope);
 	PG_RETURN_BOOL(began);
 }
@@ -210,7 +210,7 @@ agentvm_extend(PG_FUNCTION_ARGS)
 	}
 	deadline = DatumGetTimestampTz(db_value(0, 1, &isnull));
 	/* we held the row's lock: whoever passed it by meanwhile looks again */
-	wake_dispatchers(DatumGetTimestampTz(db_value(0, 2, &isnull)));
+	wake_after_lock(DatumGetTimestampTz(db_value(0, 2, &isnull)));
 	db_leave(&scope);
 	PG_RETURN_TIMESTAMPTZ(deadline);
 }
