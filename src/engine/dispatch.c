@@ -62,17 +62,18 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 	(void) engine_reclaim(engine);
 	for (;;)
 	{
+		bool idle = engine_in_flight(engine) == 0;
 		int more = claimed < limit ? engine_claim(engine, limit - claimed) : 0;
 
-		claimed += more;
 		engine_run(engine);
-		if (more > 0 && claimed < limit)
-			continue;
 		if (more > 0)
+		{
+			claimed += more;
 			last_claim_at = GetCurrentTimestamp();
+			continue;
+		}
 		/* what is left after a whole lease is locked by a user: others will record it */
-		if (engine_in_flight(engine) == 0 ||
-			GetCurrentTimestamp() > last_claim_at + avm_lease_ms * INT64CONST(1000))
+		if (idle || GetCurrentTimestamp() > last_claim_at + avm_lease_ms * INT64CONST(1000))
 			break;
 		(void) WaitLatchOrSocket(
 			MyLatch, WL_LATCH_SET | WL_SOCKET_READABLE | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,

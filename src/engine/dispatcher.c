@@ -233,9 +233,11 @@ agentvm_dispatcher_main(Datum arg)
 			until = pass(engine, &next_periodic);
 		}
 
-		if (until <= GetCurrentTimestamp() || !shared_sleep_until(slot, until))
+		/* after an error we sleep whatever is committed meanwhile */
+		if (until <= GetCurrentTimestamp() ||
+			(!shared_sleep_until(slot, until) && until != pause_until))
 			continue;
-		if (engine != NULL && pause_until < GetCurrentTimestamp())
+		if (engine != NULL && until != pause_until)
 		{
 			fd = engine_fd(engine);
 			events |= WL_SOCKET_READABLE;

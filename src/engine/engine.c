@@ -16,14 +16,21 @@
  * some transaction pins xmin, and reading them anew on every claim would cost
  * 100,000 buffers.  A team at its in-flight cap is parked: the scan goes on past
  * its rows without touching them and remembers where the first one was; when the
- * team has room again its rows are read from there.  Both marks are only hints:
- * a commit below them lowers them (wake.c), and a full pass every
+ * team has room again its rows are read from there.  A row that a user has
+ * locked, or whose turn has raised an error, is passed by.  All these marks are
+ * only hints: a commit below them lowers them (wake.c), and a full pass every
  * sweep_interval heals the rest.
+ *
+ * One session's error is its own affair.  The turns of a transaction are taken in
+ * a subtransaction; if one raises (a trigger of the administrator's, say) the
+ * batch is halved until it stands alone.  What a turn changes in memory takes
+ * effect after the commit only.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
@@ -35,12 +42,16 @@
 #include "utils/builtins.h"
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
+#include "utils/resowner.h"
 #include "utils/timestamp.h"
 
 #define SCAN_CHUNK 1000			 /* candidates read at once: under 2,000 buffers */
 #define CHUNKS_PER_CLAIM 8		 /* then commit, and go on in the next claim */
 #define RECORD_BATCH 128		 /* replies recorded in one transaction */
 #define LOCKED_RETRY_US 100000	 /* how soon a record is tried again whose row a user has locked */
+#define RAISED_RETRY_US 1000000	 /* the same, after an error */
+#define MAX_FAILURES 3			 /* records that may raise, then the lease has to run out */
+#define RAISED_PAUSE_S 60		 /* how long a session is passed by whose claim has raised */
 #define DEFAULT_TIMEOUT_MS 30000 /* of a call; never above two thirds of the lease */
 
 /* A session whose call is under way, or answered and not yet recorded. */
@@ -60,12 +71,35 @@ typedef struct Act
 	int failures;			/* records that raised */
 } Act;
 
-/* A request of the batch that waits for the commit. */
+/* A request of the batch that waits for the commit; what is to be true of its act then. */
 typedef struct Outgoing
 {
 	Act *act;
+	bool fresh; /* the act was made for this request: without it, it goes */
+	ProviderOp op;
+	const char *operation;
+	bool mutates;
 	HttpRequest *request;
 } Outgoing;
+
+/* What a claim or record is about: a session, and its answered call if it has one. */
+typedef struct Job
+{
+	pg_uuid_t session_id; /* sorted by this and the lease */
+	int64 lease;		  /* of the act; 0 for a claim */
+	Act *act;			  /* NULL for a claim */
+	TimestampTz due;	  /* next_check_at as a claim has read it */
+	bool done;			  /* the row was ours, and its turn has been taken */
+	bool raised;
+} Job;
+
+/* A session that claims pass by, as long as it is due at the same time as it was. */
+typedef struct PassedBy
+{
+	pg_uuid_t session_id; /* hash key */
+	TimestampTz due;
+	TimestampTz until; /* DT_NOEND: somebody has it locked, until a commit says otherwise */
+} PassedBy;
 
 typedef struct TeamLoad
 {
@@ -87,17 +121,21 @@ struct Engine
 	EngineHost host;
 	int lane;
 	HTAB *teams;
+	HTAB *passed_by;
 	dlist_head under_way;
 	dlist_head answered;
 	int in_flight;
 	TimestampTz low;	  /* low-water mark: nothing older is due that is not parked */
 	TimestampTz next_due; /* the earliest next_check_at ahead, as last seen */
 	bool more;			  /* more is due than the last claim took */
+	bool full;			  /* the last claim found no room at all */
 	int one_at_a_time;	  /* so many transactions are for one session only */
-	bool have_suspect;	  /* the claim of "suspect" alone raised: put it off */
-	pg_uuid_t suspect;
+	Job suspect;		  /* what the transaction at hand is about, if it is one session only */
+	bool have_suspect;
 	uint64 recorded;
-	List *outgoing; /* in batch */
+	List *outgoing; /* the transaction's effects, in batch: requests to send, */
+	List *settled;	/* acts that are over, */
+	int finished;	/* and turns that ended without a request */
 	ConfigCache configs;
 };
 
@@ -136,13 +174,6 @@ static DbQuery reclaim_query = {
 	3,
 	{INT2OID, TIMESTAMPTZOID, INT4OID}};
 
-static DbQuery postpone_query = {
-	"UPDATE agentvm.session SET lease = NULL, next_check_at = clock_timestamp() + interval '60 s' "
-	"WHERE session_id = (SELECT session_id FROM agentvm.session WHERE session_id = $1 "
-	"FOR UPDATE SKIP LOCKED)",
-	1,
-	{UUIDOID}};
-
 static void
 close_http(void *arg)
 {
@@ -172,6 +203,10 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
 	ctl.entrysize = sizeof(TeamLoad);
 	ctl.hcxt = context;
 	engine->teams = hash_create("agentvm teams", 64, &ctl, HASH_ELEM | HASH_STRINGS | HASH_CONTEXT);
+	ctl.keysize = sizeof(pg_uuid_t);
+	ctl.entrysize = sizeof(PassedBy);
+	engine->passed_by =
+		hash_create("agentvm passed by", 64, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	engine->http = http_client_create();
 	engine->on_delete.func = close_http;
 	engine->on_delete.arg = engine;
@@ -234,6 +269,8 @@ begin_batch(Engine *engine, DbScope *scope)
 								 true, 0, false);
 	MemoryContextReset(engine->batch);
 	engine->outgoing = NIL;
+	engine->settled = NIL;
+	engine->finished = 0;
 	engine->configs.context = engine->batch;
 	engine->configs.entries = NIL;
 	MemoryContextSwitchTo(engine->batch);
@@ -241,7 +278,48 @@ begin_batch(Engine *engine, DbScope *scope)
 
 static void release_act(Engine *engine, Act *act);
 
-/* Commit, then send what was waiting for that. */
+/* Hand a request to the network; one that may not be sent (plain http, say) is answered by that. */
+static void
+send_request(Engine *engine, Outgoing *out)
+{
+	HttpRequest *request = out->request;
+	Act *act = out->act;
+
+	if (!out->fresh)
+		dlist_delete(&act->node);
+	act->op = out->op;
+	act->operation = MemoryContextStrdup(act->context, out->operation);
+	act->mutates = out->mutates;
+	act->reply = NULL;
+	act->not_before = 0;
+	out->act = NULL; /* from here on it is in one of our lists */
+
+	if (request->timeout_ms <= 0)
+		request->timeout_ms = DEFAULT_TIMEOUT_MS;
+	request->timeout_ms = Min(request->timeout_ms, avm_lease_ms * 2 / 3);
+	PG_TRY();
+	{
+		http_start(engine->http, request, act);
+		dlist_push_tail(&engine->under_way, &act->node);
+	}
+	PG_CATCH();
+	{
+		ErrorData *error;
+
+		MemoryContextSwitchTo(act->context);
+		error = CopyErrorData();
+		FlushErrorState();
+		act->reply = palloc0(sizeof(HttpReply));
+		act->reply->error = error->message;
+		act->reply->body = "";
+		act->reply->retry_after_s = -1;
+		dlist_push_tail(&engine->answered, &act->node);
+		MemoryContextSwitchTo(engine->batch);
+	}
+	PG_END_TRY();
+}
+
+/* Commit, then let the turns take effect: forget what is over, send what was waiting. */
 static void
 commit_batch(Engine *engine, DbScope *scope)
 {
@@ -251,37 +329,20 @@ commit_batch(Engine *engine, DbScope *scope)
 	engine->host.commit();
 	MemoryContextSwitchTo(engine->batch);
 
-	foreach (lc, engine->outgoing)
+	engine->have_suspect = false;
+	engine->recorded += engine->finished;
+	if (engine->slot != NULL)
+		engine->slot->recorded += engine->finished;
+	foreach (lc, engine->settled)
 	{
-		Outgoing *out = lfirst(lc);
-		HttpRequest *request = out->request;
-		Act *act = out->act;
+		Act *act = lfirst(lc);
 
-		if (request->timeout_ms <= 0)
-			request->timeout_ms = DEFAULT_TIMEOUT_MS;
-		request->timeout_ms = Min(request->timeout_ms, avm_lease_ms * 2 / 3);
-		PG_TRY();
-		{
-			http_start(engine->http, request, act);
-			dlist_push_tail(&engine->under_way, &act->node);
-		}
-		PG_CATCH();
-		{
-			/* a request that may not be sent (plain http, say) is answered by that */
-			ErrorData *error;
-
-			MemoryContextSwitchTo(act->context);
-			error = CopyErrorData();
-			FlushErrorState();
-			act->reply = palloc0(sizeof(HttpReply));
-			act->reply->error = error->message;
-			act->reply->body = "";
-			act->reply->retry_after_s = -1;
-			dlist_push_tail(&engine->answered, &act->node);
-			MemoryContextSwitchTo(engine->batch);
-		}
-		PG_END_TRY();
+		dlist_delete(&act->node);
+		release_act(engine, act);
 	}
+	engine->settled = NIL;
+	foreach (lc, engine->outgoing)
+		send_request(engine, lfirst(lc));
 	engine->outgoing = NIL;
 	MemoryContextSwitchTo(engine->context);
 	MemoryContextReset(engine->batch);
@@ -386,39 +447,136 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 
 	if (result.request != NULL)
 	{
-		Outgoing *out = palloc(sizeof(Outgoing));
+		Outgoing *out = palloc0(sizeof(Outgoing));
 
+		out->fresh = act == NULL;
 		if (act == NULL)
 		{
 			act = make_act(engine, row);
 			act->lease = fresh_lease();
 		}
-		else
-			dlist_delete(&act->node);
-		row->lease = act->lease;
-		row->next_check_at = GetCurrentTimestamp() + avm_lease_ms * INT64CONST(1000);
-		act->op = result.op;
-		act->operation =
-			MemoryContextStrdup(act->context, result.operation ? result.operation : "call");
-		act->mutates = result.mutates;
-		act->reply = NULL;
 		out->act = act;
+		out->op = result.op;
+		out->operation = result.operation ? result.operation : "call";
+		out->mutates = result.mutates;
 		out->request = result.request;
 		engine->outgoing = lappend(engine->outgoing, out);
+		row->lease = act->lease;
+		row->next_check_at = GetCurrentTimestamp() + avm_lease_ms * INT64CONST(1000);
 	}
 	else
 	{
 		row->lease = 0;
-		engine->recorded++;
-		if (engine->slot != NULL)
-			engine->slot->recorded++;
+		engine->finished++;
 		if (act != NULL)
-		{
-			dlist_delete(&act->node);
-			release_act(engine, act);
-		}
+			engine->settled = lappend(engine->settled, act);
 	}
 	session_row_save(row);
+}
+
+/* By session, then by lease. */
+static int
+compare_jobs(const void *a, const void *b)
+{
+	const Job *x = a;
+	const Job *y = b;
+	int order = memcmp(&x->session_id, &y->session_id, sizeof(pg_uuid_t));
+
+	if (order == 0)
+		order = x->lease < y->lease ? -1 : x->lease > y->lease;
+	return order;
+}
+
+/* Lock the rows that nobody else has locked, and give those that are ours their turns. */
+static void
+lock_and_take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
+{
+	pg_uuid_t *ids = palloc(sizeof(pg_uuid_t) * count);
+	ListCell *lc;
+	int i;
+
+	for (i = 0; i < count; i++)
+		ids[i] = jobs[i].session_id;
+	foreach (lc, session_rows_lock(ids, count, due_by))
+	{
+		SessionRow *row = lfirst(lc);
+		Job key = {row->session_id, jobs[0].act ? row->lease : 0};
+		Job *job = bsearch(&key, jobs, count, sizeof(Job), compare_jobs);
+
+		if (job == NULL)
+			continue; /* the lease is another one by now */
+		take_turn(engine, row, job->act);
+		job->done = true;
+	}
+}
+
+/* Undo the effects in memory of the turns after the first so many. */
+static void
+forget_turns(Engine *engine, int outgoing, int settled, int finished)
+{
+	int i;
+
+	for (i = outgoing; i < list_length(engine->outgoing); i++)
+	{
+		Outgoing *out = list_nth(engine->outgoing, i);
+
+		if (out->fresh && out->act != NULL)
+			release_act(engine, out->act);
+	}
+	engine->outgoing = list_truncate(engine->outgoing, outgoing);
+	engine->settled = list_truncate(engine->settled, settled);
+	engine->finished = finished;
+}
+
+/*
+ * Turns for as many of the (sorted) jobs as nobody else has locked, all in one
+ * subtransaction.  If it raises, each half is tried again by itself; a session
+ * that raises alone is marked and left as it was.
+ */
+static void
+take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
+{
+	ResourceOwner owner = CurrentResourceOwner;
+	int outgoing = list_length(engine->outgoing);
+	int settled = list_length(engine->settled);
+	int finished = engine->finished;
+	ErrorData *volatile error = NULL;
+	int i;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(engine->batch);
+	PG_TRY();
+	{
+		lock_and_take_turns(engine, jobs, count, due_by);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(engine->batch);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		forget_turns(engine, outgoing, settled, finished);
+		error = abort_subtransaction(engine->batch, owner);
+	}
+	PG_END_TRY();
+	if (error == NULL)
+		return;
+
+	for (i = 0; i < count; i++)
+		jobs[i].done = false;
+	if (count > 1)
+	{
+		take_turns(engine, jobs, count / 2, due_by);
+		take_turns(engine, jobs + count / 2, count - count / 2, due_by);
+		return;
+	}
+	jobs[0].raised = true;
+	ereport(
+		engine->slot ? LOG : WARNING,
+		(errcode(error->sqlerrcode),
+		 errmsg("agentvm: session %s is put off: %s",
+				DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&jobs[0].session_id))),
+				error->message),
+		 error->context ? errcontext("%s", error->context) : 0));
 }
 
 /* ---- claim ---- */
@@ -434,14 +592,63 @@ team_room(Engine *engine, TeamLoad *team, TimestampTz now)
 	return cap - team->in_flight - team->chosen;
 }
 
+/* ---- what claims pass by ---- */
+
+static void
+pass_by(Engine *engine, const pg_uuid_t *id, TimestampTz due, TimestampTz until)
+{
+	PassedBy *entry = hash_search(engine->passed_by, id, HASH_ENTER, NULL);
+
+	entry->due = due;
+	entry->until = until;
+}
+
+static bool
+is_passed_by(Engine *engine, const pg_uuid_t *id, TimestampTz due)
+{
+	PassedBy *entry = hash_search(engine->passed_by, id, HASH_FIND, NULL);
+
+	return entry != NULL && entry->due == due;
+}
+
+/* Look again at what raised long enough ago, and at what a commit may have unlocked; the lowest mark. */
+static TimestampTz
+stop_passing_by(Engine *engine, TimestampTz lowest)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	HASH_SEQ_STATUS scan;
+	PassedBy *entry;
+
+	hash_seq_init(&scan, engine->passed_by);
+	while ((entry = hash_seq_search(&scan)) != NULL)
+	{
+		if (entry->until == DT_NOEND ? lowest > entry->due : now < entry->until)
+			continue;
+		lowest = Min(lowest, entry->due);
+		hash_search(engine->passed_by, &entry->session_id, HASH_REMOVE, NULL);
+	}
+	return lowest;
+}
+
 typedef struct Candidates
 {
-	pg_uuid_t *ids;
+	Job *jobs;
 	int count;
 	int limit;
 } Candidates;
 
-/* Choose rows of parked teams that have room again, a fair share each. */
+static void
+choose(Candidates *chosen, TeamLoad *team, const pg_uuid_t *id, TimestampTz due)
+{
+	Job *job = &chosen->jobs[chosen->count++];
+
+	memset(job, 0, sizeof(Job));
+	job->session_id = *id;
+	job->due = due;
+	team->chosen++;
+}
+
+/* Choose rows of parked teams that have room again. */
 static void
 choose_parked(Engine *engine, Candidates *chosen, TimestampTz now)
 {
@@ -453,6 +660,7 @@ choose_parked(Engine *engine, Candidates *chosen, TimestampTz now)
 	{
 		Datum values[5];
 		int room = Min(team_room(engine, team, now), chosen->limit - chosen->count);
+		int limit = room + Min(hash_get_num_entries(engine->passed_by), SCAN_CHUNK);
 		TimestampTz last;
 		uint64 i;
 		bool isnull;
@@ -462,25 +670,28 @@ choose_parked(Engine *engine, Candidates *chosen, TimestampTz now)
 		values[0] = Int16GetDatum(engine->lane);
 		values[1] = TimestampTzGetDatum(team->parked_from);
 		values[2] = TimestampTzGetDatum(now);
-		values[3] = Int32GetDatum(room);
+		values[3] = Int32GetDatum(limit);
 		values[4] = CStringGetTextDatum(team->team_id);
 		db_run(&parked_query, values, NULL);
 		last = team->parked_from;
-		for (i = 0; i < SPI_processed; i++)
+		for (i = 0; i < SPI_processed && room > 0; i++)
 		{
-			chosen->ids[chosen->count++] = *DatumGetUUIDP(db_value(i, 1, &isnull));
-			team->chosen++;
+			pg_uuid_t *id = DatumGetUUIDP(db_value(i, 1, &isnull));
+
 			last = DatumGetTimestampTz(db_value(i, 3, &isnull));
+			if (is_passed_by(engine, id, last))
+				continue;
+			choose(chosen, team, id, last);
+			room--;
 		}
 		/*
 		 * Rows of the same microsecond may be left, so the next look begins at
-		 * it and not after it; but if that is where this one began, what we
-		 * found is locked by somebody.
+		 * it and not after it, unless that were where this one began.
 		 */
-		if (SPI_processed < room)
+		if (SPI_processed < limit && room > 0)
 			team->parked_from = DT_NOEND;
 		else
-			team->parked_from = last - 1 > team->parked_from ? last - 1 : last;
+			team->parked_from = last - 1 > team->parked_from || room == 0 ? last - 1 : last;
 		SPI_freetuptable(SPI_tuptable);
 	}
 }
@@ -509,10 +720,13 @@ choose_due(Engine *engine, Candidates *chosen, TimestampTz now)
 		for (i = 0; i < found; i++)
 		{
 			bool isnull;
+			pg_uuid_t *id = DatumGetUUIDP(db_value(i, 1, &isnull));
 			TeamLoad *team;
 
 			at = DatumGetTimestampTz(db_value(i, 3, &isnull));
 			first = Min(first, at);
+			if (is_passed_by(engine, id, at))
+				continue;
 			team = team_load(engine, db_text(i, 2, CurrentMemoryContext));
 			if (team->parked_from != DT_NOEND || team_room(engine, team, now) <= 0)
 			{
@@ -526,8 +740,7 @@ choose_due(Engine *engine, Candidates *chosen, TimestampTz now)
 				SPI_freetuptable(SPI_tuptable);
 				return;
 			}
-			chosen->ids[chosen->count++] = *DatumGetUUIDP(db_value(i, 1, &isnull));
-			team->chosen++;
+			choose(chosen, team, id, at);
 		}
 		SPI_freetuptable(SPI_tuptable);
 		if (found < SCAN_CHUNK)
@@ -562,6 +775,7 @@ begin_choosing(Engine *engine, TimestampTz lowest)
 	HASH_SEQ_STATUS scan;
 	TeamLoad *team;
 
+	lowest = stop_passing_by(engine, lowest);
 	engine->low = Min(engine->low, lowest == DT_NOBEGIN ? lowest : lowest - 1);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
@@ -583,20 +797,9 @@ engine_claim(Engine *engine, int limit)
 	TimestampTz now;
 	TimestampTz lowest = DT_NOEND;
 	int claimed = 0;
-	int room = engine->slot ? Max(1, avm_max_in_flight / Max(1, avm_dispatchers)) : limit;
-
-	room -= engine->in_flight;
-	chosen.limit = Min(Min(limit, avm_batch_size), room);
-	if (engine->one_at_a_time > 0)
-	{
-		engine->one_at_a_time--;
-		chosen.limit = Min(chosen.limit, 1);
-	}
-	if (chosen.limit <= 0)
-	{
-		engine->more = false; /* the next record makes room, and asks again */
-		return 0;
-	}
+	int room =
+		engine->slot ? Max(1, avm_max_in_flight / Max(1, avm_dispatchers)) : avm_max_in_flight;
+	int i;
 
 	/* before our snapshot: whoever commits after it lowers the mark for the next claim */
 	if (engine->slot != NULL)
@@ -605,16 +808,20 @@ engine_claim(Engine *engine, int limit)
 		engine_look_at_everything(engine);
 	begin_choosing(engine, lowest);
 
-	begin_batch(engine, &scope);
-	if (engine->have_suspect)
+	room -= engine->in_flight;
+	chosen.limit = Min(Min(limit, avm_batch_size), room);
+	engine->full = chosen.limit <= 0;
+	if (engine->full)
+		return 0; /* the next record makes room, and asks again */
+	if (engine->one_at_a_time > 0)
 	{
-		Datum values[1] = {UUIDPGetDatum(&engine->suspect)};
-
-		engine->have_suspect = false;
-		db_run(&postpone_query, values, NULL);
+		engine->one_at_a_time--;
+		chosen.limit = 1;
 	}
+
+	begin_batch(engine, &scope);
 	now = GetCurrentTimestamp();
-	chosen.ids = palloc(sizeof(pg_uuid_t) * chosen.limit);
+	chosen.jobs = palloc(sizeof(Job) * chosen.limit);
 	choose_parked(engine, &chosen, now);
 	if (chosen.count < chosen.limit)
 		choose_due(engine, &chosen, now);
@@ -622,72 +829,71 @@ engine_claim(Engine *engine, int limit)
 		engine->more = true;
 	if (chosen.count > 0)
 	{
-		List *rows;
-		ListCell *lc;
-
+		qsort(chosen.jobs, chosen.count, sizeof(Job), compare_jobs);
+		take_turns(engine, chosen.jobs, chosen.count, now);
+		engine->suspect = chosen.jobs[0];
 		engine->have_suspect = chosen.count == 1;
-		engine->suspect = chosen.ids[0];
-		rows = session_rows_lock(chosen.ids, chosen.count, now);
-		foreach (lc, rows)
-			take_turn(engine, lfirst(lc), NULL);
-		claimed = list_length(rows);
-		if (engine->slot != NULL)
-			engine->slot->claimed += claimed;
 	}
+	for (i = 0; i < chosen.count; i++)
+	{
+		Job *job = &chosen.jobs[i];
+
+		if (job->done)
+			claimed++;
+		else
+			pass_by(engine, &job->session_id, job->due,
+					job->raised ? now + RAISED_PAUSE_S * USECS_PER_SEC : DT_NOEND);
+	}
+	if (engine->slot != NULL)
+		engine->slot->claimed += claimed;
 	look_ahead(engine, now);
 	commit_batch(engine, &scope);
-	engine->have_suspect = false;
 	return claimed;
 }
 
 /* ---- record ---- */
 
+/* A record has raised: try again somewhat later, and in the end leave it to the lease. */
 static void
-record(Engine *engine, Act **acts, int count)
+note_failure(Engine *engine, Act *act)
+{
+	act->not_before = GetCurrentTimestamp() + RAISED_RETRY_US;
+	if (++act->failures < MAX_FAILURES)
+		return;
+	dlist_delete(&act->node);
+	release_act(engine, act);
+}
+
+static void
+record(Engine *engine, Job *jobs, int count)
 {
 	DbScope scope;
-	pg_uuid_t *ids;
-	List *rows;
-	ListCell *lc;
 	int i;
 
 	begin_batch(engine, &scope);
-	ids = palloc(sizeof(pg_uuid_t) * count);
-	for (i = 0; i < count; i++)
-		ids[i] = acts[i]->session_id;
-	rows = session_rows_lock(ids, count, DT_NOEND);
-	foreach (lc, rows)
-	{
-		SessionRow *row = lfirst(lc);
+	qsort(jobs, count, sizeof(Job), compare_jobs);
+	take_turns(engine, jobs, count, DT_NOEND);
+	engine->suspect = jobs[0];
+	engine->have_suspect = count == 1 && jobs[0].done;
 
-		for (i = 0; i < count; i++)
-		{
-			if (acts[i] != NULL && acts[i]->lease == row->lease &&
-				memcmp(&acts[i]->session_id, &row->session_id, sizeof(pg_uuid_t)) == 0)
-			{
-				take_turn(engine, row, acts[i]);
-				acts[i] = NULL;
-				break;
-			}
-		}
-	}
-
-	/* What is left was locked by somebody, or has a newer lease, or is gone. */
+	/* What is left has raised, or was locked by somebody, or has a newer lease, or is gone. */
 	for (i = 0; i < count; i++)
 	{
-		Act *act = acts[i];
+		Act *act = jobs[i].act;
 
-		if (act == NULL)
+		if (jobs[i].done)
 			continue;
-		if (session_row_lease(&act->session_id) == act->lease)
-		{
+		if (jobs[i].raised)
+			note_failure(engine, act);
+		else if (session_row_lease(&act->session_id) == act->lease)
 			act->not_before = GetCurrentTimestamp() + LOCKED_RETRY_US;
-			continue;
+		else
+		{
+			if (engine->slot != NULL)
+				engine->slot->stale_replies++;
+			dlist_delete(&act->node);
+			release_act(engine, act);
 		}
-		if (engine->slot != NULL)
-			engine->slot->stale_replies++;
-		dlist_delete(&act->node);
-		release_act(engine, act);
 	}
 	commit_batch(engine, &scope);
 }
@@ -723,7 +929,7 @@ engine_run(Engine *engine)
 
 	for (;;)
 	{
-		Act *batch[RECORD_BATCH];
+		Job batch[RECORD_BATCH];
 		int limit = engine->one_at_a_time > 0 ? 1 : RECORD_BATCH;
 		int count = 0;
 		TimestampTz now = GetCurrentTimestamp();
@@ -734,7 +940,12 @@ engine_run(Engine *engine)
 			Act *act = dlist_container(Act, node, iter.cur);
 
 			if (act->not_before <= now && count < limit)
-				batch[count++] = act;
+			{
+				memset(&batch[count], 0, sizeof(Job));
+				batch[count].session_id = act->session_id;
+				batch[count].lease = act->lease;
+				batch[count++].act = act;
+			}
 		}
 		if (count == 0)
 			break;
@@ -750,12 +961,21 @@ engine_next_look(Engine *engine)
 	TimestampTz next = engine->next_due;
 	HASH_SEQ_STATUS scan;
 	TeamLoad *team;
+	PassedBy *entry;
 	dlist_iter iter;
 
-	if (engine->more)
+	/* without room nothing can be done before a call is answered, which wakes us */
+	if (engine->full)
+		next = DT_NOEND;
+	else if (engine->more)
 		return DT_NOBEGIN;
 	dlist_foreach(iter, &engine->answered) next =
 		Min(next, dlist_container(Act, node, iter.cur)->not_before);
+	if (engine->full)
+		return next;
+	hash_seq_init(&scan, engine->passed_by);
+	while ((entry = hash_seq_search(&scan)) != NULL)
+		next = Min(next, entry->until);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
 	{
@@ -777,6 +997,7 @@ engine_look_at_everything(Engine *engine)
 	TeamLoad *team;
 
 	engine->low = DT_NOBEGIN;
+	(void) stop_passing_by(engine, DT_NOBEGIN);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
 		team->parked_from = DT_NOEND;
@@ -802,33 +1023,23 @@ engine_reclaim(Engine *engine)
 void
 engine_after_error(Engine *engine)
 {
-	dlist_mutable_iter iter;
+	dlist_iter iter;
+	bool suspect = engine->have_suspect;
+	Job *job = &engine->suspect;
 
-	/* acts whose requests were waiting for the commit that failed */
-	ListCell *lc;
-
-	foreach (lc, engine->outgoing)
-	{
-		Outgoing *out = lfirst(lc);
-
-		/* its lease was rolled back, or will run out: nothing was sent */
-		release_act(engine, out->act);
-	}
-	engine->outgoing = NIL;
+	/* nothing of the transaction has taken effect */
+	forget_turns(engine, 0, 0, 0);
 	MemoryContextSwitchTo(engine->context);
 	MemoryContextReset(engine->batch);
 
-	dlist_foreach_modify(iter, &engine->answered)
-	{
-		Act *act = dlist_container(Act, node, iter.cur);
-
-		act->not_before = GetCurrentTimestamp() + LOCKED_RETRY_US;
-		if (engine->one_at_a_time > 0 && ++act->failures >= 3)
-		{
-			dlist_delete(&act->node);
-			release_act(engine, act);
-		}
-	}
+	engine->have_suspect = false;
+	dlist_foreach(iter, &engine->answered) dlist_container(Act, node, iter.cur)->not_before =
+		GetCurrentTimestamp() + LOCKED_RETRY_US;
+	if (suspect && job->act != NULL)
+		note_failure(engine, job->act);
+	else if (suspect)
+		pass_by(engine, &job->session_id, job->due,
+				GetCurrentTimestamp() + RAISED_PAUSE_S * USECS_PER_SEC);
 	engine->low = DT_NOBEGIN;
 	engine->one_at_a_time = 64;
 }

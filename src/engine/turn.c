@@ -46,11 +46,7 @@ static DbQuery add_token_query = {
 	2,
 	{BYTEAOID, UUIDOID}};
 
-/*
- * Leave a subtransaction after an error: returns the error's data, or throws it
- * on when somebody wants this backend to stop.
- */
-static ErrorData *
+ErrorData *
 abort_subtransaction(MemoryContext context, ResourceOwner owner)
 {
 	ErrorData *error;

@@ -12,6 +12,7 @@
 
 #include "engine/session_row.h"
 #include "providers/provider.h"
+#include "utils/resowner.h"
 
 /* Credentials of the (team, provider) pairs met in one transaction. */
 typedef struct ConfigCache
@@ -58,5 +59,12 @@ extern const SecretSet *config_secrets(ConfigCache *configs, const char *team_id
  */
 extern void provider_step(const Provider *provider, const ProviderContext *context,
 						  ProviderStep *step);
+
+/*
+ * Leave an internal subtransaction in PG_CATCH: "context" and "owner" become
+ * current again.  Returns the error's data, or throws it on when somebody wants
+ * this backend to stop.
+ */
+extern ErrorData *abort_subtransaction(MemoryContext context, ResourceOwner owner);
 
 #endif /* AGENTVM_ENGINE_TURN_H */
