@@ -26,6 +26,7 @@
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "providers/provider.h"
+#include "secret/credentials.h"
 #include "secret/secret.h"
 #include "session/session.h"
 #include "team/team.h"
@@ -72,27 +73,28 @@ typedef struct Resolved
 	bool has_secrets;
 } Resolved;
 
-static DbQuery resolve_query = {
-	"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, extract(epoch FROM "
-	"t.min_lifetime)::int8, "
-	"extract(epoch FROM t.max_lifetime)::int8, extract(epoch FROM p.max_lifetime)::int8, "
-	"extract(epoch FROM coalesce(p.bootstrap_timeout, t.bootstrap_timeout))::int8, "
-	"extract(epoch FROM coalesce(p.heartbeat_timeout, t.heartbeat_timeout))::int8, "
-	"p.name IS NOT NULL, p.provider, t.provider, p.vcpus, p.memory_mib, p.disk_gib, p.runtime, "
-	"p.options, c.options, "
+static DbQuery profile_query = {
+	"SELECT provider, options, vcpus, memory_mib, disk_gib, runtime, "
+	"extract(epoch FROM max_lifetime)::int8, extract(epoch FROM bootstrap_timeout)::int8, "
+	"extract(epoch FROM heartbeat_timeout)::int8 FROM agentvm.profile "
+	"WHERE name = $2 AND (team_id = $1 OR team_id IS NULL) ORDER BY team_id NULLS LAST LIMIT 1",
+	2,
+	{TEXTOID, TEXTOID}};
+
+/* $4: the provider that the caller or the profile names, $5: the server default. */
+static DbQuery team_query = {
+	"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, "
+	"extract(epoch FROM t.min_lifetime)::int8, extract(epoch FROM t.max_lifetime)::int8, "
+	"extract(epoch FROM t.bootstrap_timeout)::int8, extract(epoch FROM t.heartbeat_timeout)::int8, "
+	"t.provider, c.options, "
 	"c.provider IS NOT NULL AND EXISTS (SELECT FROM agentvm.provider_secret s "
 	"WHERE s.team_id = c.team_id AND s.provider = c.provider), "
 	"$2 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id "
 	"AND pg_has_role($3, m.role, 'USAGE')) "
-	"FROM agentvm.team t "
-	"LEFT JOIN LATERAL (SELECT * FROM agentvm.profile p WHERE $4 IS NOT NULL AND p.name = $4 "
-	"AND (p.team_id = t.team_id OR p.team_id IS NULL) ORDER BY p.team_id NULLS LAST LIMIT 1) p "
-	"ON true "
-	"LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
-	"AND c.provider = coalesce($5, p.provider, t.provider, $6) "
-	"WHERE t.team_id = $1",
-	6,
-	{TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID, TEXTOID}};
+	"FROM agentvm.team t LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
+	"AND c.provider = coalesce($4, t.provider, $5) WHERE t.team_id = $1",
+	5,
+	{TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID}};
 
 /* Read again under the lock: alter_team() takes it, too. */
 static DbQuery limits_query = {
@@ -301,6 +303,13 @@ int_or(int column, int64 fallback)
 	}
 }
 
+static void
+set_optional_text(Datum *values, char *nulls, int i, const char *text)
+{
+	nulls[i] = text ? ' ' : 'n';
+	values[i] = text ? CStringGetTextDatum(text) : (Datum) 0;
+}
+
 static Jsonb *
 jsonb_or_null(int column)
 {
@@ -310,22 +319,50 @@ jsonb_or_null(int column)
 	return isnull ? NULL : (Jsonb *) PG_DETOAST_DATUM_COPY(value);
 }
 
+/* What the profile says, if one is asked for and exists. */
+static void
+resolve_profile(const Request *request, Resolved *resolved)
+{
+	Datum values[2];
+
+	resolved->runtime = -1;
+	if (request->profile == NULL)
+		return;
+	values[0] = CStringGetTextDatum(request->team_id);
+	values[1] = CStringGetTextDatum(request->profile);
+	db_run(&profile_query, values, NULL);
+	resolved->has_profile = SPI_processed > 0;
+	if (resolved->has_profile)
+	{
+		resolved->profile_provider = db_text(0, 1, CurrentMemoryContext);
+		resolved->profile_options = jsonb_or_null(2);
+		resolved->vcpus = int_or(3, 0);
+		resolved->memory_mib = int_or(4, 0);
+		resolved->disk_gib = int_or(5, 0);
+		resolved->runtime = int_or(6, -1);
+		resolved->profile_max_lifetime_s = int_or(7, 0);
+		resolved->bootstrap_timeout_s = int_or(8, 0);
+		resolved->heartbeat_timeout_s = int_or(9, 0);
+	}
+	SPI_freetuptable(SPI_tuptable);
+}
+
 static void
 resolve(const Request *request, Oid role, Resolved *resolved)
 {
-	Datum values[6];
-	char nulls[6] = {' ', ' ', ' ', ' ', ' ', ' '};
+	const char *provider;
+	Datum values[5];
+	char nulls[5] = {' ', ' ', ' ', ' ', ' '};
 
+	resolve_profile(request, resolved);
+	provider = request->provider ? request->provider : resolved->profile_provider;
 	values[0] = CStringGetTextDatum(request->team_id);
 	values[1] = BoolGetDatum(caller_is_admin(role));
 	values[2] = ObjectIdGetDatum(role);
-	nulls[3] = request->profile ? ' ' : 'n';
-	values[3] = request->profile ? CStringGetTextDatum(request->profile) : (Datum) 0;
-	nulls[4] = request->provider ? ' ' : 'n';
-	values[4] = request->provider ? CStringGetTextDatum(request->provider) : (Datum) 0;
-	values[5] = CStringGetTextDatum(avm_default_provider);
-	db_run(&resolve_query, values, nulls);
-	if (SPI_processed == 0 || int_or(19, 0) == 0)
+	set_optional_text(values, nulls, 3, provider);
+	values[4] = CStringGetTextDatum(avm_default_provider);
+	db_run(&team_query, values, nulls);
+	if (SPI_processed == 0 || int_or(11, 0) == 0)
 		raise_no_such_team(request->team_id);
 
 	resolved->max_sessions = int_or(1, -1);
@@ -333,19 +370,13 @@ resolve(const Request *request, Oid role, Resolved *resolved)
 	resolved->max_memory_mib = int_or(3, -1);
 	resolved->min_lifetime_s = int_or(4, 0);
 	resolved->team_max_lifetime_s = int_or(5, 0);
-	resolved->profile_max_lifetime_s = int_or(6, 0);
-	resolved->bootstrap_timeout_s = int_or(7, avm_bootstrap_timeout_s);
-	resolved->heartbeat_timeout_s = int_or(8, avm_heartbeat_timeout_s);
-	resolved->has_profile = int_or(9, 0);
-	resolved->profile_provider = db_text(0, 10, CurrentMemoryContext);
-	resolved->team_provider = db_text(0, 11, CurrentMemoryContext);
-	resolved->vcpus = int_or(12, 0);
-	resolved->memory_mib = int_or(13, 0);
-	resolved->disk_gib = int_or(14, 0);
-	resolved->runtime = int_or(15, -1);
-	resolved->profile_options = jsonb_or_null(16);
-	resolved->team_options = jsonb_or_null(17);
-	resolved->has_secrets = int_or(18, 0);
+	if (resolved->bootstrap_timeout_s == 0)
+		resolved->bootstrap_timeout_s = int_or(6, avm_bootstrap_timeout_s);
+	if (resolved->heartbeat_timeout_s == 0)
+		resolved->heartbeat_timeout_s = int_or(7, avm_heartbeat_timeout_s);
+	resolved->team_provider = db_text(0, 8, CurrentMemoryContext);
+	resolved->team_options = jsonb_or_null(9);
+	resolved->has_secrets = int_or(10, 0);
 	SPI_freetuptable(SPI_tuptable);
 }
 
@@ -632,13 +663,6 @@ warn_unless_served(void)
 						   "agentvm.dispatch() from time to time.")));
 }
 
-static void
-set_optional_text(Datum *values, char *nulls, int i, const char *text)
-{
-	nulls[i] = text ? ' ' : 'n';
-	values[i] = text ? CStringGetTextDatum(text) : (Datum) 0;
-}
-
 Datum
 agentvm_provision(PG_FUNCTION_ARGS)
 {
@@ -680,13 +704,16 @@ agentvm_provision(PG_FUNCTION_ARGS)
 		provider_check_options(provider, OPTIONS_CALLER, request.options);
 	options = merge_options(&resolved, &request);
 	provider_check_options(provider, OPTIONS_LAUNCH, options);
-	if (provider->needs_secrets && !resolved.has_secrets)
+	if (provider->needs_secrets && !resolved.has_secrets &&
+		!credentials_in_environment(provider->name))
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 						errmsg("team \"%s\" has no credentials for provider \"%s\"",
 							   request.team_id, provider->name),
 						errhint("An administrator sets them with agentvm.set_provider().")));
 	lifetime = resolve_lifetime(&request, &resolved, &ceiling);
 	runtime = resolve_runtime(provider, &resolved, options);
+	if (provider->check_launch != NULL)
+		provider->check_launch(options, runtime);
 
 	make_session_id(id, now);
 	has_payload = JB_ROOT_COUNT(request.env) > 0 || JB_ROOT_COUNT(request.repos) > 0;
