@@ -252,6 +252,29 @@ raise_no_such_team(const char *team_id)
 	pg_unreachable();
 }
 
+/* Error context callback */
+static void
+hide_statement(void *arg)
+{
+	(void) hide_caller();
+}
+
+void
+hide_caller_begin(HiddenCaller *hidden)
+{
+	hidden->outer = error_context_stack;
+	hidden->callback.callback = hide_statement;
+	hidden->callback.arg = NULL;
+	hidden->callback.previous = NULL; /* the others are left out */
+	error_context_stack = &hidden->callback;
+}
+
+void
+hide_caller_end(HiddenCaller *hidden)
+{
+	error_context_stack = hidden->outer;
+}
+
 static bool
 has_control_character(const char *string)
 {

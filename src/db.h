@@ -96,4 +96,18 @@ extern int64 check_interval(Interval *interval, const char *argument);
 /* ereport decoration for functions that take secrets. */
 #define hide_caller() errhidestmt(true), errhidecontext(true)
 
+/*
+ * The same for every message from here to hide_caller_end(), also those of
+ * PostgreSQL itself: the statement may hold secrets, and so may the SQL that
+ * PL/pgSQL would tell of.  An error needs no hide_caller_end().
+ */
+typedef struct HiddenCaller
+{
+	ErrorContextCallback callback;
+	ErrorContextCallback *outer;
+} HiddenCaller;
+
+extern void hide_caller_begin(HiddenCaller *hidden);
+extern void hide_caller_end(HiddenCaller *hidden);
+
 #endif /* AGENTVM_DB_H */

@@ -83,10 +83,15 @@ static DbQuery beat_query = {
 	1,
 	{UUIDOID}};
 
-/* Rows are locked in one order, and no row of agentvm.session is ever locked here. */
+/*
+ * Rows are locked in one order, and no row of agentvm.session is ever locked
+ * here.  No time comes before -infinity: stored, it would break all reckoning
+ * with it.
+ */
 static DbQuery beats_query = {
 	"WITH b AS (SELECT id, max(coalesce(seen, clock_timestamp())) AS seen "
-	"FROM unnest($1, $2) AS u (id, seen) WHERE id IS NOT NULL GROUP BY id), "
+	"FROM unnest($1, $2) AS u (id, seen) WHERE id IS NOT NULL "
+	"AND seen IS DISTINCT FROM '-infinity' GROUP BY id), "
 	"l AS (SELECT h.session_id, b.seen FROM agentvm.session_heartbeat h JOIN b ON b.id = "
 	"h.session_id "
 	"ORDER BY h.session_id FOR UPDATE OF h) "

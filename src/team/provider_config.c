@@ -74,14 +74,6 @@ typedef struct ProviderSetting
 	char *caller;
 } ProviderSetting;
 
-/* Error context callback: keeps the statement, which holds secrets, out of the log. */
-static void
-hide_statement(void *arg)
-{
-	errhidestmt(true);
-	errhidecontext(true);
-}
-
 /* The provider's names of secrets, for a hint. */
 static char *
 known_secrets(const Provider *provider)
@@ -254,16 +246,11 @@ set_provider(FunctionCallInfo fcinfo)
 Datum
 agentvm_set_provider(PG_FUNCTION_ARGS)
 {
-	ErrorContextCallback *outer = error_context_stack;
-	ErrorContextCallback hide;
+	HiddenCaller hidden;
 
-	/* Not linked to the others: the SQL that PL/pgSQL would tell of may hold the secrets too. */
-	hide.callback = hide_statement;
-	hide.arg = NULL;
-	hide.previous = NULL;
-	error_context_stack = &hide;
+	hide_caller_begin(&hidden);
 	set_provider(fcinfo);
-	error_context_stack = outer;
+	hide_caller_end(&hidden);
 
 	PG_RETURN_VOID();
 }
