@@ -174,6 +174,23 @@ bad_document(const char *argument, const char *detail)
 			 errdetail("%s", detail), hide_caller()));
 }
 
+/* Whether a shell takes it as a variable's name. Letters are ASCII's, whatever the locale. */
+static bool
+is_variable_name(const char *name, int len)
+{
+	static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_";
+	int i;
+
+	for (i = 0; i < len; i++)
+	{
+		bool digit = name[i] >= '0' && name[i] <= '9';
+
+		if (digit ? i == 0 : memchr(letters, name[i], sizeof(letters) - 1) == NULL)
+			return false;
+	}
+	return len > 0;
+}
+
 /* Environment: names that a shell takes, values that are strings. */
 static void
 check_env(Jsonb *env)
@@ -186,12 +203,7 @@ check_env(Jsonb *env)
 	{
 		if (token == WJB_KEY)
 		{
-			int i;
-			bool ok = v.val.string.len > 0 && !isdigit((unsigned char) v.val.string.val[0]);
-
-			for (i = 0; i < v.val.string.len && ok; i++)
-				ok = isalnum((unsigned char) v.val.string.val[i]) || v.val.string.val[i] == '_';
-			if (!ok)
+			if (!is_variable_name(v.val.string.val, v.val.string.len))
 				bad_document("env", "Names of environment variables consist of letters, digits and "
 									"_, and do not begin with a digit.");
 		}
@@ -477,17 +489,22 @@ over_quota(const char *team_id, const char *what, int64 limit, int64 used, int64
 			 errhint("Sessions that are ending still count until they have ended.")));
 }
 
-static void
-check_quota(const char *team_id, Resolved *resolved)
+static bool
+is_limited(const Resolved *resolved)
 {
-	Datum values[2] = {CStringGetTextDatum(team_id), (Datum) 0};
-	bool isnull;
-	bool limited =
-		resolved->max_sessions >= 0 || resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0;
+	return resolved->max_sessions >= 0 || resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0;
+}
+
+/* Lock the team until the end of the transaction, as its limits ask, and read them again. */
+static void
+lock_for_quota(const char *team_id, Resolved *resolved)
+{
+	Datum values[1] = {CStringGetTextDatum(team_id)};
+	bool exclusive = is_limited(resolved);
 
 	for (;;)
 	{
-		LOCKMODE mode = limited ? ExclusiveLock : ShareLock;
+		LOCKMODE mode = exclusive ? ExclusiveLock : ShareLock;
 
 		team_lock(team_id, mode);
 		db_run(&limits_query, values, NULL);
@@ -497,13 +514,20 @@ check_quota(const char *team_id, Resolved *resolved)
 		resolved->max_vcpus = int_or(2, -1);
 		resolved->max_memory_mib = int_or(3, -1);
 		SPI_freetuptable(SPI_tuptable);
-		if (limited ||
-			(resolved->max_sessions < 0 && resolved->max_vcpus < 0 && resolved->max_memory_mib < 0))
+		if (exclusive || !is_limited(resolved))
 			break;
 		/* it got a limit between our first look and the lock */
 		team_unlock(team_id, mode);
-		limited = true;
+		exclusive = true;
 	}
+}
+
+/* Under the lock: is there room for one more? */
+static void
+check_quota(const char *team_id, const Resolved *resolved)
+{
+	Datum values[2] = {CStringGetTextDatum(team_id), (Datum) 0};
+	bool isnull;
 
 	if (resolved->max_sessions >= 0)
 	{
@@ -663,12 +687,12 @@ warn_unless_served(void)
 						   "agentvm.dispatch() from time to time.")));
 }
 
-Datum
-agentvm_provision(PG_FUNCTION_ARGS)
+/* provision(), into *id */
+static void
+provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 {
 	Oid role = GetUserId();
 	Name created_by = palloc0(sizeof(NameData));
-	pg_uuid_t *id = palloc(sizeof(pg_uuid_t));
 	Request request = {0};
 	Resolved resolved = {0};
 	const Provider *provider;
@@ -690,16 +714,17 @@ agentvm_provision(PG_FUNCTION_ARGS)
 
 	db_enter(&scope);
 	resolve(&request, role, &resolved);
-	provider = resolve_provider(&request, &resolved);
+	/* before anything that may have changed since the key was first used: profile, provider, quota */
 	if (request.idempotency_key != NULL)
 	{
 		hash = hash_request(&request);
 		if (find_by_key(&request, hash, id))
 		{
 			db_leave(&scope);
-			PG_RETURN_UUID_P(id);
+			return;
 		}
 	}
+	provider = resolve_provider(&request, &resolved);
 	if (JB_ROOT_COUNT(request.options) > 0)
 		provider_check_options(provider, OPTIONS_CALLER, request.options);
 	options = merge_options(&resolved, &request);
@@ -762,7 +787,17 @@ agentvm_provision(PG_FUNCTION_ARGS)
 	set_optional_text(values, nulls, 20, key_id);
 	values[21] = Int16GetDatum(provider->blocking ? 1 : 0);
 
-	check_quota(request.team_id, &resolved);
+	lock_for_quota(request.team_id, &resolved);
+	if (is_limited(&resolved))
+	{
+		/* whoever held the lock before us may have used our key, and the last room with it */
+		if (request.idempotency_key != NULL && find_by_key(&request, hash, id))
+		{
+			db_leave(&scope);
+			return;
+		}
+		check_quota(request.team_id, &resolved);
+	}
 	if (request.idempotency_key == NULL)
 		db_run(&insert_query, values, nulls);
 	else
@@ -777,7 +812,7 @@ agentvm_provision(PG_FUNCTION_ARGS)
 									   request.idempotency_key),
 								errhint("Try again.")));
 			db_leave(&scope);
-			PG_RETURN_UUID_P(id);
+			return;
 		}
 	}
 	{
@@ -791,5 +826,17 @@ agentvm_provision(PG_FUNCTION_ARGS)
 	wake_dispatchers(now);
 	wake_waiters(id);
 	warn_unless_served();
+}
+
+/* env may hold secrets: no message shows the statement, whoever raises it. */
+Datum
+agentvm_provision(PG_FUNCTION_ARGS)
+{
+	pg_uuid_t *id = palloc(sizeof(pg_uuid_t));
+	HiddenCaller hidden;
+
+	hide_caller_begin(&hidden);
+	provision(fcinfo, id);
+	hide_caller_end(&hidden);
 	PG_RETURN_UUID_P(id);
 }
