@@ -353,6 +353,24 @@ agentvm_heartbeat(PG_FUNCTION_ARGS)
 	PG_RETURN_TIMESTAMPTZ(deadline);
 }
 
+/* Return a set of scalars: AvmInitMaterializedSRF is for sets of rows only. */
+static void
+begin_scalar_set(ReturnSetInfo *rsinfo)
+{
+	MemoryContext old;
+
+	if (rsinfo == NULL || !IsA(rsinfo, ReturnSetInfo) ||
+		(rsinfo->allowedModes & SFRM_Materialize) == 0 || rsinfo->expectedDesc == NULL)
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("set-valued function called in context that cannot accept a set")));
+	old = MemoryContextSwitchTo(rsinfo->econtext->ecxt_per_query_memory);
+	rsinfo->returnMode = SFRM_Materialize;
+	rsinfo->setDesc = CreateTupleDescCopy(rsinfo->expectedDesc);
+	rsinfo->setResult = tuplestore_begin_heap((rsinfo->allowedModes & SFRM_Materialize_Random) != 0,
+											  false, work_mem);
+	MemoryContextSwitchTo(old);
+}
+
 Datum
 agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 {
@@ -378,7 +396,7 @@ agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 				(errcode(AVM_OVER_LIMIT), errmsg("%d heartbeats in one call are too many", count),
 				 errdetail("At most %d are taken.", MAX_BATCH)));
 
-	AvmInitMaterializedSRF(fcinfo);
+	begin_scalar_set(rsinfo);
 	db_enter(&scope);
 	values[0] = Int32GetDatum(REPORT_EVERY_S);
 	values[1] = Int32GetDatum(GATEWAY_SILENT_S);
