@@ -30,6 +30,8 @@
  * idempotent with tokens.  It does mean that "could not connect" may follow
  * upon a request that did leave, so maybe_sent is not told from the error but
  * from what was done: it is false if no connection ever got as far as sending.
+ * How often it sent is counted: the answer to a repeat says nothing about what
+ * became of the first.
  *
  *-------------------------------------------------------------------------
  */
@@ -97,6 +99,7 @@ struct HttpCall
 	CURLcode result;
 	long status;
 	bool maybe_sent;
+	int sends;
 	int millis;
 	char error[CURL_ERROR_SIZE];
 };
@@ -192,6 +195,14 @@ on_open(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 	int fd = socket(address->family, address->socktype | SOCK_CLOEXEC, address->protocol);
 
 	return fd >= 0 ? fd : CURL_SOCKET_BAD;
+}
+
+/* A request is about to be sent on a connection that is ready, for the first time or again. */
+static int
+on_send(void *arg, char *remote_ip, char *local_ip, int remote_port, int local_port)
+{
+	((HttpCall *) arg)->sends++;
+	return CURL_PREREQFUNC_OK;
 }
 
 static size_t
@@ -552,6 +563,8 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	SETOPT(CURLOPT_HEADERFUNCTION, on_header);
 	SETOPT(CURLOPT_HEADERDATA, call);
 	SETOPT(CURLOPT_OPENSOCKETFUNCTION, on_open);
+	SETOPT(CURLOPT_PREREQFUNCTION, on_send);
+	SETOPT(CURLOPT_PREREQDATA, call);
 
 	if (request->body != NULL || strcmp(request->method, "POST") == 0)
 	{
@@ -807,6 +820,7 @@ http_finished(HttpClient *client, void **arg)
 	/* Should memory run out here, the call stays where it is. */
 	reply = palloc0(sizeof(HttpReply));
 	reply->millis = call->millis;
+	reply->sends = call->sends;
 	reply->retry_after_s = call->retry_after_s;
 	if (call->request_id[0] != '\0')
 		reply->request_id = pstrdup(call->request_id);

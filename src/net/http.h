@@ -46,11 +46,12 @@ typedef struct HttpRequest
 /* What came back; allocated in the memory context current at http_finished(). */
 typedef struct HttpReply
 {
-	int status;				/* HTTP status, 0 when no reply came */
-	const char *error;		/* NULL, or why there is no usable reply; never holds a secret */
-	bool maybe_sent;		/* without a reply: the request may have reached the server */
-	const char *body;		/* NUL-terminated; "" when empty */
-	size_t body_len;		/* bytes, at most HTTP_MAX_REPLY */
+	int status;		   /* HTTP status, 0 when no reply came */
+	const char *error; /* NULL, or why there is no usable reply; never holds a secret */
+	bool maybe_sent;   /* without a reply: the request may have reached the server */
+	int sends;		   /* how often libcurl sent it; above 1, an earlier send went unanswered */
+	const char *body;  /* NUL-terminated; "" when empty */
+	size_t body_len;   /* bytes, at most HTTP_MAX_REPLY */
 	const char *request_id; /* x-amzn-requestid or x-amz-request-id header, or NULL */
 	int retry_after_s;		/* Retry-After in seconds, or -1 */
 	int millis;				/* how long the call took */

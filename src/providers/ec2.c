@@ -628,6 +628,14 @@ ec2_check(Ec2Step *step)
 	add_result(step, doc, "arn", "//GetCallerIdentityResult/Arn");
 }
 
+/* Whether there are keys to sign with. */
+static bool
+has_keys(const SecretSet *secrets)
+{
+	return secret_set_get(secrets, "access_key_id") != NULL &&
+		   secret_set_get(secrets, "secret_access_key") != NULL;
+}
+
 static void
 ec2_step(const ProviderContext *context, ProviderStep *out)
 {
@@ -639,6 +647,15 @@ ec2_step(const ProviderContext *context, ProviderStep *out)
 	step.out = out;
 	step.now = ec2_epoch_ms(context->now);
 	read_progress(context->handle, &step.progress);
+
+	/* An end may need no call; all else does, and is refused like a call with bad keys. */
+	if (context->op != OP_TERMINATE && context->reply == NULL && !context->ending &&
+		!has_keys(context->secrets))
+	{
+		ec2_fail(&step, CLASS_CREDENTIALS, "MissingCredentials",
+				 "the team has no access_key_id and secret_access_key");
+		return;
+	}
 
 	switch (context->op)
 	{
@@ -668,5 +685,6 @@ const Provider ec2_provider = {
 	.needs_secrets = true,
 	.blocking = false,
 	.validate = ec2_validate,
+	.check_launch = ec2_check_launch,
 	.step = ec2_step,
 };

@@ -20,6 +20,8 @@
 #define RUN "RunInstances"
 #define DESCRIBE "DescribeInstances"
 #define TERMINATE "TerminateInstances"
+#define MAX_USER_DATA 16384 /* bytes before base64 */
+
 #define SPOT "spot"
 #define ON_DEMAND "on-demand"
 #define NOT_FOUND_CODE "InvalidInstanceID.NotFound"
@@ -103,6 +105,9 @@ extern void ec2_plan_boot(Ec2Step *step);
 
 /* The user data of the attempt under way, the same on every call; sets *len. Wipe it after use. */
 extern char *ec2_user_data(Ec2Step *step, int *len);
+
+/* Raise AV010 or AV012 for what would keep the user data of a session from being made. */
+extern void ec2_check_launch(Jsonb *options, bool runtime);
 
 /* Base64 of bytes, palloc'd. */
 extern char *ec2_base64(const char *bytes, int len);

@@ -22,12 +22,13 @@
 #include "common/base64.h"
 #include "lib/stringinfo.h"
 #include "storage/fd.h"
+#include "utils/timestamp.h"
 
 #include "db.h"
 #include "providers/ec2.h"
 #include "secret/secret.h"
 
-#define MAX_CA_FILE (12 * 1024)
+#define MAX_CA_FILE (64 * 1024)
 
 /* Stands for the bootstrap token in what the handle keeps. */
 #define TOKEN_MARK "@bootstrap-token@"
@@ -100,7 +101,7 @@ read_ca_file(void)
 	FreeFile(file);
 	buffer[len] = '\0';
 	if (len > MAX_CA_FILE)
-		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+		ereport(ERROR, errcode(AVM_OVER_LIMIT),
 				errmsg("agentvm.gateway_ca_file \"%s\" is larger than %d bytes",
 					   avm_gateway_ca_file, MAX_CA_FILE));
 	if (strlen(buffer) != len || strstr(buffer, "-----BEGIN CERTIFICATE-----") == NULL ||
@@ -225,4 +226,36 @@ ec2_user_data(Ec2Step *step, int *len)
 	secret_wipe(encoded, strlen(encoded));
 	*len = script.len;
 	return script.data;
+}
+
+/* All that varies in size between sessions is known before there is one. */
+void
+ec2_check_launch(Jsonb *options, bool runtime)
+{
+	ProviderSession session = {0};
+	ProviderContext context = {0};
+	Ec2Step step = {0};
+	char *script;
+	int len;
+
+	if (!runtime)
+		return;
+	session.session_id = "00000000-0000-0000-0000-000000000000";
+	session.runtime = true;
+	session.boot_key_id = keyring_current_id();
+	context.options = options;
+	context.session = step.session = &session;
+	step.context = &context;
+	step.now = ec2_epoch_ms(GetCurrentTimestamp());
+	step.progress.attempt = 1;
+	ec2_plan_boot(&step);
+	script = ec2_user_data(&step, &len);
+	secret_wipe(script, len);
+	if (len > MAX_USER_DATA)
+		ereport(
+			ERROR, errcode(AVM_OVER_LIMIT),
+			errmsg("user data of %d bytes, more than the %d that EC2 takes", len, MAX_USER_DATA),
+			errhint("The file that agentvm.gateway_ca_file names takes most of it: leave only "
+					"the gateway's authority in it."),
+			hide_caller());
 }

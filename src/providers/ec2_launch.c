@@ -15,8 +15,7 @@
 
 #define DEFAULT_INSTANCE_TYPE "t3.large"
 #define DEFAULT_VOLUME_DEVICE "/dev/sda1"
-#define MAX_TAG_VALUE 256	/* characters */
-#define MAX_USER_DATA 16384 /* bytes before base64 */
+#define MAX_TAG_VALUE 256 /* characters */
 
 #define POLL_FIRST_MS 2000
 #define POLL_LAST_MS 10000
@@ -202,6 +201,7 @@ take_launch_reply(Ec2Step *step)
 	AwsError error = aws_judge(reply);
 
 	step->out->operation = RUN;
+	progress->sends += Max(reply->sends - 1, 0);
 	if (error.class == CLASS_NONE)
 	{
 		XmlDoc *doc = xml_parse(reply->body, reply->body_len);
@@ -234,7 +234,10 @@ take_launch_reply(Ec2Step *step)
 	/* Did not happen, or may have: the same request again, after a while. */
 	if (error.class == CLASS_TRANSIENT || error.class == CLASS_THROTTLED)
 	{
-		if (reply->status == 0 && !reply->maybe_sent && progress->sends == 1)
+		bool not_done =
+			error.class == CLASS_THROTTLED || (reply->status == 0 && !reply->maybe_sent);
+
+		if (not_done && progress->sends == 1)
 			progress->sends = progress->sent_at = 0;
 		ec2_fail(step, error.class, error.code, error.message);
 		return;

@@ -140,6 +140,11 @@ typedef struct Provider
 	 * Raises AV010 with the option's name; never changes anything.
 	 */
 	void (*validate)(OptionScope scope, Jsonb *options);
+	/*
+	 * Raise what would keep a session with these options from being launched
+	 * and can be told without a call (AV010, AV012), at provision(); may be NULL.
+	 */
+	void (*check_launch)(Jsonb *options, bool runtime);
 	/* Take the operation one step further; fills *step, which comes zeroed. */
 	void (*step)(const ProviderContext *context, ProviderStep *step);
 } Provider;

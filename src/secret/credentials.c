@@ -23,12 +23,45 @@ static DbQuery select_secrets = {
 	NULL,
 };
 
+/* Where AWS's own tools look for credentials. */
+static const struct
+{
+	const char *field;
+	const char *variable;
+	bool required;
+} environment[] = {
+	{"access_key_id", "AWS_ACCESS_KEY_ID", true},
+	{"secret_access_key", "AWS_SECRET_ACCESS_KEY", true},
+	{"session_token", "AWS_SESSION_TOKEN", false},
+};
+
 typedef struct EncryptedField
 {
 	char *field;
 	bytea *value;
 	char *key_id;
 } EncryptedField;
+
+static const char *
+environment_value(int i)
+{
+	const char *value = getenv(environment[i].variable);
+
+	return value != NULL && value[0] != '\0' ? value : NULL;
+}
+
+bool
+credentials_in_environment(const char *provider)
+{
+	if (!avm_environment_credentials || strcmp(provider, "ec2") != 0)
+		return false;
+	for (int i = 0; i < lengthof(environment); i++)
+	{
+		if (environment[i].required && environment_value(i) == NULL)
+			return false;
+	}
+	return true;
+}
 
 SecretSet *
 credentials_load(const char *team_id, const char *provider, MemoryContext context)
@@ -62,6 +95,16 @@ credentials_load(const char *team_id, const char *provider, MemoryContext contex
 		secret_set_add(
 			set, fields[i].field,
 			secret_decrypt(team_id, provider, fields[i].field, fields[i].value, fields[i].key_id));
+	if (count == 0 && credentials_in_environment(provider))
+	{
+		for (i = 0; i < lengthof(environment); i++)
+		{
+			const char *value = environment_value(i);
+
+			if (value != NULL)
+				secret_set_add(set, environment[i].field, secret_make(value, strlen(value)));
+		}
+	}
 	MemoryContextSwitchTo(oldcontext);
 
 	return set;

@@ -8,7 +8,7 @@
 --
 -- Modes: pass; capacity; throttle; 500 (EC2's own, as XML); html (a 502 that is no XML); auth (credentials refused);
 -- error (&status=400&code=X&message=Y); slow (&ms=N, then on); drop (closed before the cloud saw it); lost (the cloud did it,
--- the caller sees the connection close); truncated (half of the cloud's answer); body (&status=200&body=...&repeat=N);
+-- the caller sees the connection close); truncated (half of the cloud's answer); body (&status=200&body=...&repeat=N&location=URL);
 -- canned (&ms=N: answered here without a cloud). With &log=0 the
 -- calls are not written to requests.log, which benches would make large.
 local M = {}
@@ -209,6 +209,7 @@ function M.serve()
     elseif mode == "html" then
         return reply(502, "<html><head><title>502 Bad Gateway</title></head><body><center><h1>502</h1></body></html>", "text/html")
     elseif mode == "body" then
+        ngx.header.location = rule.location
         return reply(tonumber(rule.status) or 200, string.rep(rule.body or "", tonumber(rule["repeat"]) or 1))
     elseif mode == "error" then
         return fail(rule)
