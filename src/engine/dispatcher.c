@@ -209,6 +209,8 @@ agentvm_dispatcher_main(Datum arg)
 		{
 			ConfigReloadPending = false;
 			ProcessConfigFile(PGC_SIGHUP);
+			next_periodic = Min(next_periodic,
+								GetCurrentTimestamp() + avm_sweep_interval_ms * INT64CONST(1000));
 		}
 
 		if (GetCurrentTimestamp() < pause_until)

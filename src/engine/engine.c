@@ -49,8 +49,7 @@
 #define CHUNKS_PER_CLAIM 8		 /* then commit, and go on in the next claim */
 #define RECORD_BATCH 128		 /* replies recorded in one transaction */
 #define LOCKED_RETRY_US 100000	 /* how soon a record is tried again whose row a user has locked */
-#define RAISED_RETRY_US 1000000	 /* the same, after an error */
-#define MAX_FAILURES 3			 /* records that may raise, then the lease has to run out */
+#define RAISED_RETRY_US 1000000	 /* the same after an error, twice as long each time */
 #define RAISED_PAUSE_S 60		 /* how long a session is passed by whose claim has raised */
 #define DEFAULT_TIMEOUT_MS 30000 /* of a call; never above two thirds of the lease */
 
@@ -68,7 +67,8 @@ typedef struct Act
 	bool mutates;
 	HttpReply *reply;		/* NULL while under way */
 	TimestampTz not_before; /* do not try to record earlier */
-	int failures;			/* records that raised */
+	TimestampTz leased_until;
+	int failures; /* records that raised */
 } Act;
 
 /* A request of the batch that waits for the commit; what is to be true of its act then. */
@@ -79,6 +79,7 @@ typedef struct Outgoing
 	ProviderOp op;
 	const char *operation;
 	bool mutates;
+	TimestampTz leased_until;
 	HttpRequest *request;
 } Outgoing;
 
@@ -290,6 +291,8 @@ send_request(Engine *engine, Outgoing *out)
 	act->op = out->op;
 	act->operation = MemoryContextStrdup(act->context, out->operation);
 	act->mutates = out->mutates;
+	act->leased_until = out->leased_until;
+	act->failures = 0;
 	act->reply = NULL;
 	act->not_before = 0;
 	out->act = NULL; /* from here on it is in one of our lists */
@@ -462,7 +465,8 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 		out->request = result.request;
 		engine->outgoing = lappend(engine->outgoing, out);
 		row->lease = act->lease;
-		row->next_check_at = GetCurrentTimestamp() + avm_lease_ms * INT64CONST(1000);
+		row->next_check_at = out->leased_until =
+			GetCurrentTimestamp() + avm_lease_ms * INT64CONST(1000);
 	}
 	else
 	{
@@ -853,12 +857,15 @@ engine_claim(Engine *engine, int limit)
 
 /* ---- record ---- */
 
-/* A record has raised: try again somewhat later, and in the end leave it to the lease. */
+/* A record has raised: try again somewhat later, as long as the lease lasts. */
 static void
 note_failure(Engine *engine, Act *act)
 {
-	act->not_before = GetCurrentTimestamp() + RAISED_RETRY_US;
-	if (++act->failures < MAX_FAILURES)
+	TimestampTz now = GetCurrentTimestamp();
+
+	act->not_before = now + (RAISED_RETRY_US << Min(act->failures, 6));
+	act->failures++;
+	if (act->not_before <= act->leased_until)
 		return;
 	dlist_delete(&act->node);
 	release_act(engine, act);
