@@ -50,10 +50,10 @@ static DbQuery save_query = {
 	"lease_start = CASE WHEN $14 IS NOT NULL THEN $16 END, "
 	"retries = $17, running = $18, "
 	/* at the end nothing is kept that only a live VM needs */
-	"handle = CASE WHEN $11 IS NULL THEN $19 END, "
-	"payload_enc = CASE WHEN $11 IS NULL THEN payload_enc END, "
-	"key_id = CASE WHEN $11 IS NULL THEN key_id END, "
-	"final_heartbeat_at = CASE WHEN $11 IS NOT NULL THEN "
+	"handle = CASE WHEN $12 IS NULL THEN $19 END, "
+	"payload_enc = CASE WHEN $12 IS NULL THEN payload_enc END, "
+	"key_id = CASE WHEN $12 IS NULL THEN key_id END, "
+	"final_heartbeat_at = CASE WHEN $12 IS NOT NULL THEN "
 	"(SELECT h.last_heartbeat_at FROM agentvm.session_heartbeat h WHERE h.session_id = $1) END "
 	"WHERE session_id = $1",
 	19,
