@@ -31,6 +31,7 @@
 #include "session/session.h"
 #include "team/team.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
 #include "utils/timestamp.h"
 
 PG_FUNCTION_INFO_V1(agentvm_provision);
@@ -629,15 +630,15 @@ find_by_key(const Request *request, const bytea *hash, pg_uuid_t *found)
 	Datum values[2] = {CStringGetTextDatum(request->team_id),
 					   CStringGetTextDatum(request->idempotency_key)};
 	bool isnull;
-	bytea *stored;
+	Datum stored;
 
 	db_run(&by_key_query, values, NULL);
 	if (SPI_processed == 0)
 		return false;
 	*found = *DatumGetUUIDP(db_value(0, 1, &isnull));
-	stored = DatumGetByteaPP(db_value(0, 2, &isnull));
-	if (isnull || VARSIZE_ANY_EXHDR(stored) != SHA256_LEN ||
-		memcmp(VARDATA_ANY(stored), VARDATA(hash), SHA256_LEN) != 0)
+	stored = db_value(0, 2, &isnull); /* NULL where other tooling made the row */
+	if (isnull ||
+		!datumIsEqual(PointerGetDatum(hash), PointerGetDatum(PG_DETOAST_DATUM(stored)), false, -1))
 		ereport(ERROR, (errcode(AVM_IDEMPOTENCY_CONFLICT),
 						errmsg("idempotency key \"%s\" was used before with other arguments",
 							   request->idempotency_key),
