@@ -1,0 +1,3 @@
+\set team random(1, 1000)
+INSERT INTO floor (session_id, team_id, provider, created_at, deadline_at, ceiling_at, tags, created_by, options, runtime, bootstrap_timeout, heartbeat_timeout, lane, next_check_at)
+VALUES (gen_random_uuid(), 'team' || :team::int, 'noop', now(), now() + interval '2 hours', now() + interval '24 hours', '{}', 'app', '{}', false, interval '180 s', interval '120 s', 0, now());

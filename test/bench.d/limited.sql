@@ -1,0 +1,2 @@
+\set team random(1, 1000)
+SELECT agentvm.provision('limited' || :team::int);
