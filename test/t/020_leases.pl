@@ -48,9 +48,9 @@ is(scalar vms_of($moto, $session), 1, 'one VM');
 is(column($node, $session, 'vm_id'), (vms_of($moto, $session))[0]{id}, 'which the row names');
 is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session WHERE lease IS NOT NULL'), 0, 'no lease is left when the work is done');
 
-$session = slow_launch();
+$session = slow_launch(ms => 3000, n => 2);
 $lease = lease_of($session);
-psql_ok($node, "UPDATE agentvm.session SET next_check_at = now() WHERE session_id = '$session'", 'a lease runs out in mid-call');
+psql_ok($node, "UPDATE agentvm.session SET next_check_at = now() WHERE session_id = '$session'; SELECT agentvm.wake()", 'a lease runs out in mid-call');
 await($node, "SELECT lease <> $lease FROM agentvm.session WHERE session_id = '$session'", 't', name => 'the next claim has a number of its own');
 await_state($node, $session, 'ready');
 await($node, 'SELECT sum(stale_replies) FROM agentvm.stat_dispatcher', '2', name => 'and the reply to the former one is stale');
