@@ -278,6 +278,7 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		ProviderContext context = {0};
 		ProviderStep step;
 		char *error = NULL;
+		bool unavailable;
 
 		now = GetCurrentTimestamp();
 		enforce_deadlines(row, now);
@@ -302,7 +303,14 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		context.now = now;
 		context.ending = row->state == STATE_TERMINATING && op == OP_PROVISION;
 
-		if (provider == NULL || config_error != NULL || round >= MAX_ROUNDS)
+		/* an end may need no credentials: where there is nothing to end */
+		unavailable = config_error != NULL;
+		if (provider != NULL && round < MAX_ROUNDS && (!unavailable || op == OP_TERMINATE))
+		{
+			provider_step(provider, &context, &step);
+			unavailable = unavailable && step.kind == STEP_FAILED;
+		}
+		if (provider == NULL || unavailable || round >= MAX_ROUNDS)
 		{
 			memset(&step, 0, sizeof(step));
 			step.kind = STEP_FAILED;
@@ -314,8 +322,6 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 								 : config_error != NULL ? config_error
 														: "the provider goes round in circles";
 		}
-		else
-			provider_step(provider, &context, &step);
 
 		if (step.kind == STEP_FAILED && step.error_class == CLASS_NONE)
 			step.error_class = CLASS_PERMANENT;
