@@ -121,6 +121,8 @@ struct Engine
 	DispatcherSlot *slot;
 	EngineHost host;
 	int lane;
+	int peers; /* dispatchers that share the work of this database, */
+	int rank;  /* and which of them we are */
 	HTAB *teams;
 	HTAB *passed_by;
 	dlist_head under_way;
@@ -196,6 +198,7 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
 	engine->batch = AllocSetContextCreate(context, "agentvm batch", ALLOCSET_DEFAULT_SIZES);
 	engine->slot = slot;
 	engine->host = host;
+	engine->peers = 1;
 	engine->low = DT_NOBEGIN;
 	engine->next_due = DT_NOEND;
 	dlist_init(&engine->under_way);
@@ -585,15 +588,19 @@ take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 
 /* ---- claim ---- */
 
+/* Our part of what all dispatchers of this database may have in flight together. */
+static int
+our_share(Engine *engine, int total)
+{
+	return total / engine->peers + (engine->rank < total % engine->peers ? 1 : 0);
+}
+
 static int
 team_room(Engine *engine, TeamLoad *team, TimestampTz now)
 {
-	int cap = engine->slot ? Max(1, avm_max_in_flight_per_team / Max(1, avm_dispatchers))
-						   : avm_max_in_flight_per_team;
-
 	if (team->slow_until > now)
 		return 0;
-	return cap - team->in_flight - team->chosen;
+	return our_share(engine, avm_max_in_flight_per_team) - team->in_flight - team->chosen;
 }
 
 /* ---- what claims pass by ---- */
@@ -615,20 +622,32 @@ is_passed_by(Engine *engine, const pg_uuid_t *id, TimestampTz due)
 	return entry != NULL && entry->due == due;
 }
 
-/* Look again at what raised long enough ago, and at what a commit may have unlocked; the lowest mark. */
+/*
+ * Look again at what raised long enough ago, and at what a commit below
+ * "lowest" may have unlocked; returns the lowest mark with these.  What lies
+ * below all marks is looked at by nobody and need not be remembered.
+ */
 static TimestampTz
 stop_passing_by(Engine *engine, TimestampTz lowest)
 {
 	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz floor = engine->low;
 	HASH_SEQ_STATUS scan;
+	TeamLoad *team;
 	PassedBy *entry;
 
+	hash_seq_init(&scan, engine->teams);
+	while ((team = hash_seq_search(&scan)) != NULL)
+		floor = Min(floor, team->parked_from);
 	hash_seq_init(&scan, engine->passed_by);
 	while ((entry = hash_seq_search(&scan)) != NULL)
 	{
-		if (entry->until == DT_NOEND ? lowest > entry->due : now < entry->until)
+		bool locked = entry->until == DT_NOEND;
+
+		if (locked ? lowest <= entry->due : entry->until <= now)
+			lowest = Min(lowest, entry->due);
+		else if (!locked || entry->due > floor)
 			continue;
-		lowest = Min(lowest, entry->due);
 		hash_search(engine->passed_by, &entry->session_id, HASH_REMOVE, NULL);
 	}
 	return lowest;
@@ -801,19 +820,20 @@ engine_claim(Engine *engine, int limit)
 	TimestampTz now;
 	TimestampTz lowest = DT_NOEND;
 	int claimed = 0;
-	int room =
-		engine->slot ? Max(1, avm_max_in_flight / Max(1, avm_dispatchers)) : avm_max_in_flight;
 	int i;
 
 	/* before our snapshot: whoever commits after it lowers the mark for the next claim */
 	if (engine->slot != NULL)
+	{
 		lowest = shared_take_due(engine->slot);
+		engine->rank = shared_rank(engine->slot, &engine->peers);
+	}
 	else
 		engine_look_at_everything(engine);
 	begin_choosing(engine, lowest);
 
-	room -= engine->in_flight;
-	chosen.limit = Min(Min(limit, avm_batch_size), room);
+	chosen.limit = Min(limit, avm_batch_size);
+	chosen.limit = Min(chosen.limit, our_share(engine, avm_max_in_flight) - engine->in_flight);
 	engine->full = chosen.limit <= 0;
 	if (engine->full)
 		return 0; /* the next record makes room, and asks again */

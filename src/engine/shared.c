@@ -273,6 +273,28 @@ shared_take_due(DispatcherSlot *slot)
 	return due;
 }
 
+int
+shared_rank(DispatcherSlot *slot, int *peers)
+{
+	int rank = 0;
+	int i;
+
+	*peers = 1;
+	LWLockAcquire(shared->lock, LW_SHARED);
+	for (i = 0; i < MAX_DISPATCHERS; i++)
+	{
+		DispatcherSlot *other = &shared->slots[i];
+
+		if (other == slot || other->database != slot->database || !other->serves)
+			continue;
+		(*peers)++;
+		if (other->index < slot->index)
+			rank++;
+	}
+	LWLockRelease(shared->lock);
+	return rank;
+}
+
 bool
 shared_sleep_until(DispatcherSlot *slot, TimestampTz until)
 {

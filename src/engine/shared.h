@@ -96,6 +96,9 @@ extern void shared_serve(DispatcherSlot *slot, bool serve);
 /* Read and reset committed_due (DT_NOEND: nothing), and note that a pass begins. */
 extern TimestampTz shared_take_due(DispatcherSlot *slot);
 
+/* How many dispatchers serve our database, ourselves included, and how many of them come before us. */
+extern int shared_rank(DispatcherSlot *slot, int *peers);
+
 /*
  * Publish until when we are going to sleep.  Returns false if something that is
  * due earlier was committed meanwhile: do not sleep, look again.

@@ -51,6 +51,19 @@ my @calls = grep { my $a = $_->{args}; grep { ($a->{$_} // '') eq 'many' } keys 
 is(most_at_once(@calls), 4, 'never more than its cap at once');
 is($node->safe_psql('postgres', "SELECT count(*) FROM agentvm.session WHERE team_id = 'many' AND lease IS NOT NULL") <= 4, 1, 'nor claimed');
 
+# Several dispatchers share the cap, also one that is smaller than their number
+foreach my $cap (4, 2)
+{
+	$node->safe_psql('postgres', "ALTER SYSTEM SET agentvm.dispatchers = 3; ALTER SYSTEM SET agentvm.max_in_flight_per_team = $cap; SELECT pg_reload_conf()");
+	await($node, 'SELECT count(*) FROM agentvm.stat_dispatcher WHERE sleeping_until IS NOT NULL OR passes > 1', 3, name => 'three dispatchers');
+	my $since = time + 1.2;
+	sleep 2.5;
+	@calls = grep { $_->{at} - $_->{seconds} > $since } $faults->requests('RunInstances');
+	is(most_at_once(@calls), $cap, "have $cap calls of the team in flight together");
+}
+$node->safe_psql('postgres', 'ALTER SYSTEM RESET agentvm.dispatchers; SELECT pg_reload_conf()');
+await($node, 'SELECT count(*) FROM agentvm.stat_dispatcher', 1, name => 'one is left');
+
 # The whole database's cap, with work waiting: the dispatcher sleeps until a call is answered
 $node->safe_psql('postgres', 'ALTER SYSTEM SET agentvm.max_in_flight = 2; ALTER SYSTEM SET agentvm.max_in_flight_per_team = 10; SELECT pg_reload_conf()');
 $faults->clear;
