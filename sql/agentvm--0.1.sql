@@ -122,22 +122,25 @@ CREATE UNIQUE INDEX profile_of_all ON agentvm.profile (name) WHERE team_id IS NU
 CREATE UNIQUE INDEX profile_of_team ON agentvm.profile (team_id, name) WHERE team_id IS NOT NULL;
 COMMENT ON TABLE agentvm.profile IS 'named shapes of VMs; team_id NULL = for all teams';
 
+-- One constraint in C instead of six in SQL: PostgreSQL parses the stored text of every constraint anew for each
+-- statement, which was half the cost of provision().
+CREATE FUNCTION agentvm.session_is_sound(state text, end_reason text, purchase text, ended_at timestamptz, next_check_at timestamptz)
+RETURNS boolean LANGUAGE C IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'agentvm_session_is_sound';
+COMMENT ON FUNCTION agentvm.session_is_sound(text, text, text, timestamptz, timestamptz) IS 'holds columns of agentvm.session to known values, and tombstones to what they must have';
+
 CREATE TABLE agentvm.session (
 	session_id uuid PRIMARY KEY,
 	team_id text NOT NULL,
 	agent_id text,
 	provider text NOT NULL,
 	profile text,
-	state text NOT NULL DEFAULT 'provisioning'
-		CHECK (state IN ('provisioning', 'warm', 'ready', 'pausing', 'paused', 'resuming', 'terminating', 'terminated', 'failed')),
-	end_reason text
-		CHECK (end_reason IN ('requested', 'bootstrap_timeout', 'heartbeat_timeout', 'max_lifetime', 'idle', 'invalid_credentials',
-							  'capacity', 'quota', 'budget', 'provider_error', 'provider_lost', 'pool_shrunk', 'orphan')),
+	state text NOT NULL DEFAULT 'provisioning',
+	end_reason text,
 	detail text,
 	vm_id text,
 	region text,
 	address text,
-	purchase text CHECK (purchase IN ('spot', 'on-demand')),
+	purchase text,
 	attempt int NOT NULL DEFAULT 1,
 	created_at timestamptz NOT NULL DEFAULT now(),
 	launched_at timestamptz,
@@ -170,10 +173,7 @@ CREATE TABLE agentvm.session (
 	running boolean NOT NULL DEFAULT false,
 	final_heartbeat_at timestamptz,
 	handle jsonb,
-	-- a tombstone says why and when, and is never due again
-	CHECK ((state IN ('terminated', 'failed')) = (ended_at IS NOT NULL)),
-	CHECK (ended_at IS NULL OR (end_reason IS NOT NULL AND next_check_at IS NULL)),
-	CHECK (state IN ('terminating', 'terminated', 'failed') OR end_reason IS NULL)
+	CONSTRAINT session_is_sound CHECK (agentvm.session_is_sound(state, end_reason, purchase, ended_at, next_check_at))
 ) WITH (fillfactor = 85);
 COMMENT ON TABLE agentvm.session IS 'one row per VM, also after its end; see view agentvm.sessions';
 

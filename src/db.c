@@ -27,6 +27,7 @@
 #include "access/table.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_collation.h"
 #include "catalog/pg_extension.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
@@ -34,6 +35,7 @@
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
+#include "utils/lsyscache.h"
 #include "utils/numeric.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
@@ -221,6 +223,45 @@ db_text(uint64 row, int column, MemoryContext context)
 	MemoryContextSwitchTo(oldcontext);
 
 	return result;
+}
+
+void
+db_lookup_begin(DbLookup *lookup, const char *table, const char *index, int nkeys,
+				const char *const *keys)
+{
+	Oid schema = get_namespace_oid("agentvm", false);
+	ScanKeyData scankeys[2];
+	int i;
+
+	Assert(nkeys <= lengthof(scankeys));
+	CommandCounterIncrement();
+	lookup->snapshot = RegisterSnapshot(GetLatestSnapshot());
+	lookup->table = table_open(get_relname_relid(table, schema), AccessShareLock);
+	for (i = 0; i < nkeys; i++)
+		ScanKeyEntryInitialize(&scankeys[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
+							   DEFAULT_COLLATION_OID, F_TEXTEQ, CStringGetTextDatum(keys[i]));
+	lookup->scan = systable_beginscan(lookup->table, get_relname_relid(index, schema), true,
+									  lookup->snapshot, nkeys, scankeys);
+}
+
+HeapTuple
+db_lookup_next(DbLookup *lookup)
+{
+	return systable_getnext(lookup->scan);
+}
+
+void
+db_lookup_end(DbLookup *lookup)
+{
+	systable_endscan(lookup->scan);
+	table_close(lookup->table, AccessShareLock);
+	UnregisterSnapshot(lookup->snapshot);
+}
+
+Datum
+db_lookup_value(const DbLookup *lookup, HeapTuple row, int column, bool *isnull)
+{
+	return heap_getattr(row, column, RelationGetDescr(lookup->table), isnull);
 }
 
 bool

@@ -76,46 +76,62 @@ state_may_become(SessionState from, SessionState to)
 	return (may_follow[from] & BIT(to)) != 0;
 }
 
-/* Reasons that are somebody's failure, and what a caller is told of them; all others end in "terminated" and AV006. */
+/* The reasons, whether they are somebody's failure, and what a caller is told of them. */
 static const struct
 {
-	const char *reason;
+	const char *name;
 	bool failed;
 	int sqlstate;
 } reasons[] = {
+	{"requested", false, AVM_SESSION_ENDED},
 	{"bootstrap_timeout", true, AVM_PROVIDER_ERROR},
+	{"heartbeat_timeout", false, AVM_SESSION_ENDED},
+	{"max_lifetime", false, AVM_SESSION_ENDED},
+	{"idle", false, AVM_SESSION_ENDED},
 	{"invalid_credentials", true, AVM_INVALID_CREDENTIALS},
 	{"capacity", true, AVM_CAPACITY},
 	{"quota", true, AVM_QUOTA},
+	{"budget", false, AVM_QUOTA},
 	{"provider_error", true, AVM_PROVIDER_ERROR},
 	{"provider_lost", true, AVM_PROVIDER_ERROR},
-	{"budget", false, AVM_QUOTA},
+	{"pool_shrunk", false, AVM_SESSION_ENDED},
+	{"orphan", false, AVM_SESSION_ENDED},
 };
 
-SessionState
-reason_end_state(const char *end_reason)
-{
-	int i;
-
-	for (i = 0; i < lengthof(reasons); i++)
-	{
-		if (strcmp(end_reason, reasons[i].reason) == 0 && reasons[i].failed)
-			return STATE_FAILED;
-	}
-	return STATE_TERMINATED;
-}
-
-int
-reason_sqlstate(const char *end_reason)
+/* Index into reasons[], or -1. */
+static int
+reason_find(const char *end_reason)
 {
 	int i;
 
 	for (i = 0; end_reason != NULL && i < lengthof(reasons); i++)
 	{
-		if (strcmp(end_reason, reasons[i].reason) == 0)
-			return reasons[i].sqlstate;
+		if (strcmp(end_reason, reasons[i].name) == 0)
+			return i;
 	}
-	return AVM_SESSION_ENDED;
+	return -1;
+}
+
+bool
+reason_is_known(const char *end_reason)
+{
+	return reason_find(end_reason) >= 0;
+}
+
+SessionState
+reason_end_state(const char *end_reason)
+{
+	int found = reason_find(end_reason);
+
+	return found >= 0 && reasons[found].failed ? STATE_FAILED : STATE_TERMINATED;
+}
+
+int
+reason_sqlstate(const char *end_reason)
+{
+	int found = reason_find(end_reason);
+
+	return found >= 0 ? reasons[found].sqlstate : AVM_SESSION_ENDED;
 }
 
 const char *

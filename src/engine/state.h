@@ -40,6 +40,9 @@ extern bool state_is_ended(SessionState state);
 /* Whether design section 6 allows a change from one state to the other. */
 extern bool state_may_become(SessionState from, SessionState to);
 
+/* Whether design section 6 knows the reason. */
+extern bool reason_is_known(const char *end_reason);
+
 /* The end state that belongs to an end_reason: failed or terminated. */
 extern SessionState reason_end_state(const char *end_reason);
 

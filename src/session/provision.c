@@ -82,26 +82,20 @@ static DbQuery profile_query = {
 	2,
 	{TEXTOID, TEXTOID}};
 
-/* $4: the provider that the caller or the profile names, $5: the server default. */
-static DbQuery team_query = {
-	"SELECT t.max_sessions, t.max_vcpus, t.max_memory_mib, "
-	"extract(epoch FROM t.min_lifetime)::int8, extract(epoch FROM t.max_lifetime)::int8, "
-	"extract(epoch FROM t.bootstrap_timeout)::int8, extract(epoch FROM t.heartbeat_timeout)::int8, "
-	"t.provider, c.options, "
-	"c.provider IS NOT NULL AND EXISTS (SELECT FROM agentvm.provider_secret s "
-	"WHERE s.team_id = c.team_id AND s.provider = c.provider), "
-	"$2 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id "
-	"AND pg_has_role($3, m.role, 'USAGE')) "
-	"FROM agentvm.team t LEFT JOIN agentvm.provider_config c ON c.team_id = t.team_id "
-	"AND c.provider = coalesce($4, t.provider, $5) WHERE t.team_id = $1",
-	5,
-	{TEXTOID, BOOLOID, OIDOID, TEXTOID, TEXTOID}};
-
-/* Read again under the lock: alter_team() takes it, too. */
-static DbQuery limits_query = {
-	"SELECT max_sessions, max_vcpus, max_memory_mib FROM agentvm.team WHERE team_id = $1",
-	1,
-	{TEXTOID}};
+/* Columns of agentvm.team and its satellites, in the order of the tables. */
+enum
+{
+	TEAM_PROVIDER = 2,
+	TEAM_MAX_SESSIONS,
+	TEAM_MAX_VCPUS,
+	TEAM_MAX_MEMORY_MIB,
+	TEAM_MIN_LIFETIME,
+	TEAM_MAX_LIFETIME,
+	TEAM_BOOTSTRAP_TIMEOUT,
+	TEAM_HEARTBEAT_TIMEOUT
+};
+#define MEMBER_ROLE 2
+#define CONFIG_OPTIONS 3
 
 /* Terminating sessions still count; no more is counted than is needed to refuse. */
 static DbQuery count_query = {"SELECT count(*) FROM (SELECT FROM agentvm.session WHERE team_id = "
@@ -360,37 +354,118 @@ resolve_profile(const Request *request, Resolved *resolved)
 	SPI_freetuptable(SPI_tuptable);
 }
 
+/* An integer or (in seconds) interval column of the team's row, or the fallback. */
+static int64
+team_number(const DbLookup *lookup, HeapTuple row, int column, int64 fallback)
+{
+	bool isnull;
+	Datum value = db_lookup_value(lookup, row, column, &isnull);
+	Interval *interval;
+
+	if (isnull)
+		return fallback;
+	if (column < TEAM_MIN_LIFETIME)
+		return DatumGetInt32(value);
+	interval = DatumGetIntervalP(value);
+	return interval->time / USECS_PER_SEC +
+		   (interval->day + INT64CONST(30) * interval->month) * SECS_PER_DAY;
+}
+
+/* Read the team's row into "resolved"; false when there is none. */
+static bool
+read_team(const char *team_id, Resolved *resolved)
+{
+	DbLookup lookup;
+	HeapTuple row;
+
+	db_lookup_begin(&lookup, "team", "team_pkey", 1, &team_id);
+	row = db_lookup_next(&lookup);
+	if (row != NULL)
+	{
+		bool isnull;
+		Datum provider = db_lookup_value(&lookup, row, TEAM_PROVIDER, &isnull);
+
+		resolved->team_provider = isnull ? NULL : TextDatumGetCString(provider);
+		resolved->max_sessions = team_number(&lookup, row, TEAM_MAX_SESSIONS, -1);
+		resolved->max_vcpus = team_number(&lookup, row, TEAM_MAX_VCPUS, -1);
+		resolved->max_memory_mib = team_number(&lookup, row, TEAM_MAX_MEMORY_MIB, -1);
+		resolved->min_lifetime_s = team_number(&lookup, row, TEAM_MIN_LIFETIME, 0);
+		resolved->team_max_lifetime_s = team_number(&lookup, row, TEAM_MAX_LIFETIME, 0);
+		if (resolved->bootstrap_timeout_s == 0)
+			resolved->bootstrap_timeout_s =
+				team_number(&lookup, row, TEAM_BOOTSTRAP_TIMEOUT, avm_bootstrap_timeout_s);
+		if (resolved->heartbeat_timeout_s == 0)
+			resolved->heartbeat_timeout_s =
+				team_number(&lookup, row, TEAM_HEARTBEAT_TIMEOUT, avm_heartbeat_timeout_s);
+	}
+	db_lookup_end(&lookup);
+	return row != NULL;
+}
+
+/* Whether "role" has the rights of one of the team's members; a dropped member is none. */
+static bool
+acts_for_team(const char *team_id, Oid role)
+{
+	DbLookup lookup;
+	HeapTuple row;
+	bool found = false;
+
+	if (caller_is_admin(role))
+		return true;
+	db_lookup_begin(&lookup, "team_member", "team_member_pkey", 1, &team_id);
+	while (!found && (row = db_lookup_next(&lookup)) != NULL)
+	{
+		bool isnull;
+		Oid member = DatumGetObjectId(db_lookup_value(&lookup, row, MEMBER_ROLE, &isnull));
+
+		found = has_privs_of_role(role, member);
+	}
+	db_lookup_end(&lookup);
+	return found;
+}
+
+/* The team's own settings for a provider, and whether it has credentials for it. */
+static void
+read_provider_config(const char *team_id, const char *provider, Resolved *resolved)
+{
+	const char *keys[2] = {team_id, provider};
+	DbLookup lookup;
+	HeapTuple row;
+
+	db_lookup_begin(&lookup, "provider_config", "provider_config_pkey", 2, keys);
+	row = db_lookup_next(&lookup);
+	if (row != NULL)
+	{
+		bool isnull;
+
+		resolved->team_options =
+			(Jsonb *) PG_DETOAST_DATUM_COPY(db_lookup_value(&lookup, row, CONFIG_OPTIONS, &isnull));
+	}
+	db_lookup_end(&lookup);
+	if (row == NULL)
+		return;
+	db_lookup_begin(&lookup, "provider_secret", "provider_secret_pkey", 2, keys);
+	resolved->has_secrets = db_lookup_next(&lookup) != NULL;
+	db_lookup_end(&lookup);
+}
+
+/* The provider that a session gets: the caller's word, then the profile's, the team's, the server's. */
+static const char *
+provider_name(const Request *request, const Resolved *resolved)
+{
+	return request->provider			? request->provider
+		   : resolved->profile_provider ? resolved->profile_provider
+		   : resolved->team_provider	? resolved->team_provider
+										: avm_default_provider;
+}
+
 static void
 resolve(const Request *request, Oid role, Resolved *resolved)
 {
-	const char *provider;
-	Datum values[5];
-	char nulls[5] = {' ', ' ', ' ', ' ', ' '};
-
 	resolve_profile(request, resolved);
-	provider = request->provider ? request->provider : resolved->profile_provider;
-	values[0] = CStringGetTextDatum(request->team_id);
-	values[1] = BoolGetDatum(caller_is_admin(role));
-	values[2] = ObjectIdGetDatum(role);
-	set_optional_text(values, nulls, 3, provider);
-	values[4] = CStringGetTextDatum(avm_default_provider);
-	db_run(&team_query, values, nulls);
-	if (SPI_processed == 0 || int_or(11, 0) == 0)
+	if (!read_team(request->team_id, resolved) || !acts_for_team(request->team_id, role))
 		raise_no_such_team(request->team_id);
-
-	resolved->max_sessions = int_or(1, -1);
-	resolved->max_vcpus = int_or(2, -1);
-	resolved->max_memory_mib = int_or(3, -1);
-	resolved->min_lifetime_s = int_or(4, 0);
-	resolved->team_max_lifetime_s = int_or(5, 0);
-	if (resolved->bootstrap_timeout_s == 0)
-		resolved->bootstrap_timeout_s = int_or(6, avm_bootstrap_timeout_s);
-	if (resolved->heartbeat_timeout_s == 0)
-		resolved->heartbeat_timeout_s = int_or(7, avm_heartbeat_timeout_s);
-	resolved->team_provider = db_text(0, 8, CurrentMemoryContext);
-	resolved->team_options = jsonb_or_null(9);
-	resolved->has_secrets = int_or(10, 0);
-	SPI_freetuptable(SPI_tuptable);
+	read_provider_config(request->team_id, provider_name(request, resolved), resolved);
 }
 
 /* Team's options, overridden by the profile's, overridden by the caller's. */
@@ -425,10 +500,7 @@ resolve_provider(const Request *request, const Resolved *resolved)
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 						errmsg("provider \"%s\" contradicts profile \"%s\", which is for \"%s\"",
 							   request->provider, request->profile, resolved->profile_provider)));
-	return provider_get(request->provider			 ? request->provider
-						: resolved->profile_provider ? resolved->profile_provider
-						: resolved->team_provider	 ? resolved->team_provider
-													 : avm_default_provider);
+	return provider_get(provider_name(request, resolved));
 }
 
 /* Lifetime in seconds, and the ceiling that extend() may reach. */
@@ -500,7 +572,6 @@ is_limited(const Resolved *resolved)
 static void
 lock_for_quota(const char *team_id, Resolved *resolved)
 {
-	Datum values[1] = {CStringGetTextDatum(team_id)};
 	bool exclusive = is_limited(resolved);
 
 	for (;;)
@@ -508,13 +579,9 @@ lock_for_quota(const char *team_id, Resolved *resolved)
 		LOCKMODE mode = exclusive ? ExclusiveLock : ShareLock;
 
 		team_lock(team_id, mode);
-		db_run(&limits_query, values, NULL);
-		if (SPI_processed == 0)
+		/* alter_team() and drop_team() take the lock, too */
+		if (!read_team(team_id, resolved))
 			raise_no_such_team(team_id);
-		resolved->max_sessions = int_or(1, -1);
-		resolved->max_vcpus = int_or(2, -1);
-		resolved->max_memory_mib = int_or(3, -1);
-		SPI_freetuptable(SPI_tuptable);
 		if (exclusive || !is_limited(resolved))
 			break;
 		/* it got a limit between our first look and the lock */

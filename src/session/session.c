@@ -27,6 +27,7 @@ PG_FUNCTION_INFO_V1(agentvm_terminate);
 PG_FUNCTION_INFO_V1(agentvm_extend);
 PG_FUNCTION_INFO_V1(agentvm_status);
 PG_FUNCTION_INFO_V1(agentvm_inspect);
+PG_FUNCTION_INFO_V1(agentvm_session_is_sound);
 PG_FUNCTION_INFO_V1(agentvm_session_transition);
 PG_FUNCTION_INFO_V1(agentvm_event_is_append_only);
 
@@ -267,6 +268,46 @@ agentvm_inspect(PG_FUNCTION_ARGS)
 	MemoryContextSwitchTo(old);
 	db_leave(&scope);
 	PG_RETURN_JSONB_P(provider_ask(OP_INSPECT, row->team_id, row->provider, row->options, row));
+}
+
+static void
+unsound(const char *detail)
+{
+	ereport(ERROR, (errcode(ERRCODE_CHECK_VIOLATION), errmsg("row of agentvm.session is not sound"),
+					errdetail("%s", detail)));
+}
+
+/* CHECK of agentvm.session: known values; a tombstone says why and when, and is never due again. */
+Datum
+agentvm_session_is_sound(PG_FUNCTION_ARGS)
+{
+	char *reason = PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1));
+	bool has_ended_at = !PG_ARGISNULL(3);
+	char *name;
+	int state;
+
+	if (PG_ARGISNULL(0))
+		PG_RETURN_BOOL(true); /* the NOT NULL constraint says it better */
+	name = text_to_cstring(PG_GETARG_TEXT_PP(0));
+	state = state_find(name);
+	if (state < 0)
+		unsound(psprintf("State \"%s\" is not known.", name));
+	if (reason != NULL && !reason_is_known(reason))
+		unsound(psprintf("End reason \"%s\" is not known.", reason));
+	if (!PG_ARGISNULL(2))
+	{
+		char *purchase = text_to_cstring(PG_GETARG_TEXT_PP(2));
+
+		if (strcmp(purchase, "spot") != 0 && strcmp(purchase, "on-demand") != 0)
+			unsound(psprintf("Purchase \"%s\" is neither spot nor on-demand.", purchase));
+	}
+	if (state_is_ended(state) != has_ended_at)
+		unsound("A session has ended_at if and only if it is terminated or failed.");
+	if (has_ended_at && (reason == NULL || !PG_ARGISNULL(4)))
+		unsound("A session that has ended has an end_reason and no next_check_at.");
+	if (reason != NULL && state != STATE_TERMINATING && !has_ended_at)
+		unsound("A session has an end_reason only while it is ending and afterwards.");
+	PG_RETURN_BOOL(true);
 }
 
 /* AFTER UPDATE of the state: refuse what the design does not know, log the rest. */
