@@ -10,3 +10,5 @@ FROM (VALUES ('team', '{}', 1000), ('limited', '{"max_sessions": 1000000}', 1000
 	generate_series(1, teams) i;
 CREATE TABLE floor (LIKE agentvm.session INCLUDING ALL);
 GRANT INSERT ON floor TO app;
+-- the floor pays for the same constraint
+GRANT EXECUTE ON FUNCTION agentvm.session_is_sound(text, text, text, timestamptz, timestamptz) TO app;
