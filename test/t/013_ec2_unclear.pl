@@ -28,7 +28,7 @@ sub survives
 	my ($name, $n, %fault) = @_;
 	$faults->set(action => 'RunInstances', n => $n, %fault);
 	my $session = provision($node, 'acme');
-	await($node, "SELECT vm_id IS NOT NULL FROM agentvm.sessions WHERE session_id = '$session'", 't', name => "$name: launched in the end");
+	hurry_until($node, "SELECT vm_id IS NOT NULL FROM agentvm.sessions WHERE session_id = '$session'", 't', name => "$name: launched in the end");
 	my $sent = sent($session);
 	cmp_ok($sent->{calls}, '>=', 2, "$name: sent again");
 	is($sent->{tokens}, 1, "$name: with the same client token");
@@ -69,12 +69,24 @@ is($node->safe_psql('postgres', q{SELECT throttled >= 2 AND transient >= 5 FROM 
 # the refusal of a repeat says nothing about the first send: the instance is looked for, and ended
 $node->append_conf('postgresql.conf', "agentvm.lease = '2s'\nagentvm.launch_settle = '2s'\n");
 $node->reload;
+my @refused;
+foreach my $code (qw(AuthFailure IdempotentParameterMismatch))
+{
+	$faults->set(action => 'RunInstances', mode => 'lost', n => 1);
+	$faults->set(action => 'RunInstances', mode => 'error', code => $code, message => 'no');
+	push @refused, launch($node, 'acme');
+	hurry_to($node, $refused[-1], 'failed');
+	like(state_of($node, $refused[-1]), qr/^failed \w+ $code: no$/, "$code after a lost reply: failed");
+	$faults->clear;
+}
+is(join(' ', map { $_->{state} } vms_of($moto, @refused)), 'terminated terminated', 'the instances of the lost replies were found and ended');
+
+# no capacity for a repeat means none for the first send: a token that has launched is answered with its instance
 $faults->set(action => 'RunInstances', mode => 'lost', n => 1);
-$faults->set(action => 'RunInstances', mode => 'auth');
-$session = launch($node, 'acme', 'failed');
-like(state_of($node, $session), qr/^failed invalid_credentials AuthFailure/, 'refused after a lost reply: failed');
-my %state = map { $_->{tags}{'agentvm-session-id'} => $_->{state} } vms_of($moto, $session, @one);
-is($state{$session}, 'terminated', 'the instance of the lost reply was found and ended');
+$faults->set(action => 'RunInstances', mode => 'capacity');
+$session = launch($node, 'acme', 'ready');
+is(column($node, $session, "purchase || ' ' || attempt"), 'spot 1', 'lost reply, then no capacity: the first attempt was good');
+push @one, $session;
 $faults->clear;
 
 my %count;

@@ -11,25 +11,24 @@ ec2_team($node, 'demand', $moto, options => { spot => JSON::PP::false });
 
 sub terminate { return $node->safe_psql('postgres', "SELECT agentvm.terminate('$_[0]')"); }
 
-# As await_state(), without the waits between looks at the cloud
-sub hurry_to
-{
-	my ($session, $state) = @_;
-	my $end = time + 60;
-	until (state_of($node, $session) =~ /^$state/ || time > $end) { hurry($node); sleep 0.1; }
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	return like(state_of($node, $session), qr/^$state/, "session $session becomes $state");
-}
 sub health { return $node->safe_psql('postgres', q{SELECT ok || ' ' || detail FROM agentvm.health WHERE name = 'terminate'}); }
 
 # ---- plainly, and twice ----
 my ($session, $gone, $protected) = map { launch($node, $_) } qw(acme acme demand);
-await_state($node, $_, 'ready') for $session, $gone, $protected;
+hurry_to($node, $_, 'ready') for $session, $gone, $protected;
 my ($vm, $gone_vm, $protected_vm) = map { column($node, $_, 'vm_id') } $session, $gone, $protected;
 is(terminate($session) . terminate($session), 'tf', 'the first call begins the end, the second does not');
 await_state($node, $session, 'terminated');
 is(terminate($session), 'f', 'nor does a third, after the end');
 is(scalar calls_for($faults, 'TerminateInstances', '', $vm), 1, 'one call to the cloud');
+
+# ---- answers that get lost ----
+$session = launch($node, 'demand', 'ready');
+$faults->set(action => 'TerminateInstances', mode => $_, n => 1) for qw(drop lost 500 truncated html throttle);
+terminate($session);
+hurry_to($node, $session, 'terminated');
+is($faults->count('TerminateInstances', 'faulted'), 6, 'no bad answer is taken for an end, none ends the trying');
+$faults->clear;
 
 # ---- ended behind our back ----
 $moto->terminate($gone_vm);
@@ -41,13 +40,13 @@ sub protect { $moto->run('call', 'ec2', 'modify_instance_attribute', qq({"Instan
 protect('true');
 like(health(), qr/^true/, 'health has nothing to say');
 terminate($protected);
-my $end = time + 60;
-while (health() =~ /^true/ && time < $end) { hurry($node); sleep 0.1; }
+hurry_until($node, 'SELECT ok FROM agentvm.health WHERE name = $$terminate$$', 'f');
+my $end;
 like(health(), qr/^false 1 session/, 'an instance under protection is tried again, and seen in health');
 like((events($node, $protected))[-1]{error}, qr/^OperationNotPermitted: /, 'the reason is in the log of the session');
 is(state_of($node, $protected), 'terminating requested', 'it is not called ended');
 protect('false');
-hurry_to($protected, 'terminated');
+hurry_to($node, $protected, 'terminated');
 like(health(), qr/^true/, 'health is content again');
 
 # ---- an instance that the cloud does not show yet ----
@@ -55,7 +54,7 @@ my $nothing = '<DescribeInstancesResponse xmlns="http://ec2.amazonaws.com/doc/20
 $faults->set(action => 'DescribeInstances', mode => 'error', code => 'InvalidInstanceID.NotFound', message => 'not yet', n => 1);
 $faults->set(action => 'DescribeInstances', mode => 'body', body => $nothing, n => 1);
 $session = launch($node, 'acme');
-hurry_to($session, 'ready');
+hurry_to($node, $session, 'ready');
 $faults->clear;
 
 # ---- and one that is not known when it is to end: called gone after repeated looks only ----
@@ -64,7 +63,7 @@ $vm = column($node, $session, 'vm_id');
 my $looks = looks($vm);
 $faults->set(action => $_, mode => 'error', code => 'InvalidInstanceID.NotFound', message => 'no such instance', n => 2) for qw(TerminateInstances DescribeInstances);
 terminate($session);
-hurry_to($session, 'terminated');
+hurry_to($node, $session, 'terminated');
 cmp_ok(looks($vm) - $looks, '>=', 3, 'not found is not believed at once');
 is(($moto->for_session($session))[0]{state}, 'terminated', 'and when the instance shows after all, it is ended');
 $faults->clear;
@@ -78,7 +77,7 @@ my ($young_looks, $old_looks) = map { looks($_) } $vm, $old_vm;
 $moto->reset;
 set_ec2($node, $_, $moto, $_ eq 'demand' ? (options => { spot => JSON::PP::false }) : ()) for qw(acme demand);
 terminate($_) for $session, $old;
-hurry_to($_, 'terminated') for $session, $old;
+hurry_to($node, $_, 'terminated') for $session, $old;
 is(looks($vm) - $young_looks, 6, 'an instance that never was: six looks while it could still appear');
 is(looks($old_vm) - $old_looks, 3, 'three when it is old');
 is(scalar calls_for($faults, 'TerminateInstances', '', $vm), 1, 'one call to end it');
@@ -95,7 +94,7 @@ $node->start;
 is(column($node, $session, 'vm_id IS NULL'), 't', 'after the crash the row names no VM');
 $faults->set(action => 'DescribeInstances', mode => 'body', body => $nothing, n => 2);
 terminate($session);
-hurry_to($session, 'terminated');
+hurry_to($node, $session, 'terminated');
 my @vms = $moto->for_session($session);
 is(join(' ', map { $_->{state} } @vms), 'terminated', 'its instance is found by tag, although not at once, and ended');
 is(column($node, $session, 'vm_id'), $vms[0]{id}, 'and is on record');
@@ -108,7 +107,7 @@ $faults->set(action => 'RunInstances', mode => '500');
 $session = launch($node, 'acme');
 await($node, "SELECT detail ~ 'InternalError' FROM agentvm.sessions WHERE session_id = '$session'");
 terminate($session);
-hurry_to($session, 'terminated');
+hurry_to($node, $session, 'terminated');
 my ($last) = reverse calls_for($faults, 'RunInstances', $session);
 my @lookups = calls_for($faults, 'DescribeInstances', $session);
 cmp_ok(scalar @lookups, '>=', 3, 'several looks by tag');
@@ -120,7 +119,7 @@ $faults->set(action => 'RunInstances', mode => 'throttle');
 $session = launch($node, 'acme');
 await($node, "SELECT detail ~ 'RequestLimitExceeded' FROM agentvm.sessions WHERE session_id = '$session'");
 terminate($session);
-hurry_to($session, 'terminated');
+hurry_to($node, $session, 'terminated');
 is(scalar calls_for($faults, 'DescribeInstances', $session), 0, 'a throttled launch needs no looks');
 $faults->clear;
 
@@ -143,19 +142,18 @@ $moto->terminate(await_vm($node, $session));
 $moto->run('stop-instance', await_vm($node, $stopped));
 $launches = $faults->count('RunInstances');
 $faults->clear;
-hurry_to($session, 'failed provider_lost');
-hurry_to($stopped, 'failed provider_error InstanceStopped');
+hurry_to($node, $session, 'failed provider_lost');
+hurry_to($node, $stopped, 'failed provider_error InstanceStopped');
 is($faults->count('RunInstances'), $launches, 'nothing was launched in its place');
 
 # ---- keys that die before the VM does ----
 $session = launch($node, 'acme', 'ready');
 set_ec2($node, 'acme', $moto, secrets => { %{ $moto->secrets }, secret_access_key => 'revoked' });
 terminate($session);
-$end = time + 60;
-while (health() =~ /^true/ && time < $end) { hurry($node); sleep 0.1; }
+hurry_until($node, 'SELECT ok FROM agentvm.health WHERE name = $$terminate$$', 'f');
 like((events($node, $session))[-1]{error}, qr/^AuthFailure: /, 'revoked keys do not end the trying');
 set_ec2($node, 'acme', $moto);
-hurry_to($session, 'terminated');
+hurry_to($node, $session, 'terminated');
 
 is(scalar $moto->running, 0, 'nothing runs');
 done_testing();

@@ -14,8 +14,9 @@ use Digest::SHA qw(sha256_hex);
 use Exporter 'import';
 use JSON::PP;
 use Test::More;
+use Time::HiRes qw(sleep time);
 
-our @EXPORT = qw(ec2_node ec2_team launch column calls_for vms_of events hurry await_vm bootstrap_token bytea_hash as_gateway);
+our @EXPORT = qw(ec2_node ec2_team launch column calls_for vms_of events hurry_until hurry_to await_vm bootstrap_token bytea_hash as_gateway);
 
 sub ec2_node
 {
@@ -75,13 +76,29 @@ sub events
 		"SELECT detail FROM agentvm.session_event WHERE session_id = '$session' AND kind = 'provider_call' ORDER BY event_id");
 }
 
-# Make what waits for its next look at the cloud due now, so that tests need not wait for it
-sub hurry
+# As await(), for answers that depend on retries and repeated looks at the cloud: makes these due at once, again and again
+sub hurry_until
 {
-	my ($node) = @_;
-	$node->safe_psql('postgres', 'UPDATE agentvm.session SET next_check_at = now() WHERE next_check_at > now() AND lease IS NULL '
-		  . "AND state IN ('provisioning', 'terminating'); SELECT agentvm.wake()");
-	return;
+	my ($node, $query, $expected, %opt) = @_;
+	my $end = time + ($opt{timeout} // 60);
+	$expected //= 't';
+	while ($node->safe_psql('postgres', $query) ne $expected && time < $end)
+	{
+		$node->safe_psql('postgres', 'UPDATE agentvm.session SET next_check_at = now() WHERE next_check_at > now() AND lease IS NULL '
+			  . "AND (state = 'terminating' OR state = 'provisioning' AND NOT running); SELECT agentvm.wake()");
+		sleep 0.05;
+	}
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return await($node, $query, $expected, timeout => 0, %opt);
+}
+
+# Hurry a session into a state, given as state_of() has it
+sub hurry_to
+{
+	my ($node, $session, $state) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return hurry_until($node, "SELECT concat_ws(' ', state, end_reason, detail) ~ '^$state' FROM agentvm.sessions WHERE session_id = '$session'", 't',
+		name => "session $session becomes $state") || diag('it is ' . state_of($node, $session));
 }
 
 # Wait for a session's VM to have been launched; its id
