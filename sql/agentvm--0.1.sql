@@ -15,9 +15,10 @@ BEGIN
 	IF EXISTS (SELECT FROM pg_catalog.pg_namespace n
 			   WHERE n.nspname OPERATOR(pg_catalog.=) 'agentvm'
 				 AND (n.nspowner OPERATOR(pg_catalog.<>) (SELECT oid FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) current_user)
-					  OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace OPERATOR(pg_catalog.=) n.oid)
-					  OR EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.pronamespace OPERATOR(pg_catalog.=) n.oid)
-					  OR EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.typnamespace OPERATOR(pg_catalog.=) n.oid))) THEN
+					  OR EXISTS (SELECT FROM pg_catalog.pg_depend d
+								 WHERE d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_namespace'::pg_catalog.regclass
+								   AND d.refobjid OPERATOR(pg_catalog.=) n.oid
+								   AND d.classid OPERATOR(pg_catalog.<>) 'pg_catalog.pg_extension'::pg_catalog.regclass))) THEN
 		RAISE EXCEPTION 'schema "agentvm" belongs to another role or is not empty'
 			USING ERRCODE = 'duplicate_schema', HINT = 'Drop or rename that schema, then create the extension again.';
 	END IF;
