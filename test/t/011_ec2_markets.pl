@@ -47,7 +47,7 @@ $faults->set(mode => 'error', status => 400, code => 'VcpuLimitExceeded', messag
 $session = launch($node, 'one', 'failed');
 is(tries($session), 'spot0', 'VcpuLimitExceeded counts all markets: nothing else is tried');
 is(state_of($node, $session), 'failed quota VcpuLimitExceeded: all used', 'the session failed over it');
-fails_with($node, "SELECT agentvm.wait('$session')", 'AV003', qr/quota/, 'wait() says AV003');
+fails_with($node, "SELECT agentvm.wait('$session', timeout => '9 seconds')", 'AV003', qr/quota/, 'wait() says AV003');
 $faults->clear;
 
 $session = launch($node, 'demand', 'ready');
@@ -70,7 +70,7 @@ $faults->set(mode => 'capacity', action => 'RunInstances');
 $session = launch($node, 'acme', 'failed');
 is(tries($session), 'spot0 spot1 spot2 on-demand0 on-demand1 on-demand2', 'all are tried once');
 like(state_of($node, $session), qr/^failed capacity InsufficientInstanceCapacity: /, 'no capacity anywhere: failed');
-fails_with($node, "SELECT agentvm.wait('$session')", 'AV002', qr/capacity/, 'wait() says AV002');
+fails_with($node, "SELECT agentvm.wait('$session', timeout => '9 seconds')", 'AV002', qr/capacity/, 'wait() says AV002');
 is(scalar vms_of($moto, $session), 0, 'and nothing was launched');
 
 done_testing();

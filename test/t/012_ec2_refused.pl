@@ -19,7 +19,7 @@ sub refused
 	like(state_of($node, $session), qr/^failed invalid_credentials $detail$/, "$name: the row has code and message, no more");
 	is(scalar calls_for($faults, 'RunInstances', $session), 1, "$name: exactly one call");
 	is(column($node, $session, 'vm_id IS NULL'), 't', "$name: there is no VM");
-	fails_with($node, "SELECT agentvm.wait('$session')", 'AV001', qr/invalid_credentials.*DETAIL:  $detail$/ms, "$name: wait() says AV001");
+	fails_with($node, "SELECT agentvm.wait('$session', timeout => '9 seconds')", 'AV001', qr/invalid_credentials.*DETAIL:  $detail$/ms, "$name: wait() says AV001");
 	return $session;
 }
 
@@ -44,7 +44,7 @@ $faults->set(mode => 'error', status => 400, code => 'InvalidAMIID.NotFound', me
 my $session = launch($node, 'acme', 'failed');
 is(state_of($node, $session), 'failed provider_error InvalidAMIID.NotFound: no such image', 'a request that can never work fails');
 is(scalar calls_for($faults, 'RunInstances', $session), 1, 'after one call');
-fails_with($node, "SELECT agentvm.wait('$session')", 'AV004', qr/no such image/, 'wait() says AV004');
+fails_with($node, "SELECT agentvm.wait('$session', timeout => '9 seconds')", 'AV004', qr/no such image/, 'wait() says AV004');
 $faults->clear;
 
 # what AWS says is bounded, printable, and shows no secret even if it came from there
