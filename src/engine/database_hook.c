@@ -6,7 +6,8 @@
  * These commands fail while anybody is connected to the database.  The backend
  * that runs one puts a hold on it in shared memory, so that the launcher starts
  * nobody there, asks its dispatchers to end, waits until they have, and lifts
- * the hold afterwards.  A hold whose backend has died is void.  Only who may run
+ * the hold when its transaction has ended: only then does the launcher see a
+ * new name.  A hold whose backend has died is void.  Only who may run
  * the command stops anybody: else a failing DROP by a stranger would be a way to
  * disturb.
  *
@@ -14,6 +15,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "agentvm.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
@@ -27,6 +29,7 @@
 #define LET_GO_MS 5000 /* then the command itself says who is in the way */
 
 static ProcessUtility_hook_type prev_utility_hook = NULL;
+static bool holding = false; /* this transaction has put a hold on a database */
 
 /* Text of an option of a command, or NULL. */
 static char *
@@ -102,6 +105,18 @@ release_database(Oid database)
 	}
 }
 
+/* The command is over: the launcher may look again, and sees what it has done. */
+static void
+lift_hold(XactEvent event, void *arg)
+{
+	if (!holding ||
+		(event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT && event != XACT_EVENT_PREPARE))
+		return;
+	holding = false;
+	shared_hold_database(InvalidOid);
+	shared_wake_launcher();
+}
+
 static void
 agentvm_utility(PlannedStmt *pstmt, const char *queryString, bool readOnlyTree,
 				ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *queryEnv,
@@ -110,23 +125,13 @@ agentvm_utility(PlannedStmt *pstmt, const char *queryString, bool readOnlyTree,
 	Oid database = database_to_release(pstmt->utilityStmt);
 	ProcessUtility_hook_type next = prev_utility_hook ? prev_utility_hook : standard_ProcessUtility;
 
-	if (!OidIsValid(database))
+	if (OidIsValid(database))
 	{
-		next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
-		return;
-	}
-	PG_TRY();
-	{
+		holding = true;
 		shared_hold_database(database);
 		release_database(database);
-		next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
 	}
-	PG_FINALLY();
-	{
-		shared_hold_database(InvalidOid);
-		shared_wake_launcher();
-	}
-	PG_END_TRY();
+	next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
 }
 
 void
@@ -134,4 +139,5 @@ database_hook_init(void)
 {
 	prev_utility_hook = ProcessUtility_hook;
 	ProcessUtility_hook = agentvm_utility;
+	RegisterXactCallback(lift_hold, NULL);
 }
