@@ -15,7 +15,7 @@ sub refused
 	my ($team, $detail, $name) = @_;
 	my $begun = time;
 	my $session = launch($node, $team, 'failed');
-	cmp_ok(time - $begun, '<', 5, "$name: failed within seconds");
+	cmp_ok(time - $begun, '<', 10, "$name: failed within seconds");
 	like(state_of($node, $session), qr/^failed invalid_credentials $detail$/, "$name: the row has code and message, no more");
 	is(scalar calls_for($faults, 'RunInstances', $session), 1, "$name: exactly one call");
 	is(column($node, $session, 'vm_id IS NULL'), 't', "$name: there is no VM");
