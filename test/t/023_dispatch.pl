@@ -20,6 +20,13 @@ sub dispatch { return $node->safe_psql('postgres', 'CALL agentvm.dispatch(' . ($
 sql("SELECT agentvm.create_team('acme'); SELECT agentvm.create_team('cloud', 'ec2'); SELECT agentvm.create_profile('plain', 'ec2', runtime => false)");
 sql("SET log_statement = none; SELECT agentvm.set_provider('cloud', 'ec2', " . json($faults->options) . ', ' . json($faults->secrets) . ')');
 
+# What the engine's transactions are, by a trigger
+sql(<<'SQL');
+CREATE TABLE level (level text);
+CREATE FUNCTION note_level() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO public.level VALUES (current_setting('transaction_isolation')); RETURN NULL; END $$;
+CREATE TRIGGER note_level AFTER UPDATE ON agentvm.session FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION note_level();
+SQL
+
 # The life of a session
 my ($code, $session, $warning) = $node->psql('postgres', "$rw SELECT agentvm.provision('acme')");
 like($warning, qr/WARNING:  no agentvm dispatcher serves this database/, 'provision() warns');
@@ -29,6 +36,8 @@ my $waiter = AgentVM::Client->new($node);
 $waiter->send("SELECT agentvm.wait('$session')");
 is(dispatch(), 1, 'dispatch() handles it, in a server whose transactions are serializable and read-only by default');
 is($waiter->answer, 'ready', 'wait() sees it');
+is($node->safe_psql('postgres', 'SELECT DISTINCT level FROM level'), 'read committed', 'having worked at READ COMMITTED');
+sql('DROP TRIGGER note_level ON agentvm.session');
 is(dispatch(), 0, 'nothing is left to do');
 sql("SELECT agentvm.terminate('$session')");
 is(dispatch(), 1, 'dispatch() ends it');
