@@ -83,7 +83,9 @@ set_up('served');
 call_in_flight('served');
 prompt('ALTER DATABASE served RENAME TO renamed', 2, 'RENAME of a served database in mid-call');
 prompt('ALTER DATABASE renamed RENAME TO served', 2, 'and back');
-await($node, "SELECT state FROM agentvm.sessions", 'ready', dbname => 'served', name => 'its dispatcher comes back and goes on');
+# without being told at COMMIT the launcher would see the name only after its tick of 10 s
+await($node, 'SELECT count(*) FROM agentvm.stat_dispatcher', 1, dbname => 'served', timeout => 5, name => 'its dispatcher comes back at once');
+await($node, "SELECT state FROM agentvm.sessions", 'ready', dbname => 'served', name => 'and goes on');
 call_in_flight('served');
 prompt('DROP DATABASE served', 2, 'DROP DATABASE in mid-call');
 is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.stat_dispatcher'), 1, 'the other database is served as before');
