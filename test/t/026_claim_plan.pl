@@ -14,6 +14,7 @@ auto_explain.log_buffers = on
 auto_explain.log_timing = off
 auto_explain.log_level = log
 jit_above_cost = 0
+random_page_cost = 100
 CONF
 my $plans = 0;
 

@@ -50,7 +50,10 @@ sub serves
 serves('it serves');
 my $pid = $node->safe_psql('postgres', 'SELECT pid FROM agentvm.stat_dispatcher');
 prompt('DROP EXTENSION agentvm', 2, 'DROP EXTENSION while idle');
+my $now = $node->safe_psql('postgres', 'SELECT clock_timestamp() FROM pg_reload_conf()');
+await($node, "SELECT state_change > '$now' AND state = 'idle' FROM pg_stat_activity WHERE pid = $pid", 't', name => 'the dispatcher has seen that it is gone');
 prompt('CREATE EXTENSION agentvm', 5, 'CREATE EXTENSION');
+await($node, "SELECT ok FROM agentvm.health WHERE name = 'dispatcher'", 't', name => 'and that it is back');
 serves('it serves again');
 is($node->safe_psql('postgres', 'SELECT pid FROM agentvm.stat_dispatcher'), $pid, 'the same dispatcher');
 
