@@ -11,15 +11,18 @@ srand($seed);
 note("AGENTVM_SEED=$seed");
 
 my ($node, $faults, $moto) = ec2_node('main', conf => "agentvm.dispatchers = 2\nagentvm.lease = '3s'\nagentvm.launch_settle = '2s'\n");
-$faults->set(mode => 'slow', ms => 150, action => $_) for qw(RunInstances TerminateInstances DescribeInstances);
+$faults->set(mode => 'slow', ms => 400, action => 'RunInstances');
+$faults->set(mode => 'slow', ms => 150, action => $_) for qw(TerminateInstances DescribeInstances);
 
 my $sessions = 50;
 foreach my $round (1 .. 10)
 {
-	# a few begin, with and without a runtime, and a few that live, at whatever stage, are to end
+	# a few begin, with and without a runtime; one of them is to end while its launch is under way, and one that lives, at whatever stage
 	$node->safe_psql('postgres', "SELECT agentvm.provision('acme', profile => CASE WHEN n % 2 = 0 THEN 'plain' END) FROM generate_series(1, $sessions / 10) n");
-	$node->safe_psql('postgres', q{SELECT agentvm.terminate(session_id) FROM agentvm.sessions WHERE state IN ('provisioning', 'ready') AND ended_at IS NULL ORDER BY random() LIMIT 2});
-	sleep rand(0.7);
+	sleep rand(0.3);
+	$node->safe_psql('postgres', q{SELECT agentvm.terminate(session_id) FROM ((SELECT session_id FROM agentvm.sessions WHERE ended_at IS NULL ORDER BY session_id DESC LIMIT 1)
+		UNION (SELECT session_id FROM agentvm.sessions WHERE ended_at IS NULL ORDER BY random() LIMIT 1)) s});
+	sleep rand(0.3);
 	$node->stop('immediate');
 	$node->start;
 }
