@@ -36,7 +36,7 @@ my (%vms, %state);
 foreach my $vm ($moto->instances) { $vms{ $vm->{tags}{'agentvm-session-id'} }++; $state{ $vm->{tags}{'agentvm-session-id'} } = $vm->{state}; }
 is(join(' ', grep { $_ > 1 } values %vms), '', 'no session ever had a second VM');
 is(join(' ', sort grep { $state{$_} eq 'running' } keys %state), join(' ', sort grep { $expected{$_} eq 'running' } keys %expected), 'running instances are those of live sessions');
-cmp_ok(scalar(grep { $_ eq 'terminated' } values %state), '>=', 5, 'some had been launched and ended');
+cmp_ok(scalar(grep { $_ eq 'terminated' } values %state), '>=', 2, 'some had been launched and ended');
 is($faults->count('RunInstances', 'mismatched'), 0, 'a repeated launch was the same to the byte');
 note(join ' ', 'repeats that the cloud saw:', $faults->count('RunInstances', 'replayed'));
 
