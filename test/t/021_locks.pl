@@ -24,7 +24,7 @@ sub served
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	my $started = time;
 	my $session = provision($node, $team // 'other');
-	$node->safe_psql('postgres', "SELECT agentvm.wait('$session')");
+	$node->safe_psql('postgres', "SELECT agentvm.wait('$session', timeout => '10 s')");
 	cmp_ok(time - $started, '<', 1, $name);
 	return $session;
 }
