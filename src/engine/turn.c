@@ -401,7 +401,8 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 				continue;
 			}
 			row->retries++;
-			row->detail = error;
+			if (row->state == STATE_PROVISIONING)
+				row->detail = error;
 			retry_at = now + retry_delay_ms(row->retries, RETRY_CAP_LAUNCH_MS) * INT64CONST(1000);
 			break;
 		}
