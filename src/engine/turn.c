@@ -278,6 +278,7 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		ProviderContext context = {0};
 		ProviderStep step;
 		char *error = NULL;
+		bool launched;
 		bool unavailable;
 
 		now = GetCurrentTimestamp();
@@ -389,11 +390,12 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 				now + retry_delay_ms(row->retries, RETRY_CAP_TERMINATE_MS) * INT64CONST(1000);
 			break;
 		}
+		/* a VM that is launched is judged by its runtime, not by our failure to look at it */
+		launched = row->state != STATE_PROVISIONING || (row->runtime && row->launched_at != 0);
 		if (step.error_class == CLASS_THROTTLED || step.error_class == CLASS_TRANSIENT ||
-			(row->runtime && row->launched_at != 0 && step.error_class != CLASS_NOT_FOUND))
+			(launched && step.error_class != CLASS_NOT_FOUND))
 		{
-			/* a VM that is launched is judged by its runtime, not by our failure to look at it */
-			if (step.error_class == CLASS_TRANSIENT && row->launched_at == 0 &&
+			if (step.error_class == CLASS_TRANSIENT && !launched && row->launched_at == 0 &&
 				row->retries >= MIN_LAUNCH_TRIES &&
 				row->created_at + row->bootstrap_timeout_us <= now)
 			{
