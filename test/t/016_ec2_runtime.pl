@@ -92,6 +92,10 @@ my ($vm) = $moto->for_session($early);
 bootstrap(bootstrap_token($moto, $vm->{id}), 'early', 'boot-1');
 like(state_of($node, $early), qr/^ready/, 'it is ready');
 $faults->clear;
+$faults->set(action => 'RunInstances', mode => 'auth');
+hurry_until($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$early' AND detail ->> 'error_class' = 'credentials'", 't', name => 'the repeat is refused');
+like(state_of($node, $early), qr/^ready/, 'it stays ready: it is alive, whatever our keys may do');
+$faults->clear;
 is(await_vm($node, $early), $vm->{id}, 'the answer is fetched later');
 heartbeat('early');
 
