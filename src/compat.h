@@ -41,14 +41,6 @@
 #define AVM_HAVE_SHMEM_REQUEST_HOOK 1
 #endif
 
-/* 15 introduced the one-call set-returning function that materializes. */
-#if PG_VERSION_NUM < 150000
-extern void avm_init_materialized_srf(FunctionCallInfo fcinfo);
-#define AvmInitMaterializedSRF(fcinfo) avm_init_materialized_srf(fcinfo)
-#else
-#define AvmInitMaterializedSRF(fcinfo) InitMaterializedSRF(fcinfo, 0)
-#endif
-
 /* 16 merged the ownership checks of all kinds of objects. */
 #if PG_VERSION_NUM >= 160000
 #define AvmOwnsDatabase(database, role) object_ownercheck(DatabaseRelationId, database, role)

@@ -136,8 +136,8 @@ db_leave(DbScope *scope)
 		elog(ERROR, "SPI_finish failed: %s", SPI_result_code_string(rc));
 }
 
-static void
-run_query(DbQuery *query, Datum *values, const char *nulls, bool latest)
+void
+db_run(DbQuery *query, Datum *values, const char *nulls)
 {
 	MemoryContext caller = CurrentMemoryContext;
 	Snapshot snapshot = InvalidSnapshot;
@@ -158,7 +158,7 @@ run_query(DbQuery *query, Datum *values, const char *nulls, bool latest)
 	}
 
 	/* READ COMMITTED needs none of this: SPI takes a new snapshot for each query. */
-	if (latest && IsolationUsesXactSnapshot())
+	if (IsolationUsesXactSnapshot())
 	{
 		CommandCounterIncrement(); /* see all that this transaction has done */
 		snapshot = GetLatestSnapshot();
@@ -169,18 +169,6 @@ run_query(DbQuery *query, Datum *values, const char *nulls, bool latest)
 	MemoryContextSwitchTo(caller); /* SPI leaves us in a context that db_leave() frees */
 	if (rc < 0)
 		elog(ERROR, "SPI_execute_snapshot failed: %s: %s", SPI_result_code_string(rc), query->sql);
-}
-
-void
-db_run(DbQuery *query, Datum *values, const char *nulls)
-{
-	run_query(query, values, nulls, true);
-}
-
-void
-db_run_in_snapshot(DbQuery *query, Datum *values, const char *nulls)
-{
-	run_query(query, values, nulls, false);
 }
 
 Datum

@@ -49,13 +49,10 @@ typedef struct DbQuery
  * Run a query inside a scope; values[i] is SQL NULL where nulls[i] == 'n'
  * (nulls may be NULL: none).  Results are in SPI_processed and SPI_tuptable.
  * Never reads with a stale snapshot: every call sees all that is committed when
- * it starts, whatever the isolation level, plus this transaction's own changes,
- * unless "transaction_snapshot" is asked for.  Raises whatever the query raises.
+ * it starts, whatever the isolation level, plus this transaction's own changes.
+ * Leaves CurrentMemoryContext as it was.  Raises whatever the query raises.
  */
 extern void db_run(DbQuery *query, Datum *values, const char *nulls);
-
-/* As db_run, under the transaction's own snapshot rules. */
-extern void db_run_in_snapshot(DbQuery *query, Datum *values, const char *nulls);
 
 /* Column "column" (from 1) of row "row" (from 0) of the last result; *isnull is set. */
 extern Datum db_value(uint64 row, int column, bool *isnull);

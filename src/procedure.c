@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * procedure.c
- *		What SQL procedures written in C need: no transaction block, one INOUT result.
+ *		What SQL procedures and set-returning functions written in C need.
  *
  *-------------------------------------------------------------------------
  */
@@ -11,6 +11,8 @@
 #include "agentvm.h"
 #include "nodes/parsenodes.h"
 #include "procedure.h"
+#include "utils/memutils.h"
+#include "utils/tuplestore.h"
 
 void
 require_no_transaction_block(FunctionCallInfo fcinfo, const char *procedure)
@@ -33,4 +35,22 @@ procedure_result(FunctionCallInfo fcinfo, Datum value)
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "a procedure with an INOUT argument returns a row");
 	return HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), &value, &isnull));
+}
+
+void
+begin_set(FunctionCallInfo fcinfo)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	MemoryContext old;
+
+	if (rsinfo == NULL || !IsA(rsinfo, ReturnSetInfo) ||
+		(rsinfo->allowedModes & SFRM_Materialize) == 0 || rsinfo->expectedDesc == NULL)
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("set-valued function called in context that cannot accept a set")));
+	old = MemoryContextSwitchTo(rsinfo->econtext->ecxt_per_query_memory);
+	rsinfo->returnMode = SFRM_Materialize;
+	rsinfo->setDesc = CreateTupleDescCopy(rsinfo->expectedDesc);
+	rsinfo->setResult = tuplestore_begin_heap((rsinfo->allowedModes & SFRM_Materialize_Random) != 0,
+											  false, work_mem);
+	MemoryContextSwitchTo(old);
 }

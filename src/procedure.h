@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * procedure.h
- *		What SQL procedures written in C need: no transaction block, one INOUT result.
+ *		What SQL procedures and set-returning functions written in C need.
  *
  *-------------------------------------------------------------------------
  */
@@ -18,5 +18,13 @@ extern void require_no_transaction_block(FunctionCallInfo fcinfo, const char *pr
 
 /* The row that a procedure with exactly one INOUT argument returns; palloc'd. */
 extern Datum procedure_result(FunctionCallInfo fcinfo, Datum value);
+
+/*
+ * Begin the materialized result of a set-returning function: rows, or single
+ * values, are then put into rsinfo->setResult. Raises 0A000 where no set can be
+ * returned.  One form for 14 to 18: InitMaterializedSRF() is 15's, and for rows
+ * only.
+ */
+extern void begin_set(FunctionCallInfo fcinfo);
 
 #endif /* AGENTVM_PROCEDURE_H */

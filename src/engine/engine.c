@@ -135,7 +135,6 @@ struct Engine
 	int one_at_a_time;	  /* so many transactions are for one session only */
 	Job suspect;		  /* what the transaction at hand is about, if it is one session only */
 	bool have_suspect;
-	uint64 recorded;
 	List *outgoing; /* the transaction's effects, in batch: requests to send, */
 	List *settled;	/* acts that are over, */
 	int finished;	/* and turns that ended without a request */
@@ -236,12 +235,6 @@ engine_in_flight(Engine *engine)
 	return engine->in_flight;
 }
 
-uint64
-engine_recorded(Engine *engine)
-{
-	return engine->recorded;
-}
-
 /* ---- transactions ---- */
 
 /*
@@ -336,7 +329,6 @@ commit_batch(Engine *engine, DbScope *scope)
 	MemoryContextSwitchTo(engine->batch);
 
 	engine->have_suspect = false;
-	engine->recorded += engine->finished;
 	if (engine->slot != NULL)
 		engine->slot->recorded += engine->finished;
 	foreach (lc, engine->settled)

@@ -68,7 +68,4 @@ extern int engine_reclaim(Engine *engine);
  */
 extern void engine_after_error(Engine *engine);
 
-/* Sessions recorded so far. */
-extern uint64 engine_recorded(Engine *engine);
-
 #endif /* AGENTVM_ENGINE_ENGINE_H */

@@ -12,6 +12,7 @@
 #include "db.h"
 #include "engine/shared.h"
 #include "funcapi.h"
+#include "procedure.h"
 #include "secret/secret.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
@@ -72,7 +73,7 @@ agentvm_health(PG_FUNCTION_ARGS)
 	int64 secrets;
 	char *problem;
 
-	AvmInitMaterializedSRF(fcinfo);
+	begin_set(fcinfo);
 	db_enter(&scope);
 
 	put_check(rsinfo, "dispatcher", shared_is_served(),
@@ -112,7 +113,7 @@ agentvm_stat_provider(PG_FUNCTION_ARGS)
 	int count;
 	int i;
 
-	AvmInitMaterializedSRF(fcinfo);
+	begin_set(fcinfo);
 	stats = shared_provider_stats(&count);
 	for (i = 0; i < count; i++)
 	{
@@ -143,7 +144,7 @@ agentvm_stat_dispatcher(PG_FUNCTION_ARGS)
 	int count = 0;
 	int i;
 
-	AvmInitMaterializedSRF(fcinfo);
+	begin_set(fcinfo);
 	if (!shared_available())
 		return (Datum) 0;
 	shared_lock(LW_SHARED);

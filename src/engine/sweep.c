@@ -27,7 +27,6 @@
 
 #define HOLD_MIN_SESSIONS 10
 #define HOLD_MIN_FRACTION 0.2
-#define GATEWAY_SILENT_S 30 /* gateways report every 10 s */
 
 /*
  * The candidates are near the front of the due index: the engine keeps

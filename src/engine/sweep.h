@@ -10,6 +10,9 @@
 
 #include "postgres.h"
 
+/* Seconds without a report after which a gateway listens no more; it reports every 10 s. */
+#define GATEWAY_SILENT_S 30
+
 /*
  * Each marks up to "max_sessions" sessions (a negative number: all that are due)
  * as terminating, oldest first, and returns how many. A session that somebody

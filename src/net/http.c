@@ -439,12 +439,6 @@ http_client_fd(HttpClient *client)
 	return client->epoll_fd;
 }
 
-int
-http_in_flight(HttpClient *client)
-{
-	return client->in_flight;
-}
-
 /* ---- beginning a call ---- */
 
 static bool
@@ -695,13 +689,6 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	}
 	restore_signals(&saved);
 	return call;
-}
-
-void
-http_cancel(HttpClient *client, HttpCall *call)
-{
-	Assert(call->client == client);
-	free_call(call);
 }
 
 /* ---- moving on ---- */

@@ -70,18 +70,12 @@ extern void http_client_destroy(HttpClient *client);
 /* The fd to wait on for readability; belongs to the client. */
 extern int http_client_fd(HttpClient *client);
 
-/* How many calls are under way (started and not yet returned by http_finished). */
-extern int http_in_flight(HttpClient *client);
-
 /*
  * Begin a call; "arg" comes back from http_finished().  Copies the request.
  * Raises AV010 for a URL that is not https (or http where allowed) and for
  * values with control characters; otherwise failures come as a reply.
  */
 extern HttpCall *http_start(HttpClient *client, const HttpRequest *request, void *arg);
-
-/* Drop a call without a reply; it may have reached the server. */
-extern void http_cancel(HttpClient *client, HttpCall *call);
 
 /* Move all calls on as far as they go without blocking.  Signals are blocked meanwhile. */
 extern void http_run(HttpClient *client);

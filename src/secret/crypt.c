@@ -135,32 +135,6 @@ find_functions(void)
 	decrypt_function = decrypt;
 }
 
-/*
- * While this is on the error context stack, no error shows the statement or the
- * context that it came from: set_provider()'s own text holds the secrets.
- */
-static void
-hide_statement(void *arg)
-{
-	errhidestmt(true);
-	errhidecontext(true);
-}
-
-static void
-push_hiding(ErrorContextCallback *hide)
-{
-	hide->callback = hide_statement;
-	hide->arg = NULL;
-	hide->previous = error_context_stack;
-	error_context_stack = hide;
-}
-
-static void
-pop_hiding(ErrorContextCallback *hide)
-{
-	error_context_stack = hide->previous;
-}
-
 /* The primary message of every failure to decrypt; the detail tells them apart. */
 static int
 not_decrypted(const char *team, const char *kind, const char *field)
@@ -266,14 +240,14 @@ bytea *
 secret_encrypt(const char *team, const char *kind, const char *field, const char *bytes, size_t len,
 			   char **key_id)
 {
-	ErrorContextCallback hide;
+	HiddenCaller hide;
 	MemoryContext context = CurrentMemoryContext;
 	MemoryContext scratch;
 	const char *key;
 	Datum encrypted;
 	bytea *result;
 
-	push_hiding(&hide);
+	hide_caller_begin(&hide);
 	find_functions();
 	*key_id = keyring_current_id();
 	key = keyring_key_text(*key_id);
@@ -289,7 +263,7 @@ secret_encrypt(const char *team, const char *kind, const char *field, const char
 	MemoryContextSwitchTo(context);
 	result = DatumGetByteaPCopy(encrypted);
 	MemoryContextDelete(scratch);
-	pop_hiding(&hide);
+	hide_caller_end(&hide);
 
 	return result;
 }
@@ -346,14 +320,14 @@ Secret *
 secret_decrypt(const char *team, const char *kind, const char *field, const bytea *value,
 			   const char *key_id)
 {
-	ErrorContextCallback hide;
+	HiddenCaller hide;
 	MemoryContext context = CurrentMemoryContext;
 	MemoryContext scratch;
 	const char *key;
 	bytea *envelope;
 	Secret *secret = NULL;
 
-	push_hiding(&hide);
+	hide_caller_begin(&hide);
 	find_functions();
 	key = keyring_key_text(key_id);
 	if (key == NULL)
@@ -378,7 +352,7 @@ secret_decrypt(const char *team, const char *kind, const char *field, const byte
 
 	MemoryContextSwitchTo(context);
 	MemoryContextDelete(scratch);
-	pop_hiding(&hide);
+	hide_caller_end(&hide);
 
 	return secret;
 }

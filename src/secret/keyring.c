@@ -369,17 +369,6 @@ keyring_current_id(void)
 	return pstrdup(keyring.keys[0].id);
 }
 
-bool
-keyring_available(void)
-{
-	char *problem = keyring_problem();
-
-	if (problem == NULL)
-		return true;
-	pfree(problem);
-	return false;
-}
-
 char *
 keyring_problem(void)
 {

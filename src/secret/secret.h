@@ -62,9 +62,6 @@ extern char *secret_redact(const SecretSet *set, const char *text);
  */
 extern char *keyring_current_id(void);
 
-/* Whether a usable key file is configured; never raises. */
-extern bool keyring_available(void);
-
 /*
  * NULL when the keyring is usable, else a palloc'd sentence that says what is
  * wrong (for view health).  Never raises.

@@ -15,10 +15,12 @@
 #include "catalog/pg_type.h"
 #include "db.h"
 #include "engine/state.h"
+#include "engine/sweep.h"
 #include "engine/wake.h"
 #include "funcapi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
+#include "procedure.h"
 #include "secret/secret.h"
 #include "session/session.h"
 #include "utils/builtins.h"
@@ -33,7 +35,6 @@ PG_FUNCTION_INFO_V1(agentvm_heartbeat_batch);
 
 #define MAX_BATCH 10000	 /* heartbeats in one call */
 #define REPORT_EVERY_S 5 /* a gateway's row is written no more often */
-#define GATEWAY_SILENT_S 30
 
 static DbQuery by_token_query = {
 	"SELECT session_id FROM agentvm.session_token WHERE token_sha256 = $1 AND kind = $2",
@@ -353,24 +354,6 @@ agentvm_heartbeat(PG_FUNCTION_ARGS)
 	PG_RETURN_TIMESTAMPTZ(deadline);
 }
 
-/* Return a set of scalars: AvmInitMaterializedSRF is for sets of rows only. */
-static void
-begin_scalar_set(ReturnSetInfo *rsinfo)
-{
-	MemoryContext old;
-
-	if (rsinfo == NULL || !IsA(rsinfo, ReturnSetInfo) ||
-		(rsinfo->allowedModes & SFRM_Materialize) == 0 || rsinfo->expectedDesc == NULL)
-		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-						errmsg("set-valued function called in context that cannot accept a set")));
-	old = MemoryContextSwitchTo(rsinfo->econtext->ecxt_per_query_memory);
-	rsinfo->returnMode = SFRM_Materialize;
-	rsinfo->setDesc = CreateTupleDescCopy(rsinfo->expectedDesc);
-	rsinfo->setResult = tuplestore_begin_heap((rsinfo->allowedModes & SFRM_Materialize_Random) != 0,
-											  false, work_mem);
-	MemoryContextSwitchTo(old);
-}
-
 Datum
 agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 {
@@ -396,7 +379,7 @@ agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 				(errcode(AVM_OVER_LIMIT), errmsg("%d heartbeats in one call are too many", count),
 				 errdetail("At most %d are taken.", MAX_BATCH)));
 
-	begin_scalar_set(rsinfo);
+	begin_set(fcinfo);
 	db_enter(&scope);
 	values[0] = Int32GetDatum(REPORT_EVERY_S);
 	values[1] = Int32GetDatum(GATEWAY_SILENT_S);
