@@ -12,7 +12,7 @@
 
 #include "compat.h"
 
-#define AGENTVM_VERSION "0.1"
+#define AGENTVM_VERSION "0.2"
 
 /* SQLSTATEs that applications rely on; README.md lists them for users. */
 #define AVM_INVALID_CREDENTIALS MAKE_SQLSTATE('A', 'V', '0', '0', '1')

@@ -53,7 +53,7 @@
  * The extension's owner, InvalidOid when it has to be looked up.  pg_extension
  * sends no invalidation messages of its own before 18, but whatever changes its
  * row for us changes functions or the schema with it: DROP EXTENSION drops
- * them, and REASSIGN OWNED gives them away.
+ * them, ALTER EXTENSION UPDATE makes some, and REASSIGN OWNED gives them away.
  */
 static Oid extension_owner = InvalidOid;
 
@@ -63,15 +63,39 @@ forget_owner(Datum arg, int cacheid, uint32 hashvalue)
 	extension_owner = InvalidOid;
 }
 
+char *
+extension_version(Oid *owner)
+{
+	Relation relation = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple tuple;
+	char *version = NULL;
+
+	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum("agentvm"));
+	scan = systable_beginscan(relation, ExtensionNameIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+	{
+		bool isnull;
+
+		version = TextDatumGetCString(
+			heap_getattr(tuple, Anum_pg_extension_extversion, RelationGetDescr(relation), &isnull));
+		if (owner != NULL)
+			*owner = ((Form_pg_extension) GETSTRUCT(tuple))->extowner;
+	}
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+	return version;
+}
+
 static Oid
 find_owner(void)
 {
 	static bool registered = false;
-	Relation relation;
-	ScanKeyData key;
-	SysScanDesc scan;
-	HeapTuple tuple;
 	Oid owner = InvalidOid;
+	char *version;
 
 	if (!registered)
 	{
@@ -85,20 +109,19 @@ find_owner(void)
 	if (OidIsValid(extension_owner))
 		return extension_owner;
 
-	relation = table_open(ExtensionRelationId, AccessShareLock);
-	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
-				CStringGetDatum("agentvm"));
-	scan = systable_beginscan(relation, ExtensionNameIndexId, true, NULL, 1, &key);
-	tuple = systable_getnext(scan);
-	if (HeapTupleIsValid(tuple))
-		owner = ((Form_pg_extension) GETSTRUCT(tuple))->extowner;
-	systable_endscan(scan);
-	table_close(relation, AccessShareLock);
-
-	if (!OidIsValid(owner))
+	version = extension_version(&owner);
+	if (version == NULL)
 		ereport(ERROR, errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				errmsg("extension agentvm is not installed in this database"),
 				errhint("Run CREATE EXTENSION agentvm CASCADE."), hide_caller());
+	if (strcmp(version, AGENTVM_VERSION) != 0)
+		ereport(ERROR, errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				errmsg("extension agentvm is of version %s in this database, but its library is of "
+					   "version %s",
+					   version, AGENTVM_VERSION),
+				errhint("Run ALTER EXTENSION agentvm UPDATE; where the library is the older one, "
+						"install the newer one and restart the server."),
+				hide_caller());
 
 	extension_owner = owner;
 	return owner;

@@ -18,6 +18,13 @@
 #include "utils/snapshot.h"
 #include "utils/uuid.h"
 
+/*
+ * The version of the extension in this database as a palloc'd string, NULL when
+ * it is not installed; *owner (if not NULL) is set to its owner.  Reads the
+ * catalog each time.
+ */
+extern char *extension_version(Oid *owner);
+
 /* A stretch of code that runs as the extension's owner, inside an SPI connection. */
 typedef struct DbScope
 {
@@ -29,7 +36,8 @@ typedef struct DbScope
 /*
  * Connect to SPI, become the owner of extension agentvm, and set search_path to
  * "agentvm, pg_catalog, pg_temp" until db_leave().  An error in between is undone by the
- * transaction's abort.  Raises 55000 when the extension is not installed here.
+ * transaction's abort.  Raises 55000 when the extension is not installed here, or
+ * in another version than the library's.
  * Results that must survive db_leave() are copied with SPI_palloc or into a
  * context of the caller's.
  */

@@ -12,8 +12,6 @@
  */
 #include "postgres.h"
 
-#include "access/genam.h"
-#include "access/table.h"
 #include "access/xact.h"
 #include "agentvm.h"
 #include "catalog/pg_extension.h"
@@ -28,10 +26,7 @@
 #include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "tcop/tcopprot.h"
-#include "utils/builtins.h"
-#include "utils/fmgroids.h"
 #include "utils/memutils.h"
-#include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
@@ -60,33 +55,6 @@ commit(void)
 	pgstat_report_activity(STATE_IDLE, NULL);
 }
 
-/* Whether the installed extension's version is the one that this library was built for. */
-static bool
-version_matches(Oid extension)
-{
-	Relation relation = table_open(ExtensionRelationId, AccessShareLock);
-	ScanKeyData key;
-	SysScanDesc scan;
-	HeapTuple tuple;
-	bool matches = false;
-
-	ScanKeyInit(&key, Anum_pg_extension_oid, BTEqualStrategyNumber, F_OIDEQ,
-				ObjectIdGetDatum(extension));
-	scan = systable_beginscan(relation, ExtensionOidIndexId, true, NULL, 1, &key);
-	tuple = systable_getnext(scan);
-	if (HeapTupleIsValid(tuple))
-	{
-		bool isnull;
-		Datum version =
-			heap_getattr(tuple, Anum_pg_extension_extversion, RelationGetDescr(relation), &isnull);
-
-		matches = !isnull && strcmp(TextDatumGetCString(version), AGENTVM_VERSION) == 0;
-	}
-	systable_endscan(scan);
-	table_close(relation, AccessShareLock);
-	return matches;
-}
-
 /*
  * Whether the extension is here, in the version that this library was built for.
  * The lock makes a DROP EXTENSION under way either wait for us or be seen.
@@ -96,6 +64,7 @@ extension_is_ready(void)
 {
 	static bool complained = false;
 	Oid extension;
+	char *version;
 	bool ready = false;
 
 	begin();
@@ -105,14 +74,17 @@ extension_is_ready(void)
 		LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
 		ready = get_extension_oid("agentvm", true) == extension;
 	}
-	if (ready && !version_matches(extension))
+	version = ready ? extension_version(NULL) : NULL;
+	if (version != NULL && strcmp(version, AGENTVM_VERSION) != 0)
 	{
 		ready = false;
 		if (!complained)
-			ereport(LOG, (errmsg("agentvm: the extension's version is not %s, the library's",
-								 AGENTVM_VERSION),
-						  errhint("Run ALTER EXTENSION agentvm UPDATE, or restart the server after "
-								  "installing the library.")));
+			ereport(LOG,
+					(errmsg("agentvm: the extension's version is %s, the library's %s: nothing is "
+							"dispatched",
+							version, AGENTVM_VERSION),
+					 errhint("Run ALTER EXTENSION agentvm UPDATE, or restart the server after "
+							 "installing the library.")));
 		complained = true;
 	}
 	else

@@ -71,17 +71,31 @@ agentvm_health(PG_FUNCTION_ARGS)
 	Datum values[2] = {Int32GetDatum(STUCK_RETRIES), Int32GetDatum(2 * avm_sweep_interval_ms)};
 	DbScope scope;
 	int64 secrets;
+	char *version;
 	char *problem;
 
 	begin_set(fcinfo);
-	db_enter(&scope);
-
 	put_check(rsinfo, "dispatcher", shared_is_served(),
 			  shared_is_served()   ? "a dispatcher serves this database"
 			  : shared_available() ? "no dispatcher serves this database: see agentvm.databases, "
 									 "agentvm.dispatchers and max_worker_processes"
 								   : "agentvm is not in shared_preload_libraries: only CALL "
 									 "agentvm.dispatch() works here");
+
+	version = extension_version(NULL);
+	if (version == NULL || strcmp(version, AGENTVM_VERSION) != 0)
+	{
+		/* our tables are not what we know: there is no more to be said */
+		put_check(rsinfo, "version", false,
+				  psprintf("the extension is of version %s, the library of version %s: run ALTER "
+						   "EXTENSION agentvm UPDATE, or install the newer library and restart",
+						   version ? version : "(none)", AGENTVM_VERSION));
+		return (Datum) 0;
+	}
+	put_check(rsinfo, "version", true,
+			  psprintf("extension and library are of version %s", version));
+	db_enter(&scope);
+
 	db_run(&secret_query, NULL, NULL);
 	secrets = count_at(1);
 	problem = keyring_problem();

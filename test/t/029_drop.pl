@@ -98,10 +98,12 @@ my $offset = -s $node->logfile;
 my $version = sub { $node->safe_psql('postgres', "SET allow_system_table_mods = on; UPDATE pg_extension SET extversion = '$_[0]' WHERE extname = 'agentvm'; SELECT agentvm.wake()") };
 $version->('0.0');
 await($node, "SELECT ok FROM agentvm.health WHERE name = 'dispatcher'", 'f', name => 'another version is not served');
+like($node->safe_psql('postgres', "SELECT detail FROM agentvm.health WHERE name = 'version'"), qr/extension is of version 0\.0, the library of version 0\.2: run ALTER EXTENSION agentvm UPDATE/, 'which health tells');
+fails_with($node, "SELECT agentvm.provision('noop')", '55000', qr/ALTER EXTENSION agentvm UPDATE/, 'and so does each call');
 $node->safe_psql('postgres', 'SELECT agentvm.wake()') for 1 .. 3;
-my $said = () = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /LOG:  agentvm: the extension's version is not/g;
+my $said = () = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /LOG:  agentvm: the extension's version is 0\.0, the library's 0\.2: nothing is dispatched/g;
 is($said, 1, 'which the log says once');
-$version->('0.1');
+$version->('0.2');
 await($node, "SELECT ok FROM agentvm.health WHERE name = 'dispatcher'", 't', name => 'the right one is');
 unlike(log_text($node), qr/PANIC|TRAP|terminated by signal/, 'nothing has crashed');
 
