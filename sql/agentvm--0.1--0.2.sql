@@ -4,6 +4,14 @@
 \echo Use "ALTER EXTENSION agentvm UPDATE TO '0.2'" to load this file. \quit
 
 -- ---------------------------------------------------------------------------
+-- Tables
+-- ---------------------------------------------------------------------------
+
+-- A dump carries a role's name, so that it is the same role in another cluster; a dropped role has but its number.
+ALTER TABLE agentvm.team_member ALTER COLUMN role TYPE regrole;
+SELECT pg_catalog.pg_extension_config_dump('agentvm.team_member', 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)');
+
+-- ---------------------------------------------------------------------------
 -- Rights
 -- ---------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ COMMENT ON TABLE agentvm.team IS 'tenants and their limits; NULL = the server''s
 
 CREATE TABLE agentvm.team_member (
 	team_id text NOT NULL REFERENCES agentvm.team ON DELETE CASCADE,
-	role oid NOT NULL,
+	role regrole NOT NULL, -- a dump carries its name, so that it is the same role in another cluster
 	created_at timestamptz NOT NULL DEFAULT now(),
 	PRIMARY KEY (team_id, role)
 );
@@ -236,7 +236,9 @@ BEGIN
 	FOREACH t IN ARRAY ARRAY['agentvm.team', 'agentvm.team_member', 'agentvm.former_team', 'agentvm.provider_config', 'agentvm.provider_secret',
 							 'agentvm.profile', 'agentvm.session', 'agentvm.session_heartbeat', 'agentvm.session_token', 'agentvm.session_event',
 							 'agentvm.session_event_event_id_seq', 'agentvm.gateway'] LOOP
-		PERFORM pg_catalog.pg_extension_config_dump(t::pg_catalog.regclass, '');
+		PERFORM pg_catalog.pg_extension_config_dump(t::pg_catalog.regclass, CASE t WHEN 'agentvm.team_member'
+			-- a dropped role has but its number, which may be another role's elsewhere
+			THEN 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)' ELSE '' END);
 	END LOOP;
 END
 $$;

@@ -556,7 +556,7 @@ over_quota(const char *team_id, const char *what, int64 limit, int64 used, int64
 {
 	ereport(ERROR,
 			(errcode(AVM_QUOTA),
-			 errmsg("team \"%s\" is at its limit of %lld %s", team_id, (long long) limit, what),
+			 errmsg("team \"%s\" is at its limit (%s = %lld)", team_id, what, (long long) limit),
 			 errdetail("%lld are in use, %lld more were asked for.", (long long) used,
 					   (long long) wanted),
 			 errhint("Sessions that are ending still count until they have ended.")));
@@ -606,7 +606,7 @@ check_quota(const char *team_id, const Resolved *resolved)
 		used = DatumGetInt64(db_value(0, 1, &isnull));
 		SPI_freetuptable(SPI_tuptable);
 		if (used >= resolved->max_sessions)
-			over_quota(team_id, "sessions", resolved->max_sessions, used, 1);
+			over_quota(team_id, "max_sessions", resolved->max_sessions, used, 1);
 	}
 	if (resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0)
 	{
@@ -625,10 +625,10 @@ check_quota(const char *team_id, const Resolved *resolved)
 								   team_id),
 							errhint("Use a profile that states vcpus and memory_mib.")));
 		if (resolved->max_vcpus >= 0 && vcpus + resolved->vcpus > resolved->max_vcpus)
-			over_quota(team_id, "vCPUs", resolved->max_vcpus, vcpus, resolved->vcpus);
+			over_quota(team_id, "max_vcpus", resolved->max_vcpus, vcpus, resolved->vcpus);
 		if (resolved->max_memory_mib >= 0 &&
 			memory + resolved->memory_mib > resolved->max_memory_mib)
-			over_quota(team_id, "MiB of memory", resolved->max_memory_mib, memory,
+			over_quota(team_id, "max_memory_mib", resolved->max_memory_mib, memory,
 					   resolved->memory_mib);
 	}
 }

@@ -59,7 +59,7 @@ $node->safe_psql('postgres', "SELECT agentvm.create_team('$team', limits => '{\"
 my $slow = provision($node, $team, "options => '{\"terminate_delay\": \"1h\"}'");
 await_state($node, $slow, 'ready');
 psql_ok($node, "SELECT agentvm.terminate('$slow')", 'terminate');
-fails_with($node, "SELECT agentvm.provision('$team')", 'AV003', qr/at its limit of 1 sessions.*1 are in use, 1 more .*Sessions that are ending still count/s, 'a terminating session counts');
+fails_with($node, "SELECT agentvm.provision('$team')", 'AV003', qr/at its limit \(max_sessions = 1\).*1 are in use, 1 more .*Sessions that are ending still count/s, 'a terminating session counts');
 $node->safe_psql('postgres', "UPDATE agentvm.session SET handle = handle || '{\"terminate_due\": 0}', next_check_at = now(), lease = NULL WHERE session_id = '$slow'");
 await_state($node, $slow, 'terminated');
 my $next = provision($node, $team);
@@ -81,9 +81,9 @@ SQL
 fails_with($node, "SELECT agentvm.provision('sizes')", 'AV010', qr/size is not known/, 'a size must be known where it counts');
 fails_with($node, "SELECT agentvm.provision('sizes', profile => 'vcpus')", 'AV010', qr/size is not known/, 'each of them');
 is(clients(8, 'read committed', "SELECT agentvm.provision('sizes', profile => 'two')"), '00000:4 AV003:4', '4 x 2 vCPUs of 8');
-fails_with($node, "SELECT agentvm.provision('sizes', profile => 'big')", 'AV003', qr/limit of 8 vCPUs.*8 are in use, 1 more/s, 'no more vCPUs');
+fails_with($node, "SELECT agentvm.provision('sizes', profile => 'big')", 'AV003', qr/limit \(max_vcpus = 8\).*8 are in use, 1 more/s, 'no more vCPUs');
 $node->safe_psql('postgres', q(SELECT agentvm.alter_team('sizes', limits => '{"max_vcpus": null}')));
-fails_with($node, "SELECT agentvm.provision('sizes', profile => 'big')", 'AV003', qr/limit of 6000 MiB of memory.*4000 are in use, 5000 more/s, 'no more memory');
+fails_with($node, "SELECT agentvm.provision('sizes', profile => 'big')", 'AV003', qr/limit \(max_memory_mib = 6000\).*4000 are in use, 5000 more/s, 'no more memory');
 psql_ok($node, "SELECT agentvm.provision('sizes', profile => 'two') FROM generate_series(1, 2)", 'what fits exactly fits');
 fails_with($node, "SELECT agentvm.provision('sizes', profile => 'two')", 'AV003', undef, 'and not one more');
 

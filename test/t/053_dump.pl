@@ -45,6 +45,22 @@ for my $format (qw(plain custom inserts))
 # a dump of the restored one, and of the first one with the log in it, is no different
 command_ok([ 'pg_dump', '-Fc', '-f', $node->basedir . '/again', '-d', $node->connstr('restored_plain') ], 'a dump of what was restored');
 
+# another cluster, where alice and everybody else has another number: members are the roles of the same names
+{
+	my $elsewhere = new_node('elsewhere', extension => 0, databases => '');
+	my $numbers = "SELECT string_agg(oid::text, ',' ORDER BY rolname) FROM pg_roles WHERE rolname IN ('alice', 'stranger')";
+	$node->safe_psql('postgres', "CREATE ROLE stranger; SELECT agentvm.add_member('acme', 'stranger')");
+	my ($alice, $stranger) = split(/,/, $node->safe_psql('postgres', $numbers));
+	$node->safe_psql('postgres', 'DROP ROLE stranger');
+	$elsewhere->safe_psql('postgres', "SET allow_system_table_mods = on; CREATE ROLE agentvm_user; CREATE ROLE mallory1; CREATE ROLE mallory2; CREATE ROLE alice");
+	$elsewhere->safe_psql('postgres', "SET allow_system_table_mods = on; UPDATE pg_authid SET oid = CASE rolname WHEN 'mallory1' THEN $alice ELSE $stranger END WHERE rolname IN ('mallory1', 'mallory2')");
+	command_ok([ 'pg_dump', '-f', $node->basedir . '/members', '-d', $node->connstr('postgres') ], 'pg_dump with a member that is gone');
+	command_ok([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-o', $node->basedir . '/out', '-d', $elsewhere->connstr('postgres'), '-f', $node->basedir . '/members' ], 'restore into another cluster');
+	is($elsewhere->safe_psql('postgres', "SELECT team_id, role FROM agentvm.team_member"), 'acme|alice', 'the member is the one of that name');
+	is($elsewhere->safe_psql('postgres', "GRANT agentvm_user TO mallory1, mallory2; SET ROLE $_; SELECT agentvm.visible_teams()"), '{}', "$_, who has the number of a member, is none") for qw(mallory1 mallory2);
+	$elsewhere->stop;
+}
+
 sub fails_or_warns
 {
 	my ($db, $sql) = @_;
