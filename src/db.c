@@ -30,8 +30,13 @@
 #include "catalog/pg_collation.h"
 #include "catalog/pg_extension.h"
 #include "catalog/pg_type.h"
+#include "executor/executor.h"
 #include "executor/spi.h"
 #include "mb/pg_wchar.h"
+#include "nodes/makefuncs.h"
+#include "optimizer/optimizer.h"
+#include "rewrite/rewriteHandler.h"
+#include "tcop/utility.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
@@ -236,22 +241,59 @@ db_text(uint64 row, int column, MemoryContext context)
 	return result;
 }
 
-void
-db_lookup_begin(DbLookup *lookup, const char *table, const char *index, int nkeys,
-				const char *const *keys)
+/* ---- below SQL ---- */
+
+static DbRelation *watched = NULL;
+
+/* Relcache callback */
+static void
+forget_relation(Datum arg, Oid relation)
 {
-	Oid schema = get_namespace_oid("agentvm", false);
+	DbRelation *r;
+
+	for (r = watched; r != NULL; r = r->next)
+	{
+		if (!OidIsValid(relation) || r->oid == relation)
+			r->oid = InvalidOid;
+	}
+}
+
+static Oid
+relation_oid(DbRelation *relation)
+{
+	static int version = 0;
+
+	if (OidIsValid(relation->oid))
+		return relation->oid;
+	if (watched == NULL)
+		CacheRegisterRelcacheCallback(forget_relation, (Datum) 0);
+	if (!relation->watched)
+	{
+		relation->next = watched;
+		relation->watched = true;
+		watched = relation;
+	}
+	relation->version = ++version;
+	relation->oid = get_relname_relid(relation->name, get_namespace_oid("agentvm", false));
+	if (!OidIsValid(relation->oid))
+		elog(ERROR, "there is no relation agentvm.%s", relation->name);
+	return relation->oid;
+}
+
+void
+db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const char *const *keys)
+{
 	ScanKeyData scankeys[2];
 	int i;
 
 	Assert(nkeys <= lengthof(scankeys));
 	CommandCounterIncrement();
 	lookup->snapshot = RegisterSnapshot(GetLatestSnapshot());
-	lookup->table = table_open(get_relname_relid(table, schema), AccessShareLock);
+	lookup->table = table_open(relation_oid(&key->table), AccessShareLock);
 	for (i = 0; i < nkeys; i++)
 		ScanKeyEntryInitialize(&scankeys[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
 							   DEFAULT_COLLATION_OID, F_TEXTEQ, CStringGetTextDatum(keys[i]));
-	lookup->scan = systable_beginscan(lookup->table, get_relname_relid(index, schema), true,
+	lookup->scan = systable_beginscan(lookup->table, relation_oid(&key->index), true,
 									  lookup->snapshot, nkeys, scankeys);
 }
 
@@ -274,6 +316,144 @@ db_lookup_value(const DbLookup *lookup, HeapTuple row, int column, bool *isnull)
 {
 	return heap_getattr(row, column, RelationGetDescr(lookup->table), isnull);
 }
+
+/* Find out where the values go, and what goes into the other columns. */
+static void
+prepare_insert(DbInsert *insert, Relation table)
+{
+	TupleDesc desc = RelationGetDescr(table);
+	MemoryContext context =
+		AllocSetContextCreate(TopMemoryContext, "agentvm insert", ALLOCSET_SMALL_SIZES);
+	Bitmapset *given = NULL;
+	StringInfoData names;
+	StringInfoData parameters;
+	MemoryContext old;
+	int i;
+
+	if (insert->context != NULL)
+		MemoryContextDelete(insert->context);
+	if (insert->query != NULL && insert->query->plan != NULL)
+		SPI_freeplan(insert->query->plan);
+	insert->context = NULL;
+	insert->query = NULL;
+	insert->defaults = NIL;
+
+	old = MemoryContextSwitchTo(context);
+	insert->query = palloc0(sizeof(DbQuery));
+	initStringInfo(&names);
+	initStringInfo(&parameters);
+	for (i = 0; i < insert->ncolumns; i++)
+	{
+		AttrNumber attnum = get_attnum(RelationGetRelid(table), insert->columns[i]);
+
+		if (attnum == InvalidAttrNumber)
+			elog(ERROR, "there is no column %s in agentvm.%s", insert->columns[i],
+				 insert->table.name);
+		insert->attnums[i] = attnum;
+		given = bms_add_member(given, attnum);
+		insert->query->argtypes[i] = TupleDescAttr(desc, attnum - 1)->atttypid;
+		appendStringInfo(&names, "%s%s", i ? ", " : "", insert->columns[i]);
+		appendStringInfo(&parameters, "%s$%d", i ? ", " : "", i + 1);
+	}
+	insert->query->nargs = insert->ncolumns;
+	insert->query->sql = psprintf("INSERT INTO agentvm.%s (%s) VALUES (%s)", insert->table.name,
+								  names.data, parameters.data);
+	for (i = 1; i <= desc->natts; i++)
+	{
+		Node *value;
+
+		if (TupleDescAttr(desc, i - 1)->attisdropped || TupleDescAttr(desc, i - 1)->attgenerated ||
+			bms_is_member(i, given))
+			continue;
+		value = build_column_default(table, i);
+		if (value != NULL)
+			insert->defaults =
+				lappend(insert->defaults,
+						makeTargetEntry(expression_planner((Expr *) value), i, NULL, false));
+	}
+	MemoryContextSwitchTo(old);
+	insert->context = context;
+	insert->version = insert->table.version;
+}
+
+/* Whether an INSERT is more than constraints and indexes. */
+static bool
+insert_needs_sql(Relation table)
+{
+	const TriggerDesc *triggers = table->trigdesc;
+
+	return table->rd_rel->relkind != RELKIND_RELATION || table->rd_rel->relispartition ||
+		   table->rd_rules != NULL || table->rd_rel->relforcerowsecurity ||
+		   (triggers != NULL &&
+			(triggers->trig_insert_before_row || triggers->trig_insert_after_row ||
+			 triggers->trig_insert_before_statement || triggers->trig_insert_after_statement));
+}
+
+static void
+insert_row(DbInsert *insert, Relation table, Datum *values, const char *nulls)
+{
+	EState *estate = CreateExecutorState();
+	ResultRelInfo *result = makeNode(ResultRelInfo);
+	MemoryContext old = MemoryContextSwitchTo(estate->es_query_cxt);
+	TupleTableSlot *slot;
+	ListCell *lc;
+	int i;
+
+	InitResultRelInfo(result, table, 0, NULL, 0);
+	ExecOpenIndices(result, false);
+	slot = ExecInitExtraTupleSlot(estate, RelationGetDescr(table), &TTSOpsVirtual);
+	ExecClearTuple(slot);
+	memset(slot->tts_isnull, true, sizeof(bool) * slot->tts_tupleDescriptor->natts);
+	for (i = 0; i < insert->ncolumns; i++)
+	{
+		slot->tts_values[insert->attnums[i] - 1] = values[i];
+		slot->tts_isnull[insert->attnums[i] - 1] = nulls != NULL && nulls[i] == 'n';
+	}
+	foreach (lc, insert->defaults)
+	{
+		TargetEntry *entry = lfirst(lc);
+		bool *isnull = &slot->tts_isnull[entry->resno - 1];
+		Datum *value = &slot->tts_values[entry->resno - 1];
+
+		if (IsA(entry->expr, Const))
+		{
+			*value = ((Const *) entry->expr)->constvalue;
+			*isnull = ((Const *) entry->expr)->constisnull;
+		}
+		else
+			*value = ExecEvalExprSwitchContext(ExecInitExpr(entry->expr, NULL),
+											   GetPerTupleExprContext(estate), isnull);
+	}
+	ExecStoreVirtualTuple(slot);
+	ExecSimpleRelationInsert(result, estate, slot);
+	ExecCloseIndices(result);
+	ExecResetTupleTable(estate->es_tupleTable, false);
+	MemoryContextSwitchTo(old);
+	FreeExecutorState(estate);
+}
+
+void
+db_insert(DbInsert *insert, Datum *values, const char *nulls)
+{
+	Relation table = table_open(relation_oid(&insert->table), RowExclusiveLock);
+
+	/* anew, if it has changed while we waited for the lock */
+	(void) relation_oid(&insert->table);
+	if (insert->version != insert->table.version)
+		prepare_insert(insert, table);
+	if (insert_needs_sql(table))
+		db_run(insert->query, values, nulls);
+	else
+	{
+		PreventCommandIfReadOnly("INSERT");
+		PreventCommandIfParallelMode("INSERT");
+		insert_row(insert, table, values, nulls);
+		CommandCounterIncrement();
+	}
+	table_close(table, NoLock);
+}
+
+/* ---- the caller ---- */
 
 bool
 caller_is_admin(Oid role)

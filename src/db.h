@@ -68,7 +68,24 @@ extern Datum db_value(uint64 row, int column, bool *isnull);
 /* The same as a palloc'd C string in "context", or NULL; for text, name and uuid columns only. */
 extern char *db_text(uint64 row, int column, MemoryContext context);
 
-/* ---- look-ups by key below SQL, for the hot path ---- */
+/* ---- below SQL, for the hot path ---- */
+
+/* A relation of ours by name; what has been found out about it is forgotten when it changes. */
+typedef struct DbRelation
+{
+	const char *name;
+	Oid oid;	 /* InvalidOid until looked up */
+	int version; /* another one for each look-up */
+	bool watched;
+	struct DbRelation *next;
+} DbRelation;
+
+/* One of our tables and the index to look into; static, begins as {{"table"}, {"index"}}. */
+typedef struct DbKey
+{
+	DbRelation table;
+	DbRelation index;
+} DbKey;
 
 typedef struct DbLookup
 {
@@ -84,13 +101,38 @@ typedef struct DbLookup
  * one, valid until the next call, then NULL; db_lookup_end() closes in any case.
  * Costs a tenth of a query.  Inside a scope.
  */
-extern void db_lookup_begin(DbLookup *lookup, const char *table, const char *index, int nkeys,
-							const char *const *keys);
+extern void db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const char *const *keys);
 extern HeapTuple db_lookup_next(DbLookup *lookup);
 extern void db_lookup_end(DbLookup *lookup);
 
 /* A column (from 1) of a row that was found; *isnull is set. */
 extern Datum db_lookup_value(const DbLookup *lookup, HeapTuple row, int column, bool *isnull);
+
+#define DB_INSERT_COLUMNS 24
+
+/* An INSERT of one row of values; static, begins as {{"table"}, number of columns, {"column", ...}}. */
+typedef struct DbInsert
+{
+	DbRelation table;
+	int ncolumns;
+	const char *columns[DB_INSERT_COLUMNS];
+	int version; /* of the table for which the following holds */
+	MemoryContext context;
+	AttrNumber attnums[DB_INSERT_COLUMNS];
+	List *defaults; /* of the other columns: TargetEntry */
+	DbQuery *query; /* the same in SQL, for tables that have more to them */
+} DbInsert;
+
+/*
+ * Insert a row into one of our tables, as INSERT INTO agentvm.table (columns)
+ * VALUES (values) would, at half its price: defaults, constraints and indexes
+ * are served by the executor's own functions.  A table to which somebody has
+ * given triggers for INSERT, rules or forced row-level security gets the SQL
+ * instead.  The values are of the columns' types; values[i] is NULL where
+ * nulls[i] == 'n' (nulls may be NULL: none).  Inside a scope.  Raises whatever
+ * the INSERT would raise.
+ */
+extern void db_insert(DbInsert *insert, Datum *values, const char *nulls);
 
 /* ---- the caller ---- */
 

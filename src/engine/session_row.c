@@ -64,11 +64,10 @@ static DbQuery save_query = {
 static DbQuery unbeat_query = {
 	"DELETE FROM agentvm.session_heartbeat WHERE session_id = $1", 1, {UUIDOID}};
 
-static DbQuery event_query = {
-	"INSERT INTO agentvm.session_event (session_id, team_id, kind, reason, detail) "
-	"VALUES ($1, $2, $3, $4, $5)",
-	5,
-	{UUIDOID, TEXTOID, TEXTOID, TEXTOID, JSONBOID}};
+static DbInsert event_insert = {
+	{"session_event"},
+	7,
+	{"session_id", "team_id", "kind", "old_state", "new_state", "reason", "detail"}};
 
 static Jsonb *
 copy_jsonb(uint64 row, int column, MemoryContext context)
@@ -261,17 +260,27 @@ session_row_save(SessionRow *row)
 }
 
 void
+event_add(const pg_uuid_t *session_id, const char *team_id, const char *kind, const char *old_state,
+		  const char *new_state, const char *reason, Jsonb *detail)
+{
+	Datum values[7];
+	char nulls[7];
+
+	nulls[0] = ' ';
+	values[0] = UUIDPGetDatum(session_id);
+	set_text(values, nulls, 1, team_id);
+	set_text(values, nulls, 2, kind);
+	set_text(values, nulls, 3, old_state);
+	set_text(values, nulls, 4, new_state);
+	set_text(values, nulls, 5, reason);
+	set_jsonb(values, nulls, 6, detail);
+	db_insert(&event_insert, values, nulls);
+}
+
+void
 session_event_add(const SessionRow *row, const char *kind, const char *reason, Jsonb *detail)
 {
-	Datum values[5];
-	char nulls[5] = {' ', ' ', ' ', ' ', ' '};
-
-	values[0] = UUIDPGetDatum(&row->session_id);
-	set_text(values, nulls, 1, row->team_id);
-	set_text(values, nulls, 2, kind);
-	set_text(values, nulls, 3, reason);
-	set_jsonb(values, nulls, 4, detail);
-	db_run(&event_query, values, nulls);
+	event_add(&row->session_id, row->team_id, kind, NULL, NULL, reason, detail);
 }
 
 ProviderSession *

@@ -78,9 +78,14 @@ extern void session_row_save(SessionRow *row);
 extern int64 session_row_lease(const pg_uuid_t *id);
 
 /*
- * Append to the log.  "detail" may be NULL.  Changes of state are logged by the
- * trigger; this is for all else.  Inside a db scope.
+ * Append to the log; what does not apply is NULL.  A change of state is logged by
+ * the trigger, a new session by provision().  Inside a db scope.
  */
+extern void event_add(const pg_uuid_t *session_id, const char *team_id, const char *kind,
+					  const char *old_state, const char *new_state, const char *reason,
+					  Jsonb *detail);
+
+/* The same, of a row that we have, for all that is no change of state. */
 extern void session_event_add(const SessionRow *row, const char *kind, const char *reason,
 							  Jsonb *detail);
 

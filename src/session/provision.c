@@ -21,6 +21,7 @@
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/session_row.h"
 #include "engine/shared.h"
 #include "engine/wake.h"
 #include "lib/stringinfo.h"
@@ -72,6 +73,7 @@ typedef struct Resolved
 	Jsonb *profile_options;
 	Jsonb *team_options;
 	bool has_secrets;
+	bool locked; /* the team is, and has no limits that count sessions */
 } Resolved;
 
 static DbQuery profile_query = {
@@ -81,6 +83,11 @@ static DbQuery profile_query = {
 	"WHERE name = $2 AND (team_id = $1 OR team_id IS NULL) ORDER BY team_id NULLS LAST LIMIT 1",
 	2,
 	{TEXTOID, TEXTOID}};
+
+static DbKey team_key = {{"team"}, {"team_pkey"}};
+static DbKey team_member_key = {{"team_member"}, {"team_member_pkey"}};
+static DbKey provider_config_key = {{"provider_config"}, {"provider_config_pkey"}};
+static DbKey provider_secret_key = {{"provider_secret"}, {"provider_secret_pkey"}};
 
 /* Columns of agentvm.team and its satellites, in the order of the tables. */
 enum
@@ -114,31 +121,46 @@ static DbQuery by_key_query = {
 	2,
 	{TEXTOID, TEXTOID}};
 
-#define INSERT_SESSION                                                                             \
-	"INSERT INTO agentvm.session (session_id, team_id, agent_id, provider, profile, created_at, "  \
-	"deadline_at, ceiling_at, tags, idempotency_key, created_by, args_hash, options, vcpus, "      \
-	"memory_mib, disk_gib, runtime, bootstrap_timeout, heartbeat_timeout, payload_enc, key_id, "   \
-	"lane, next_check_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, "   \
-	"$15, $16, $17, make_interval(secs => $18), make_interval(secs => $19), $20, $21, $22, $6)"
-#define INSERT_TYPES                                                                               \
-	{                                                                                              \
-		UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID,               \
-			TIMESTAMPTZOID, JSONBOID, TEXTOID, NAMEOID, BYTEAOID, JSONBOID, INT4OID, INT4OID,      \
-			INT4OID, BOOLOID, FLOAT8OID, FLOAT8OID, BYTEAOID, TEXTOID, INT2OID                     \
-	}
-#define NUM_INSERT_ARGS 22
+/* In the order of the values that provision() gives. */
+static DbInsert session_insert = {{"session"},
+								  23,
+								  {"session_id",
+								   "team_id",
+								   "agent_id",
+								   "provider",
+								   "profile",
+								   "created_at",
+								   "deadline_at",
+								   "ceiling_at",
+								   "tags",
+								   "idempotency_key",
+								   "created_by",
+								   "args_hash",
+								   "options",
+								   "vcpus",
+								   "memory_mib",
+								   "disk_gib",
+								   "runtime",
+								   "bootstrap_timeout",
+								   "heartbeat_timeout",
+								   "payload_enc",
+								   "key_id",
+								   "lane",
+								   "next_check_at"}};
+#define NUM_INSERT_ARGS 23
 
-static DbQuery insert_query = {INSERT_SESSION, NUM_INSERT_ARGS, INSERT_TYPES};
 static DbQuery insert_once_query = {
-	INSERT_SESSION
-	" ON CONFLICT (team_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
-	NUM_INSERT_ARGS, INSERT_TYPES};
-
-static DbQuery event_query = {
-	"INSERT INTO agentvm.session_event (session_id, team_id, kind, new_state, reason) "
-	"VALUES ($1, $2, 'state', 'provisioning', $3)",
-	3,
-	{UUIDOID, TEXTOID, TEXTOID}};
+	"INSERT INTO agentvm.session (session_id, team_id, agent_id, provider, profile, created_at, "
+	"deadline_at, ceiling_at, tags, idempotency_key, created_by, args_hash, options, vcpus, "
+	"memory_mib, disk_gib, runtime, bootstrap_timeout, heartbeat_timeout, payload_enc, key_id, "
+	"lane, next_check_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, "
+	"$15, $16, $17, $18, $19, $20, $21, $22, $23) "
+	"ON CONFLICT (team_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
+	NUM_INSERT_ARGS,
+	{UUIDOID,		 TEXTOID,		 TEXTOID,  TEXTOID, TEXTOID,	   TIMESTAMPTZOID,
+	 TIMESTAMPTZOID, TIMESTAMPTZOID, JSONBOID, TEXTOID, NAMEOID,	   BYTEAOID,
+	 JSONBOID,		 INT4OID,		 INT4OID,  INT4OID, BOOLOID,	   INTERVALOID,
+	 INTERVALOID,	 BYTEAOID,		 TEXTOID,  INT2OID, TIMESTAMPTZOID}};
 
 /* ---- arguments ---- */
 
@@ -378,7 +400,7 @@ read_team(const char *team_id, Resolved *resolved)
 	DbLookup lookup;
 	HeapTuple row;
 
-	db_lookup_begin(&lookup, "team", "team_pkey", 1, &team_id);
+	db_lookup_begin(&lookup, &team_key, 1, &team_id);
 	row = db_lookup_next(&lookup);
 	if (row != NULL)
 	{
@@ -412,7 +434,7 @@ acts_for_team(const char *team_id, Oid role)
 
 	if (caller_is_admin(role))
 		return true;
-	db_lookup_begin(&lookup, "team_member", "team_member_pkey", 1, &team_id);
+	db_lookup_begin(&lookup, &team_member_key, 1, &team_id);
 	while (!found && (row = db_lookup_next(&lookup)) != NULL)
 	{
 		bool isnull;
@@ -432,7 +454,7 @@ read_provider_config(const char *team_id, const char *provider, Resolved *resolv
 	DbLookup lookup;
 	HeapTuple row;
 
-	db_lookup_begin(&lookup, "provider_config", "provider_config_pkey", 2, keys);
+	db_lookup_begin(&lookup, &provider_config_key, 2, keys);
 	row = db_lookup_next(&lookup);
 	if (row != NULL)
 	{
@@ -444,7 +466,7 @@ read_provider_config(const char *team_id, const char *provider, Resolved *resolv
 	db_lookup_end(&lookup);
 	if (row == NULL)
 		return;
-	db_lookup_begin(&lookup, "provider_secret", "provider_secret_pkey", 2, keys);
+	db_lookup_begin(&lookup, &provider_secret_key, 2, keys);
 	resolved->has_secrets = db_lookup_next(&lookup) != NULL;
 	db_lookup_end(&lookup);
 }
@@ -459,13 +481,30 @@ provider_name(const Request *request, const Resolved *resolved)
 										: avm_default_provider;
 }
 
+static bool
+is_limited(const Resolved *resolved)
+{
+	return resolved->max_sessions >= 0 || resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0;
+}
+
 static void
 resolve(const Request *request, Oid role, Resolved *resolved)
 {
+	const char *team_id = request->team_id;
+
 	resolve_profile(request, resolved);
-	if (!read_team(request->team_id, resolved) || !acts_for_team(request->team_id, role))
-		raise_no_such_team(request->team_id);
-	read_provider_config(request->team_id, provider_name(request, resolved), resolved);
+	if (!acts_for_team(team_id, role))
+		raise_no_such_team(team_id);
+	/* what is read under the lock stays true: a team without limits need not be read again */
+	resolved->locked = team_lock_at_once(team_id, ShareLock);
+	if (!read_team(team_id, resolved))
+		raise_no_such_team(team_id);
+	if (resolved->locked && is_limited(resolved))
+	{
+		team_unlock(team_id, ShareLock);
+		resolved->locked = false;
+	}
+	read_provider_config(team_id, provider_name(request, resolved), resolved);
 }
 
 /* Team's options, overridden by the profile's, overridden by the caller's. */
@@ -562,19 +601,13 @@ over_quota(const char *team_id, const char *what, int64 limit, int64 used, int64
 			 errhint("Sessions that are ending still count until they have ended.")));
 }
 
-static bool
-is_limited(const Resolved *resolved)
-{
-	return resolved->max_sessions >= 0 || resolved->max_vcpus >= 0 || resolved->max_memory_mib >= 0;
-}
-
 /* Lock the team until the end of the transaction, as its limits ask, and read them again. */
 static void
 lock_for_quota(const char *team_id, Resolved *resolved)
 {
 	bool exclusive = is_limited(resolved);
 
-	for (;;)
+	while (!resolved->locked)
 	{
 		LOCKMODE mode = exclusive ? ExclusiveLock : ShareLock;
 
@@ -582,11 +615,13 @@ lock_for_quota(const char *team_id, Resolved *resolved)
 		/* alter_team() and drop_team() take the lock, too */
 		if (!read_team(team_id, resolved))
 			raise_no_such_team(team_id);
-		if (exclusive || !is_limited(resolved))
-			break;
-		/* it got a limit between our first look and the lock */
-		team_unlock(team_id, mode);
-		exclusive = true;
+		resolved->locked = exclusive || !is_limited(resolved);
+		if (!resolved->locked)
+		{
+			/* it got a limit between our first look and the lock */
+			team_unlock(team_id, mode);
+			exclusive = true;
+		}
 	}
 }
 
@@ -763,6 +798,8 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	Name created_by = palloc0(sizeof(NameData));
 	Request request = {0};
 	Resolved resolved = {0};
+	Interval bootstrap_timeout = {0};
+	Interval heartbeat_timeout = {0};
 	const Provider *provider;
 	Jsonb *options;
 	DbScope scope;
@@ -848,12 +885,15 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	nulls[15] = resolved.disk_gib > 0 ? ' ' : 'n';
 	values[15] = Int32GetDatum(resolved.disk_gib);
 	values[16] = BoolGetDatum(runtime);
-	values[17] = Float8GetDatum((double) resolved.bootstrap_timeout_s);
-	values[18] = Float8GetDatum((double) resolved.heartbeat_timeout_s);
+	bootstrap_timeout.time = resolved.bootstrap_timeout_s * USECS_PER_SEC;
+	values[17] = IntervalPGetDatum(&bootstrap_timeout);
+	heartbeat_timeout.time = resolved.heartbeat_timeout_s * USECS_PER_SEC;
+	values[18] = IntervalPGetDatum(&heartbeat_timeout);
 	nulls[19] = payload ? ' ' : 'n';
 	values[19] = PointerGetDatum(payload);
 	set_optional_text(values, nulls, 20, key_id);
 	values[21] = Int16GetDatum(provider->blocking ? 1 : 0);
+	values[22] = TimestampTzGetDatum(now);
 
 	lock_for_quota(request.team_id, &resolved);
 	if (is_limited(&resolved))
@@ -867,7 +907,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 		check_quota(request.team_id, &resolved);
 	}
 	if (request.idempotency_key == NULL)
-		db_run(&insert_query, values, nulls);
+		db_insert(&session_insert, values, nulls);
 	else
 	{
 		db_run(&insert_once_query, values, nulls);
@@ -883,12 +923,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 			return;
 		}
 	}
-	{
-		Datum event[3] = {values[0], values[1], values[10]};
-		char event_nulls[3] = {' ', ' ', 'n'};
-
-		db_run(&event_query, event, event_nulls);
-	}
+	event_add(id, request.team_id, "state", NULL, "provisioning", NULL, NULL);
 	db_leave(&scope);
 
 	wake_dispatchers(now);

@@ -68,13 +68,6 @@ static DbQuery extend_query = {
 static DbQuery ceiling_query = {
 	"SELECT ceiling_at::text FROM agentvm.session WHERE session_id = $1", 1, {UUIDOID}};
 
-static DbQuery transition_query = {
-	"INSERT INTO agentvm.session_event (session_id, team_id, kind, old_state, new_state, reason, "
-	"detail) VALUES ($1, $2, 'state', $3, $4, $5, "
-	"CASE WHEN $6 IS NOT NULL THEN jsonb_build_object('detail', $6) END)",
-	6,
-	{UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}};
-
 pg_uuid_t *
 session_id_argument(FunctionCallInfo fcinfo, int argument)
 {
@@ -311,40 +304,42 @@ agentvm_session_is_sound(PG_FUNCTION_ARGS)
 }
 
 /* AFTER UPDATE of the state: refuse what the design does not know, log the rest. */
+/* A text column of a trigger's tuple, or NULL. */
+static char *
+text_column(HeapTuple tuple, TupleDesc desc, const char *name)
+{
+	bool isnull;
+	Datum value = heap_getattr(tuple, SPI_fnumber(desc, name), desc, &isnull);
+
+	return isnull ? NULL : TextDatumGetCString(value);
+}
+
 Datum
 agentvm_session_transition(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigger = (TriggerData *) fcinfo->context;
+	HeapTuple row;
 	TupleDesc desc;
 	DbScope scope;
+	char *old_state;
+	char *new_state;
+	char *detail;
 	SessionState from;
 	SessionState to;
-	Datum values[6];
-	char nulls[6] = {' ', ' ', ' ', ' ', ' ', ' '};
-	bool isnull;
-	int state_column;
 	pg_uuid_t *id;
-	static const char *const copied[] = {"session_id", "team_id",	 NULL,
-										 NULL,		   "end_reason", "detail"};
-	int i;
+	bool isnull;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BY_UPDATE(trigger->tg_event))
 		ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 						errmsg("agentvm.session_transition() is a trigger on agentvm.session")));
 	desc = RelationGetDescr(trigger->tg_relation);
-	state_column = SPI_fnumber(desc, "state");
-	values[2] = heap_getattr(trigger->tg_trigtuple, state_column, desc, &isnull);
-	values[3] = heap_getattr(trigger->tg_newtuple, state_column, desc, &isnull);
-	from = state_parse(TextDatumGetCString(values[2]));
-	to = state_parse(TextDatumGetCString(values[3]));
-	for (i = 0; i < lengthof(copied); i++)
-	{
-		if (copied[i] == NULL)
-			continue;
-		values[i] = heap_getattr(trigger->tg_newtuple, SPI_fnumber(desc, copied[i]), desc, &isnull);
-		nulls[i] = isnull ? 'n' : ' ';
-	}
-	id = DatumGetUUIDP(values[0]);
+	row = trigger->tg_newtuple;
+	id = DatumGetUUIDP(heap_getattr(row, SPI_fnumber(desc, "session_id"), desc, &isnull));
+	old_state = text_column(trigger->tg_trigtuple, desc, "state");
+	new_state = text_column(row, desc, "state");
+	detail = text_column(row, desc, "detail");
+	from = state_parse(old_state);
+	to = state_parse(new_state);
 	if (!state_may_become(from, to))
 		ereport(ERROR, (errcode(ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION),
 						errmsg("session %s cannot go from %s to %s", uuid_text(id),
@@ -354,7 +349,9 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 							: 0));
 
 	db_enter(&scope);
-	db_run(&transition_query, values, nulls);
+	event_add(id, text_column(row, desc, "team_id"), "state", old_state, new_state,
+			  text_column(row, desc, "end_reason"),
+			  detail ? handle_set_text(NULL, "detail", detail) : NULL);
 	db_leave(&scope);
 	wake_waiters(id);
 	return PointerGetDatum(NULL);

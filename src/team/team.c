@@ -25,6 +25,7 @@
 #include "common/hashfn.h"
 #include "executor/tuptable.h"
 #include "storage/lmgr.h"
+#include "storage/lock.h"
 #include "utils/acl.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -605,6 +606,18 @@ team_lock(const char *team_id, LOCKMODE mode)
 
 	lock_name(team_id, &class, &object);
 	LockDatabaseObject(class, object, 0, mode);
+}
+
+bool
+team_lock_at_once(const char *team_id, LOCKMODE mode)
+{
+	LOCKTAG tag;
+	Oid class;
+	Oid object;
+
+	lock_name(team_id, &class, &object);
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, class, object, 0);
+	return LockAcquire(&tag, mode, false, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 void

@@ -21,7 +21,10 @@
  */
 extern void team_lock(const char *team_id, LOCKMODE mode);
 
-/* Give up a lock taken by team_lock() before the end of the transaction. */
+/* The same if nobody is in the way; returns whether it has the lock. */
+extern bool team_lock_at_once(const char *team_id, LOCKMODE mode);
+
+/* Give up a lock taken by these before the end of the transaction. */
 extern void team_unlock(const char *team_id, LOCKMODE mode);
 
 #endif /* AGENTVM_TEAM_TEAM_H */
