@@ -48,6 +48,13 @@
 #define AvmOwnsDatabase(database, role) pg_database_ownercheck(database, role)
 #endif
 
+/* 15.4 and its contemporaries mark a database whose DROP was interrupted; older ones never have it. */
+#ifdef DATCONNLIMIT_INVALID_DB
+#define AVM_CONNLIMIT_INVALID_DB DATCONNLIMIT_INVALID_DB
+#else
+#define AVM_CONNLIMIT_INVALID_DB (-2)
+#endif
+
 /* 17 gives extensions wait events of their own name. */
 #if PG_VERSION_NUM >= 170000
 #define AvmWaitEvent(name) WaitEventExtensionNew(name)

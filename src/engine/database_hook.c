@@ -6,10 +6,10 @@
  * These commands fail while anybody is connected to the database.  The backend
  * that runs one puts a hold on it in shared memory, so that the launcher starts
  * nobody there, asks its dispatchers to end, waits until they have, and lifts
- * the hold when its transaction has ended: only then does the launcher see a
- * new name.  A hold whose backend has died is void.  Only who may run
- * the command stops anybody: else a failing DROP by a stranger would be a way to
- * disturb.
+ * the hold when its transaction has ended, or its subtransaction has failed: only
+ * then does the launcher see what has become of the database.  A hold whose
+ * backend has died is void.  Only who may run the command stops anybody: else a
+ * failing DROP by a stranger would be a way to disturb.
  *
  *-------------------------------------------------------------------------
  */
@@ -29,7 +29,10 @@
 #define LET_GO_MS 5000 /* then the command itself says who is in the way */
 
 static ProcessUtility_hook_type prev_utility_hook = NULL;
-static bool holding = false; /* this transaction has put a hold on a database */
+
+/* The (sub)transaction that has put a hold on a database, and so is to lift it. */
+static SubTransactionId holder = InvalidSubTransactionId;
+static bool databases_changed = false; /* a command of this transaction, to tell the launcher */
 
 /* Text of an option of a command, or NULL. */
 static char *
@@ -47,11 +50,11 @@ option_of(List *options, const char *name)
 	return NULL;
 }
 
-/* The database that a command needs for itself, or NULL; *copies: it is only copied from. */
+/* The database that a command needs for itself, or NULL; *makes: it asks for CREATEDB, too. */
 static const char *
-wanted_database(Node *command, bool *copies)
+wanted_database(Node *command, bool *makes)
 {
-	*copies = false;
+	*makes = IsA(command, CreatedbStmt) || IsA(command, RenameStmt);
 	switch (nodeTag(command))
 	{
 		case T_DropdbStmt:
@@ -65,7 +68,6 @@ wanted_database(Node *command, bool *copies)
 				return castNode(AlterDatabaseStmt, command)->dbname;
 			return NULL;
 		case T_CreatedbStmt:
-			*copies = true;
 			return option_of(castNode(CreatedbStmt, command)->options, "template");
 		default:
 			return NULL;
@@ -76,8 +78,8 @@ wanted_database(Node *command, bool *copies)
 static Oid
 database_to_release(Node *command)
 {
-	bool copies;
-	const char *name = wanted_database(command, &copies);
+	bool makes;
+	const char *name = wanted_database(command, &makes);
 	Oid database;
 
 	if (name == NULL || !shared_available())
@@ -85,7 +87,7 @@ database_to_release(Node *command)
 	database = get_database_oid(name, true);
 	if (!OidIsValid(database) || database == MyDatabaseId)
 		return InvalidOid;
-	if (!AvmOwnsDatabase(database, GetUserId()) || (copies && !have_createdb_privilege()))
+	if (!AvmOwnsDatabase(database, GetUserId()) || (makes && !have_createdb_privilege()))
 		return InvalidOid;
 	return database;
 }
@@ -105,16 +107,34 @@ release_database(Oid database)
 	}
 }
 
-/* The command is over: the launcher may look again, and sees what it has done. */
+/* The launcher may look again, and sees what the command has done. */
 static void
-lift_hold(XactEvent event, void *arg)
+lift_hold(void)
 {
-	if (!holding ||
-		(event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT && event != XACT_EVENT_PREPARE))
-		return;
-	holding = false;
-	shared_hold_database(InvalidOid);
+	if (holder != InvalidSubTransactionId)
+		shared_hold_database(InvalidOid);
+	holder = InvalidSubTransactionId;
+	databases_changed = false;
 	shared_wake_launcher();
+}
+
+static void
+at_end(XactEvent event, void *arg)
+{
+	if ((holder != InvalidSubTransactionId || databases_changed) &&
+		(event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE))
+		lift_hold();
+}
+
+static void
+at_subtransaction_end(SubXactEvent event, SubTransactionId mine, SubTransactionId parent, void *arg)
+{
+	if (holder == InvalidSubTransactionId || holder != mine)
+		return;
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		lift_hold();
+	else if (event == SUBXACT_EVENT_COMMIT_SUB)
+		holder = parent;
 }
 
 static void
@@ -125,9 +145,12 @@ agentvm_utility(PlannedStmt *pstmt, const char *queryString, bool readOnlyTree,
 	Oid database = database_to_release(pstmt->utilityStmt);
 	ProcessUtility_hook_type next = prev_utility_hook ? prev_utility_hook : standard_ProcessUtility;
 
+	/* the launcher serves a new database, or one that takes connections again, at once */
+	if (IsA(pstmt->utilityStmt, CreatedbStmt) || IsA(pstmt->utilityStmt, AlterDatabaseStmt))
+		databases_changed = true;
 	if (OidIsValid(database))
 	{
-		holding = true;
+		holder = GetCurrentSubTransactionId();
 		shared_hold_database(database);
 		release_database(database);
 	}
@@ -139,5 +162,6 @@ database_hook_init(void)
 {
 	prev_utility_hook = ProcessUtility_hook;
 	ProcessUtility_hook = agentvm_utility;
-	RegisterXactCallback(lift_hold, NULL);
+	RegisterXactCallback(at_end, NULL);
+	RegisterSubXactCallback(at_subtransaction_end, NULL);
 }

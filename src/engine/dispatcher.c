@@ -35,6 +35,30 @@
 #define STATEMENT_LIMIT_MS                                                                         \
 	60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
 
+void
+worker_settings(void)
+{
+	static const char *const settings[][2] = {
+		{"default_transaction_deferrable", "off"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_read_only", "off"},
+		{"exit_on_error", "off"},
+		{"jit", "off"},
+		{"lock_timeout", "0"},
+		{"role", "none"},
+		{"search_path", ""},
+		{"session_replication_role", "origin"},
+		{"transaction_timeout", "0"}, /* since 17 */
+	};
+	int i;
+
+	for (i = 0; i < lengthof(settings); i++)
+	{
+		if (GetConfigOption(settings[i][0], true, false) != NULL)
+			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_SESSION);
+	}
+}
+
 static void
 begin(void)
 {
@@ -144,13 +168,8 @@ agentvm_dispatcher_main(Datum arg)
 	if (slot == NULL)
 		proc_exit(0); /* another one is there already */
 
-	/* The cluster's defaults are meant for clients. */
 	SetConfigOption("application_name", MyBgworkerEntry->bgw_name, PGC_USERSET, PGC_S_SESSION);
-	SetConfigOption("default_transaction_read_only", "off", PGC_USERSET, PGC_S_SESSION);
-	SetConfigOption("default_transaction_isolation", "read committed", PGC_USERSET, PGC_S_SESSION);
-	SetConfigOption("idle_in_transaction_session_timeout", "0", PGC_USERSET, PGC_S_SESSION);
-	SetConfigOption("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION);
-	SetConfigOption("search_path", "", PGC_USERSET, PGC_S_SESSION);
+	worker_settings();
 
 	if (sigsetjmp(local_sigjmp_buf, 1) != 0)
 	{

@@ -64,6 +64,35 @@ put_count(ReturnSetInfo *rsinfo, const char *name, int64 count, const char *what
 	put_check(rsinfo, name, count == 0, psprintf("%lld %s", (long long) count, what));
 }
 
+/* How many dispatchers serve this database, and why there are not as many as are asked for. */
+static void
+put_dispatchers(ReturnSetInfo *rsinfo)
+{
+	int serving = shared_serving();
+	Shortage shortage = SHORT_OF_NOTHING;
+	bool launcher = shared_available() && shared_launcher(&shortage);
+	const char *why;
+
+	if (!shared_available())
+		why = "agentvm is not in shared_preload_libraries: only CALL agentvm.dispatch() works here";
+	else if (!launcher)
+		why = "the launcher does not run: see max_worker_processes and the server's log";
+	else if (avm_dispatchers == 0)
+		why = "agentvm.dispatchers is 0";
+	else if (serving < avm_dispatchers && shortage == SHORT_OF_WORKERS)
+		why = psprintf("max_worker_processes (%d) leaves no room for more", max_worker_processes);
+	else if (serving < avm_dispatchers && shortage == SHORT_OF_SLOTS)
+		why = psprintf("no more than %d can run in one cluster", MAX_DISPATCHERS);
+	else if (serving == 0)
+		why = "see agentvm.databases";
+	else
+		why = NULL;
+
+	put_check(rsinfo, "dispatcher", serving > 0 && why == NULL,
+			  psprintf("%d of %d dispatchers serve this database%s%s", serving, avm_dispatchers,
+					   why ? ": " : "", why ? why : ""));
+}
+
 Datum
 agentvm_health(PG_FUNCTION_ARGS)
 {
@@ -75,12 +104,7 @@ agentvm_health(PG_FUNCTION_ARGS)
 	char *problem;
 
 	begin_set(fcinfo);
-	put_check(rsinfo, "dispatcher", shared_is_served(),
-			  shared_is_served()   ? "a dispatcher serves this database"
-			  : shared_available() ? "no dispatcher serves this database: see agentvm.databases, "
-									 "agentvm.dispatchers and max_worker_processes"
-								   : "agentvm is not in shared_preload_libraries: only CALL "
-									 "agentvm.dispatch() works here");
+	put_dispatchers(rsinfo);
 
 	version = extension_version(NULL);
 	if (version == NULL || strcmp(version, AGENTVM_VERSION) != 0)

@@ -58,6 +58,11 @@ typedef struct Wanted
 
 static List *all_wanted = NIL; /* in TopMemoryContext */
 
+/* There was no room for one more worker: then others need not try for a while, either. */
+static bool short_of_workers = false;
+static TimestampTz no_workers_before = 0;
+static int no_workers_ms = MIN_BACKOFF_MS;
+
 void
 worker_init(void)
 {
@@ -108,10 +113,21 @@ want(Oid database, int index)
 	MemoryContextSwitchTo(old);
 }
 
-/* Read agentvm.databases and pg_database into all_wanted. */
-static void
+static int
+by_index(const ListCell *a, const ListCell *b)
+{
+	return ((const Wanted *) lfirst(a))->index - ((const Wanted *) lfirst(b))->index;
+}
+
+/*
+ * Read agentvm.databases and pg_database into all_wanted: the first dispatcher of
+ * every database before the second one of any.  Returns whether that many can run.
+ */
+static bool
 read_wanted(void)
 {
+	List *databases = NIL;
+	int count = 0;
 	Relation relation;
 	TableScanDesc scan;
 	HeapTuple tuple;
@@ -139,21 +155,31 @@ read_wanted(void)
 	{
 		Form_pg_database database = (Form_pg_database) GETSTRUCT(tuple);
 
-		if (!database->datallowconn || database->datistemplate)
+		if (!database->datallowconn || database->datistemplate ||
+			database->datconnlimit == AVM_CONNLIMIT_INVALID_DB)
 			continue;
 		foreach (lc, list)
 		{
 			if (strcmp(lfirst(lc), NameStr(database->datname)) != 0)
 				continue;
-			for (i = 0; i < avm_dispatchers; i++)
-				want(database->oid, i);
+			databases = lappend_oid(databases, database->oid);
 			break;
 		}
 	}
 	table_endscan(scan);
 	table_close(relation, AccessShareLock);
+	for (i = 0; i < avm_dispatchers; i++)
+	{
+		foreach (lc, databases)
+		{
+			if (count++ < MAX_DISPATCHERS)
+				want(lfirst_oid(lc), i);
+		}
+	}
 	CommitTransactionCommand();
 	MemoryContextSwitchTo(TopMemoryContext);
+	list_sort(all_wanted, by_index);
+	return count <= MAX_DISPATCHERS;
 }
 
 /* Start a dispatcher in a slot of its own; false when no slot or no worker can be had now. */
@@ -161,29 +187,11 @@ static bool
 start_dispatcher(Wanted *wanted)
 {
 	BackgroundWorker worker = {0};
-	DispatcherSlot *slot = NULL;
-	int i;
+	DispatcherSlot *slot = shared_reserve(wanted->database, wanted->index);
 
-	shared_lock(LW_EXCLUSIVE);
-	for (i = 0; i < MAX_DISPATCHERS && slot == NULL; i++)
-	{
-		if (shared_slots()[i].database == InvalidOid)
-			slot = &shared_slots()[i];
-	}
-	if (slot != NULL)
-	{
-		memset(slot, 0, sizeof(*slot));
-		slot->database = wanted->database;
-		slot->index = wanted->index;
-		slot->started_at = GetCurrentTimestamp();
-	}
-	shared_unlock();
+	/* somebody wants the database just now, or surplus dispatchers are still ending */
 	if (slot == NULL)
-	{
-		ereport(LOG, (errmsg("agentvm: no more than %d dispatchers can run in one cluster",
-							 MAX_DISPATCHERS)));
 		return false;
-	}
 
 	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
@@ -201,16 +209,39 @@ start_dispatcher(Wanted *wanted)
 	wanted->handle = NULL;
 	wanted->started_at = GetCurrentTimestamp();
 	if (RegisterDynamicBackgroundWorker(&worker, &wanted->handle))
+	{
+		no_workers_ms = MIN_BACKOFF_MS;
 		return true;
+	}
 
 	shared_lock(LW_EXCLUSIVE);
-	if (slot->pid == 0)
-		memset(slot, 0, sizeof(*slot));
+	memset(slot, 0, sizeof(*slot));
 	shared_unlock();
 	wanted->handle = NULL;
-	ereport(LOG, (errmsg("agentvm: could not start a dispatcher"),
-				  errhint("Consider increasing max_worker_processes.")));
+	wanted->started_at = 0;
+	no_workers_before = GetCurrentTimestamp() + no_workers_ms * INT64CONST(1000);
+	no_workers_ms = Min(no_workers_ms * 2, TICK_MS);
+	if (!short_of_workers)
+		ereport(LOG, (errmsg("agentvm: could not start a dispatcher"),
+					  errhint("Consider increasing max_worker_processes. It is tried again, "
+							  "quietly, until there is room.")));
+	short_of_workers = true;
 	return false;
+}
+
+/* Say what there is too little of, so that view health can tell. */
+static void
+report_shortage(Shortage shortage)
+{
+	static Shortage told = SHORT_OF_NOTHING;
+
+	if (shortage == SHORT_OF_SLOTS && told != shortage)
+		ereport(LOG, (errmsg("agentvm: no more than %d dispatchers can run in one cluster",
+							 MAX_DISPATCHERS),
+					  errhint("Reduce agentvm.dispatchers, or the number of databases in "
+							  "agentvm.databases.")));
+	told = shortage;
+	shared_set_shortage(shortage);
 }
 
 /*
@@ -275,6 +306,7 @@ agentvm_launcher_main(Datum arg)
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+	worker_settings();
 	pgstat_report_appname("agentvm launcher");
 	before_shmem_exit(launcher_exit, (Datum) 0);
 	shared_set_launcher(MyProcPid, MyLatch);
@@ -284,6 +316,8 @@ agentvm_launcher_main(Datum arg)
 		TimestampTz now;
 		TimestampTz wake;
 		ListCell *lc;
+		bool enough_slots;
+		bool lacking = false;
 
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
@@ -293,7 +327,7 @@ agentvm_launcher_main(Datum arg)
 			ProcessConfigFile(PGC_SIGHUP);
 		}
 
-		read_wanted();
+		enough_slots = read_wanted();
 		stop_unwanted();
 		now = GetCurrentTimestamp();
 		wake = now + TICK_MS * INT64CONST(1000);
@@ -301,6 +335,9 @@ agentvm_launcher_main(Datum arg)
 		{
 			Wanted *wanted = lfirst(lc);
 
+			/* also of one that is no longer wanted: a reservation that nobody took is freed */
+			if (has_slot(wanted))
+				continue;
 			if (!wanted->wanted)
 			{
 				if (wanted->handle != NULL)
@@ -309,8 +346,6 @@ agentvm_launcher_main(Datum arg)
 				all_wanted = foreach_delete_current(all_wanted, lc);
 				continue;
 			}
-			if (has_slot(wanted))
-				continue;
 			if (shared_is_held(wanted->database))
 			{
 				/* whoever holds it wakes us, unless he dies */
@@ -327,11 +362,18 @@ agentvm_launcher_main(Datum arg)
 					wanted->backoff_ms = Min(wanted->backoff_ms * 2, MAX_BACKOFF_MS);
 				wanted->not_before = now + wanted->backoff_ms * INT64CONST(1000);
 			}
-			if (wanted->not_before <= now)
-				(void) start_dispatcher(wanted);
-			else
+			if (wanted->not_before > now)
 				wake = Min(wake, wanted->not_before);
+			else if (no_workers_before > now || !start_dispatcher(wanted))
+			{
+				lacking = lacking || short_of_workers;
+				wake = Min(wake, Max(no_workers_before, now + MIN_BACKOFF_MS * INT64CONST(1000)));
+			}
 		}
+		short_of_workers = lacking;
+		report_shortage(lacking			? SHORT_OF_WORKERS
+						: !enough_slots ? SHORT_OF_SLOTS
+										: SHORT_OF_NOTHING);
 
 		pgstat_report_activity(STATE_IDLE, NULL);
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,

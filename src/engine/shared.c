@@ -38,6 +38,7 @@ typedef struct Shared
 	LWLock *lock;
 	int launcher_pid;
 	Latch *launcher_latch;
+	Shortage shortage;
 	DispatcherSlot slots[MAX_DISPATCHERS];
 	DatabaseHold holds[MAX_HOLDS];
 	ConditionVariable changed[NUM_CHANGED_BUCKETS];
@@ -102,19 +103,28 @@ shared_available(void)
 	return shared != NULL;
 }
 
-bool
-shared_is_served(void)
+int
+shared_serving(void)
 {
-	bool served = false;
+	int serving = 0;
 	int i;
 
 	if (shared == NULL)
-		return false;
+		return 0;
 	LWLockAcquire(shared->lock, LW_SHARED);
-	for (i = 0; i < MAX_DISPATCHERS && !served; i++)
-		served = shared->slots[i].database == MyDatabaseId && shared->slots[i].serves;
+	for (i = 0; i < MAX_DISPATCHERS; i++)
+	{
+		if (shared->slots[i].database == MyDatabaseId && shared->slots[i].serves)
+			serving++;
+	}
 	LWLockRelease(shared->lock);
-	return served;
+	return serving;
+}
+
+bool
+shared_is_served(void)
+{
+	return shared_serving() > 0;
 }
 
 DispatcherSlot *
@@ -133,6 +143,66 @@ void
 shared_unlock(void)
 {
 	LWLockRelease(shared->lock);
+}
+
+/* Whether a living backend holds the database; under the lock. */
+static bool
+is_held(Oid database)
+{
+	int i;
+
+	for (i = 0; i < MAX_HOLDS; i++)
+	{
+		DatabaseHold *hold = &shared->holds[i];
+
+		if (hold->pid != 0 && hold->database == database && BackendPidGetProc(hold->pid) != NULL)
+			return true;
+	}
+	return false;
+}
+
+DispatcherSlot *
+shared_reserve(Oid database, int index)
+{
+	DispatcherSlot *slot = NULL;
+	int i;
+
+	/* One lock for both: who puts a hold on the database later finds the slot taken. */
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_DISPATCHERS && slot == NULL && !is_held(database); i++)
+	{
+		if (shared->slots[i].database == InvalidOid)
+			slot = &shared->slots[i];
+	}
+	if (slot != NULL)
+	{
+		memset(slot, 0, sizeof(*slot));
+		slot->database = database;
+		slot->index = index;
+		slot->started_at = GetCurrentTimestamp();
+	}
+	LWLockRelease(shared->lock);
+	return slot;
+}
+
+void
+shared_set_shortage(Shortage shortage)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	shared->shortage = shortage;
+	LWLockRelease(shared->lock);
+}
+
+bool
+shared_launcher(Shortage *shortage)
+{
+	bool runs;
+
+	LWLockAcquire(shared->lock, LW_SHARED);
+	runs = shared->launcher_pid != 0;
+	*shortage = shared->shortage;
+	LWLockRelease(shared->lock);
+	return runs;
 }
 
 void
@@ -180,13 +250,10 @@ shared_hold_database(Oid database)
 bool
 shared_is_held(Oid database)
 {
-	bool held = false;
-	int i;
+	bool held;
 
 	LWLockAcquire(shared->lock, LW_SHARED);
-	for (i = 0; i < MAX_HOLDS; i++)
-		held = held || (shared->holds[i].pid != 0 && shared->holds[i].database == database &&
-						BackendPidGetProc(shared->holds[i].pid) != NULL);
+	held = is_held(database);
 	LWLockRelease(shared->lock);
 	return held;
 }

@@ -52,6 +52,9 @@ extern bool shared_available(void);
 /* Whether some dispatcher serves the current database. */
 extern bool shared_is_served(void);
 
+/* How many dispatchers serve the current database. */
+extern int shared_serving(void);
+
 /* ---- the launcher's side ---- */
 
 /* The array of MAX_DISPATCHERS slots; read and written under the lock. */
@@ -59,8 +62,28 @@ extern DispatcherSlot *shared_slots(void);
 extern void shared_lock(LWLockMode mode);
 extern void shared_unlock(void);
 
+/*
+ * Reserve a slot for the dispatcher (database, index), which the launcher is
+ * about to start.  NULL if somebody holds the database, or no slot is free.
+ */
+extern DispatcherSlot *shared_reserve(Oid database, int index);
+
 /* Tell everybody which process is the launcher (pid 0: none). */
 extern void shared_set_launcher(int pid, Latch *latch);
+
+/* What keeps the launcher from running all the dispatchers that are asked for. */
+typedef enum Shortage
+{
+	SHORT_OF_NOTHING,
+	SHORT_OF_WORKERS, /* max_worker_processes */
+	SHORT_OF_SLOTS	  /* MAX_DISPATCHERS */
+} Shortage;
+
+/* Tell everybody what there is too little of. */
+extern void shared_set_shortage(Shortage shortage);
+
+/* Whether there is a launcher; *shortage is set to what it last told. */
+extern bool shared_launcher(Shortage *shortage);
 
 /* Set the launcher's latch. */
 extern void shared_wake_launcher(void);

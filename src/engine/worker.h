@@ -13,6 +13,13 @@
 /* Register the launcher; called from _PG_init while preloading. */
 extern void worker_init(void);
 
+/*
+ * Put the settings of this process that are meant for clients, and would disturb
+ * a worker, where they do not: what the configuration, or ALTER DATABASE or ALTER
+ * ROLE, says about them does not count.  Call it once connected.
+ */
+extern void worker_settings(void);
+
 /* Entry points, found by name when the postmaster starts the workers. */
 extern PGDLLEXPORT void agentvm_launcher_main(Datum arg);
 extern PGDLLEXPORT void agentvm_dispatcher_main(Datum arg);
