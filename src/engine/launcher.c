@@ -231,17 +231,19 @@ start_dispatcher(Wanted *wanted)
 
 /* Say what there is too little of, so that view health can tell. */
 static void
-report_shortage(Shortage shortage)
+report_shortage(bool enough_slots)
 {
-	static Shortage told = SHORT_OF_NOTHING;
+	static bool complained = false;
 
-	if (shortage == SHORT_OF_SLOTS && told != shortage)
+	if (!enough_slots && !complained)
 		ereport(LOG, (errmsg("agentvm: no more than %d dispatchers can run in one cluster",
 							 MAX_DISPATCHERS),
 					  errhint("Reduce agentvm.dispatchers, or the number of databases in "
 							  "agentvm.databases.")));
-	told = shortage;
-	shared_set_shortage(shortage);
+	complained = !enough_slots;
+	shared_set_shortage(short_of_workers ? SHORT_OF_WORKERS
+						: !enough_slots	 ? SHORT_OF_SLOTS
+										 : SHORT_OF_NOTHING);
 }
 
 /*
@@ -371,9 +373,7 @@ agentvm_launcher_main(Datum arg)
 			}
 		}
 		short_of_workers = lacking;
-		report_shortage(lacking			? SHORT_OF_WORKERS
-						: !enough_slots ? SHORT_OF_SLOTS
-										: SHORT_OF_NOTHING);
+		report_shortage(enough_slots);
 
 		pgstat_report_activity(STATE_IDLE, NULL);
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
