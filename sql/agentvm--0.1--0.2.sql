@@ -11,11 +11,23 @@
 ALTER TABLE agentvm.team_member ALTER COLUMN role TYPE regrole;
 SELECT pg_catalog.pg_extension_config_dump('agentvm.team_member', 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)');
 
+-- of payload_enc, where that is not key_id any more: rotate_keys(); key_id stays that of the bootstrap token
+ALTER TABLE agentvm.session ADD COLUMN payload_key_id text;
+
+-- ---------------------------------------------------------------------------
+-- Teams, members, profiles, providers
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION agentvm.rotate_keys() RETURNS int
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_rotate_keys';
+COMMENT ON FUNCTION agentvm.rotate_keys() IS 'encrypt anew, with the first key of agentvm.key_file, some of what other keys have encrypted; how much. 0 = nothing is left: call it until then';
+
 -- ---------------------------------------------------------------------------
 -- Rights
 -- ---------------------------------------------------------------------------
 
 REVOKE ALL ON ALL ROUTINES IN SCHEMA agentvm FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION agentvm.rotate_keys() TO agentvm_admin;
 
 -- This database's default privileges may have given rights to others: nobody has any that are not granted above.
 DO $$

@@ -174,6 +174,7 @@ CREATE TABLE agentvm.session (
 	running boolean NOT NULL DEFAULT false,
 	final_heartbeat_at timestamptz,
 	handle jsonb,
+	payload_key_id text, -- of payload_enc, where that is not key_id any more: rotate_keys(); key_id stays that of the bootstrap token
 	CONSTRAINT session_is_sound CHECK (agentvm.session_is_sound(state, end_reason, purchase, ended_at, next_check_at))
 ) WITH (fillfactor = 85);
 COMMENT ON TABLE agentvm.session IS 'one row per VM, also after its end; see view agentvm.sessions';
@@ -379,6 +380,10 @@ CREATE FUNCTION agentvm.set_provider(team_id text, provider text, options jsonb,
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_set_provider';
 COMMENT ON FUNCTION agentvm.set_provider(text, text, jsonb, jsonb) IS 'set a team''s options and credentials for a provider; secrets are write-only: NULL leaves them, a JSON null deletes that field';
 
+CREATE FUNCTION agentvm.rotate_keys() RETURNS int
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_rotate_keys';
+COMMENT ON FUNCTION agentvm.rotate_keys() IS 'encrypt anew, with the first key of agentvm.key_file, some of what other keys have encrypted; how much. 0 = nothing is left: call it until then';
+
 CREATE FUNCTION agentvm.check_provider(team_id text, provider text DEFAULT NULL) RETURNS jsonb
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_check_provider';
 COMMENT ON FUNCTION agentvm.check_provider(text, text) IS 'ask the provider, with a read-only call, whether the team''s credentials work';
@@ -494,7 +499,7 @@ GRANT EXECUTE ON PROCEDURE agentvm.await(uuid, text, interval, text) TO agentvm_
 GRANT EXECUTE ON FUNCTION
 	agentvm.create_team(text, text, jsonb), agentvm.alter_team(text, text, jsonb), agentvm.drop_team(text),
 	agentvm.add_member(text, name), agentvm.remove_member(text, name), agentvm.set_provider(text, text, jsonb, jsonb),
-	agentvm.check_provider(text, text), agentvm.drop_provider(text, text),
+	agentvm.check_provider(text, text), agentvm.drop_provider(text, text), agentvm.rotate_keys(),
 	agentvm.create_profile(text, text, jsonb, text, int, int, int, boolean, interval, interval, interval),
 	agentvm.drop_profile(text, text), agentvm.sweep_bootstrap(int), agentvm.sweep_heartbeat(int), agentvm.sweep_lifetime(int),
 	agentvm.sweep(int), agentvm.wake()

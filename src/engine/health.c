@@ -13,6 +13,7 @@
 #include "engine/shared.h"
 #include "funcapi.h"
 #include "procedure.h"
+#include "secret/key_use.h"
 #include "secret/secret.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
@@ -36,8 +37,6 @@ static DbQuery hold_query = {
 	"to_char(held_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS \"UTC\"') FROM agentvm.sweep_hold",
 	0,
 	{0}};
-
-static DbQuery secret_query = {"SELECT count(*) FROM agentvm.provider_secret", 0, {0}};
 
 static int64
 count_at(int column)
@@ -93,15 +92,48 @@ put_dispatchers(ReturnSetInfo *rsinfo)
 					   why ? ": " : "", why ? why : ""));
 }
 
+/* Whether the key file is usable, and has all keys that something needs. */
+static void
+put_keys(ReturnSetInfo *rsinfo)
+{
+	List *uses = key_uses();
+	char *problem = keyring_problem();
+	char *current = problem == NULL ? keyring_current_id() : NULL;
+	StringInfoData missing;
+	StringInfoData old;
+	ListCell *lc;
+
+	put_check(rsinfo, "key_file", problem == NULL || uses == NIL,
+			  problem ? problem : "the key file is usable");
+
+	initStringInfo(&missing);
+	initStringInfo(&old);
+	foreach (lc, uses)
+	{
+		KeyUse *use = (KeyUse *) lfirst(lc);
+		StringInfo list = keyring_key_problem(use->key_id) != NULL ? &missing : &old;
+
+		if (list == &missing || strcmp(use->key_id, current) != 0)
+			appendStringInfo(list, "%s\"%s\": %s", list->len > 0 ? "; " : "", use->key_id,
+							 key_use_text(use));
+	}
+	if (missing.len > 0)
+		put_check(rsinfo, "keys", false,
+				  psprintf("keys that are needed and that the key file lacks: %s", missing.data));
+	else if (old.len > 0)
+		put_check(rsinfo, "keys", true,
+				  psprintf("keys that are needed beside the first one: %s", old.data));
+	else
+		put_check(rsinfo, "keys", true, "no key but the first one is needed");
+}
+
 Datum
 agentvm_health(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 	Datum values[2] = {Int32GetDatum(STUCK_RETRIES), Int32GetDatum(2 * avm_sweep_interval_ms)};
 	DbScope scope;
-	int64 secrets;
 	char *version;
-	char *problem;
 
 	begin_set(fcinfo);
 	put_dispatchers(rsinfo);
@@ -120,14 +152,7 @@ agentvm_health(PG_FUNCTION_ARGS)
 			  psprintf("extension and library are of version %s", version));
 	db_enter(&scope);
 
-	db_run(&secret_query, NULL, NULL);
-	secrets = count_at(1);
-	problem = keyring_problem();
-	if (problem == NULL)
-		put_check(rsinfo, "key_file", true, "the key file is usable");
-	else
-		put_check(rsinfo, "key_file", secrets == 0, problem);
-
+	put_keys(rsinfo);
 	db_run(&stuck_query, values, NULL);
 	put_count(rsinfo, "terminate", count_at(1),
 			  "sessions cannot be terminated at their provider and are tried again");

@@ -53,6 +53,7 @@ static DbQuery save_query = {
 	"handle = CASE WHEN $12 IS NULL THEN $19 END, "
 	"payload_enc = CASE WHEN $12 IS NULL THEN payload_enc END, "
 	"key_id = CASE WHEN $12 IS NULL THEN key_id END, "
+	"payload_key_id = CASE WHEN $12 IS NULL THEN payload_key_id END, "
 	"final_heartbeat_at = CASE WHEN $12 IS NOT NULL THEN "
 	"(SELECT h.last_heartbeat_at FROM agentvm.session_heartbeat h WHERE h.session_id = $1) END "
 	"WHERE session_id = $1",

@@ -267,6 +267,7 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 {
 	const Provider *provider = provider_find(row->provider);
 	const char *config_error = NULL;
+	const char *missing = NULL;
 	const SecretSet *secrets = config_secrets(configs, row->team_id, row->provider, &config_error);
 	TimestampTz retry_at = DT_NOEND;
 	TimestampTz now;
@@ -304,8 +305,15 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		context.now = now;
 		context.ending = row->state == STATE_TERMINATING && op == OP_PROVISION;
 
-		/* an end may need no credentials: where there is nothing to end */
-		unavailable = config_error != NULL;
+		/*
+		 * An end may need no credentials: where there is nothing to end.  A launch
+		 * needs the key of its bootstrap token, too.
+		 */
+		missing = config_error;
+		if (missing == NULL && op == OP_PROVISION && row->runtime && !row->running &&
+			row->key_id != NULL)
+			missing = keyring_key_problem(row->key_id);
+		unavailable = missing != NULL;
 		if (provider != NULL && round < MAX_ROUNDS && (!unavailable || op == OP_TERMINATE))
 		{
 			provider_step(provider, &context, &step);
@@ -316,12 +324,12 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 			memset(&step, 0, sizeof(step));
 			step.kind = STEP_FAILED;
 			step.error_class = CLASS_TRANSIENT;
-			step.error_code = provider == NULL		 ? "UnknownProvider"
-							  : config_error != NULL ? "SecretUnavailable"
-													 : "StepLoop";
-			step.error_message = provider == NULL		? row->provider
-								 : config_error != NULL ? config_error
-														: "the provider goes round in circles";
+			step.error_code = provider == NULL	? "UnknownProvider"
+							  : missing != NULL ? "SecretUnavailable"
+												: "StepLoop";
+			step.error_message = provider == NULL  ? row->provider
+								 : missing != NULL ? missing
+												   : "the provider goes round in circles";
 		}
 
 		if (step.kind == STEP_FAILED && step.error_class == CLASS_NONE)

@@ -377,6 +377,18 @@ keyring_problem(void)
 	return keyring_refresh(&problem) ? NULL : problem.message;
 }
 
+char *
+keyring_key_problem(const char *key_id)
+{
+	KeyringProblem problem;
+
+	if (!keyring_refresh(&problem))
+		return problem.message;
+	if (find_key(key_id) == NULL)
+		return psprintf("key file \"%s\" has no key \"%s\"", keyring.path, key_id);
+	return NULL;
+}
+
 const char *
 keyring_key_text(const char *key_id)
 {

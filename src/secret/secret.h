@@ -68,6 +68,9 @@ extern char *keyring_current_id(void);
  */
 extern char *keyring_problem(void);
 
+/* The same, and a key of that id has to be there. */
+extern char *keyring_key_problem(const char *key_id);
+
 /*
  * The 64 hexadecimal digits of HMAC-SHA256(key, "<session id>:<attempt>"): the
  * bootstrap token of one launch attempt, the same on every call.  Raises AV010

@@ -42,7 +42,8 @@ static DbQuery by_token_query = {
 	{BYTEAOID, TEXTOID}};
 
 static DbQuery boot_lock_query = {
-	"SELECT s.state, s.boot_id, s.team_id, s.payload_enc, s.key_id, s.deadline_at, "
+	"SELECT s.state, s.boot_id, s.team_id, s.payload_enc, "
+	"coalesce(s.payload_key_id, s.key_id), s.deadline_at, "
 	"coalesce(s.launched_at + s.bootstrap_timeout > clock_timestamp(), true), "
 	"EXISTS (SELECT FROM agentvm.session_token t WHERE t.session_id = s.session_id "
 	"AND t.kind = 'session' AND t.token_sha256 = $2) "

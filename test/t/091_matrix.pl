@@ -68,7 +68,7 @@ my %call = (
 	add_member => q{add_member('TEAM', 'newcomer')}, remove_member => q{remove_member('TEAM', 'member')},
 	set_provider => q{set_provider('TEAM', 'ec2', '{"region": "us-east-1"}')}, check_provider => q{check_provider('TEAM', 'noop')}, drop_provider => q{drop_provider('TEAM', 'ec2')},
 	create_profile => q{create_profile('new', 'noop', team_id => 'TEAM')}, drop_profile => q{drop_profile('shape', 'TEAM')},
-	dispatch => 'dispatch(1)', wake => 'wake()', map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
+	dispatch => 'dispatch(1)', wake => 'wake()', rotate_keys => 'rotate_keys()', map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
 	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])},
 	session_is_sound => q{session_is_sound('ready', NULL, NULL, NULL, now())},
 	map { $_ => "$_()" } qw(visible_teams sees_all stat_provider_get stat_dispatcher_get health_get session_transition event_is_append_only));
