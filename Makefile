@@ -4,6 +4,7 @@
 #   make check                        regress, isolation and TAP against this build, as an ordinary user: the extension
 #                                     is installed into a private copy of the server (tmp_install), nowhere else
 #   make check-regress REGRESS=name, check-isolation ISOLATION=name, check-tap PROVE_TESTS=test/t/x.pl   some of them
+#   make SANITIZE=address,undefined ...   with the compiler's checks built in; test/lib/env.sh checked makes the tree's server fit
 #   make format, make lint            clang-format; compilers with -Werror, cppcheck, shellcheck
 
 PG_CONFIG ?= pg_config
@@ -26,6 +27,11 @@ warnings = -Wall -Wextra -Werror=implicit-function-declaration -Wno-unused-param
 PG_CPPFLAGS = -Isrc $(shell pkg-config --cflags $(libraries))
 PG_CFLAGS = $(warnings) -MMD -MP
 SHLIB_LINK = $(shell pkg-config --libs $(libraries))
+ifdef SANITIZE
+checks = -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
+PG_CFLAGS += $(checks)
+SHLIB_LINK += $(checks)
+endif
 
 REGRESS = $(sort $(basename $(notdir $(wildcard test/sql/*.sql))))
 REGRESS_OPTS = --inputdir=$(srcdir)/test --outputdir=. --load-extension=pgcrypto --load-extension=agentvm
@@ -75,7 +81,7 @@ check-tap: tree
 		prove -I $(top_srcdir)/src/test/perl -I test/lib $(PROVE_FLAGS) $(PROVE_TESTS))
 
 # Style and static checks
-c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c)
+c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c test/sanitize/*.c test/fuzz/*.c)
 scripts = $(shell find .ci test infra -type f -exec awk 'FNR == 1 && /^\#!.*bash/ { print FILENAME } { nextfile }' {} +)
 strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -c -o /dev/null \
 	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS))

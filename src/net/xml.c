@@ -8,6 +8,12 @@
  * no AWS service sends any.  libxml2's own limits on depth and text length stay
  * in force (XML_PARSE_HUGE is not given), and the caller has bounded the size.
  *
+ * That is not enough: libxml2 needs 50 bytes of memory for each byte of empty
+ * elements, and half a minute for the hundred thousand attributes that fit into
+ * a megabyte, since it compares each with all others.  So markup is counted
+ * first, which is done on bytes and hence wants a document in UTF-8, as AWS's
+ * are; what a document itself says of its encoding is ignored.
+ *
  * libxml2 allocates with malloc.  A reset callback on the memory context that
  * was current at xml_parse() frees the tree, so an error between parsing and
  * freeing leaks nothing.
@@ -31,6 +37,9 @@
 #include "net/xml.h"
 
 #define MAX_PATH_STEPS 16
+#define MAX_TAGS 20000		/* a few hundred are usual */
+#define MAX_ATTRIBUTES 4000 /* one is usual, but "=" may be in texts, too */
+#define MAX_TEXT 4096		/* bytes of an element's text that are kept */
 
 struct XmlDoc
 {
@@ -71,6 +80,26 @@ free_tree(void *arg)
 	doc->tree = NULL;
 }
 
+/* Whether libxml2 may have it: little markup, no DTD, nothing that looks like another encoding. */
+static bool
+is_tame(const char *text, size_t len)
+{
+	int tags = 0;
+	int attributes = 0;
+
+	for (size_t i = 0; i < len; i++)
+	{
+		if (text[i] == '<')
+			tags++;
+		else if (text[i] == '=')
+			attributes++;
+		else if (text[i] == '\0')
+			return false;
+	}
+	return text[strspn(text, " \t\r\n")] == '<' && tags <= MAX_TAGS &&
+		   attributes <= MAX_ATTRIBUTES && strstr(text, "<!DOCTYPE") == NULL;
+}
+
 XmlDoc *
 xml_parse(const char *text, size_t len)
 {
@@ -78,7 +107,7 @@ xml_parse(const char *text, size_t len)
 	xmlParserCtxtPtr parser;
 	xmlDocPtr tree;
 
-	if (len == 0 || len > INT_MAX)
+	if (len == 0 || len > INT_MAX || !is_tame(text, len))
 		return NULL;
 
 	/* Allocate first, so that nothing can fail once libxml2 holds memory. */
@@ -88,15 +117,13 @@ xml_parse(const char *text, size_t len)
 	if (parser == NULL)
 		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	parser->sax->serror = ignore_error;
-	tree = xmlCtxtReadMemory(parser, text, (int) len, NULL, NULL,
+	tree = xmlCtxtReadMemory(parser, text, (int) len, NULL, "UTF-8",
 							 XML_PARSE_NONET | XML_PARSE_NOERROR | XML_PARSE_NOWARNING |
-								 XML_PARSE_NOCDATA | XML_PARSE_COMPACT);
+								 XML_PARSE_NOCDATA | XML_PARSE_COMPACT | XML_PARSE_IGNORE_ENC);
 	xmlFreeParserCtxt(parser);
 
-	if (tree == NULL || tree->intSubset != NULL || tree->extSubset != NULL)
+	if (tree == NULL)
 	{
-		if (tree != NULL)
-			xmlFreeDoc(tree);
 		pfree(doc);
 		return NULL;
 	}
@@ -169,8 +196,9 @@ next_node(xmlNodePtr node)
 }
 
 /*
- * The element's own text, in the server's encoding.  Where that is not UTF-8,
- * other characters than ASCII become "?": a message must never fail to be kept.
+ * The first MAX_TEXT bytes of the element's own text, in the server's encoding.
+ * Where that is not UTF-8, other characters than ASCII become "?": a message must
+ * never fail to be kept.
  */
 static char *
 node_text(xmlNodePtr node)
@@ -180,12 +208,17 @@ node_text(xmlNodePtr node)
 	char *start;
 
 	initStringInfo(&text);
-	for (xmlNodePtr child = node->children; child != NULL; child = child->next)
+	for (xmlNodePtr child = node->children; child != NULL && text.len <= MAX_TEXT;
+		 child = child->next)
 	{
 		if ((child->type == XML_TEXT_NODE || child->type == XML_CDATA_SECTION_NODE) &&
 			child->content != NULL)
-			appendStringInfoString(&text, (const char *) child->content);
+			appendBinaryStringInfo(
+				&text, (const char *) child->content,
+				strnlen((const char *) child->content, MAX_TEXT + MAX_MULTIBYTE_CHAR_LEN));
 	}
+	text.len = pg_encoding_mbcliplen(PG_UTF8, text.data, text.len, MAX_TEXT);
+	text.data[text.len] = '\0';
 
 	for (int i = 0; i < text.len; i++)
 	{

@@ -13,9 +13,11 @@
 typedef struct XmlDoc XmlDoc;
 
 /*
- * Parse "len" bytes.  Returns NULL when it is no well-formed XML (HTML error
- * pages happen).  No network, no DTD, no entity expansion, bounded depth.  The
- * document is freed with CurrentMemoryContext (reset callback) or xml_free().
+ * Parse "len" bytes, which a NUL must follow.  Returns NULL when it is no
+ * well-formed XML (HTML error pages happen), not UTF-8, or more markup than any
+ * answer has.  No network, no DTD, no entity expansion, bounded depth.  The
+ * document is freed with CurrentMemoryContext (reset callback) or xml_free();
+ * the latter should be done, as a context may see many answers.
  */
 extern XmlDoc *xml_parse(const char *text, size_t len);
 
@@ -25,7 +27,8 @@ extern void xml_free(XmlDoc *doc);
 /*
  * Text of the first node that the XPath names, compared by local names so that
  * namespaces do not matter, e.g. "//instancesSet/item/instanceId"; NULL when
- * there is none.  Palloc'd; control characters are replaced by spaces.
+ * there is none.  Palloc'd; control characters are replaced by spaces, and of a
+ * long text only the first 4 kB are there.
  */
 extern char *xml_text(XmlDoc *doc, const char *path);
 

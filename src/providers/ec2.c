@@ -228,6 +228,13 @@ send_lookup(Ec2Step *step)
 	ec2_send(step, "ec2", DESCRIBE, &form);
 }
 
+XmlDoc *
+ec2_parse(Ec2Step *step)
+{
+	step->doc = xml_parse(step->reply->body, step->reply->body_len);
+	return step->doc;
+}
+
 char *
 ec2_learn_instance(Ec2Step *step, XmlDoc *doc)
 {
@@ -431,7 +438,7 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 		ec2_fail(step, error.class, error.code, error.message);
 		return;
 	}
-	doc = error.class == CLASS_NONE ? xml_parse(reply->body, reply->body_len) : NULL;
+	doc = error.class == CLASS_NONE ? ec2_parse(step) : NULL;
 
 	if (!confirming)
 	{
@@ -485,7 +492,7 @@ terminate_unanswered(Ec2Step *step)
 		ec2_fail(step, error.class, error.code, error.message);
 		return;
 	}
-	doc = xml_parse(reply->body, reply->body_len);
+	doc = ec2_parse(step);
 	if (xml_count(doc, "/DescribeInstancesResponse") == 0)
 	{
 		ec2_fail_malformed(step);
@@ -564,7 +571,7 @@ ec2_inspect(Ec2Step *step)
 	error = aws_judge(reply);
 	if (error.class == CLASS_NONE)
 	{
-		doc = xml_parse(reply->body, reply->body_len);
+		doc = ec2_parse(step);
 		if (xml_count(doc, "/DescribeInstancesResponse") == 0)
 		{
 			ec2_fail_malformed(step);
@@ -615,7 +622,7 @@ ec2_check(Ec2Step *step)
 		ec2_fail(step, error.class, error.code, error.message);
 		return;
 	}
-	doc = xml_parse(reply->body, reply->body_len);
+	doc = ec2_parse(step);
 	if (xml_count(doc, "//GetCallerIdentityResult/Account") == 0)
 	{
 		ec2_fail_malformed(step);
@@ -674,6 +681,7 @@ ec2_step(const ProviderContext *context, ProviderStep *out)
 			ec2_check(&step);
 			break;
 	}
+	xml_free(step.doc);
 }
 
 const Provider ec2_provider = {

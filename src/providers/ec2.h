@@ -60,6 +60,7 @@ typedef struct Ec2Step
 	const ProviderContext *context;
 	const ProviderSession *session;
 	const HttpReply *reply;
+	XmlDoc *doc; /* what ec2_parse() has made of the reply */
 	ProviderStep *out;
 	Ec2Progress progress;
 	int64 now; /* epoch ms */
@@ -84,6 +85,9 @@ extern void ec2_fail_malformed(Ec2Step *step);
 
 /* Wait for a time that doubles from "first" to "last" ms, but not beyond "until" (0: no bound). */
 extern void ec2_wait(Ec2Step *step, int first, int last, int64 until);
+
+/* The reply as a document, or NULL if it is none; freed when the step ends. */
+extern XmlDoc *ec2_parse(Ec2Step *step);
 
 /* Hand the address of the first instance in an answer to the engine; returns its state or NULL. */
 extern char *ec2_learn_instance(Ec2Step *step, XmlDoc *doc);

@@ -204,7 +204,7 @@ take_launch_reply(Ec2Step *step)
 	progress->sends += Max(reply->sends - 1, 0);
 	if (error.class == CLASS_NONE)
 	{
-		XmlDoc *doc = xml_parse(reply->body, reply->body_len);
+		XmlDoc *doc = ec2_parse(step);
 		char *vm_id = xml_text(doc, "//instancesSet/item/instanceId");
 		char *lifecycle = xml_text(doc, "//instancesSet/item/instanceLifecycle");
 		char *state;
@@ -284,7 +284,7 @@ poll_launch(Ec2Step *step, const char *vm_id)
 		ec2_fail(step, error.class, error.code, error.message);
 		return;
 	}
-	doc = error.class == CLASS_NONE ? xml_parse(reply->body, reply->body_len) : NULL;
+	doc = error.class == CLASS_NONE ? ec2_parse(step) : NULL;
 	if (error.class == CLASS_NONE && xml_count(doc, "/DescribeInstancesResponse") == 0)
 	{
 		ec2_fail_malformed(step);

@@ -1,14 +1,17 @@
--- Faults between agentvm and EC2, and the idempotency that moto lacks. Commands, any HTTP method:
+-- Faults between agentvm and EC2, and the idempotency that moto lacks. Commands, any HTTP method, parameters also as a form:
 --
 --   /_faults/set?mode=M&action=A&n=N&market=spot|on-demand&skip=S&...
 --        the next N calls (default: all to come) of action A (default: any) fail as M says, the first S of them excepted;
---        the first rule that fits decides; a rule with market fits RunInstances of that market only
+--        the first rule that fits decides; a rule with market fits RunInstances of that market only, one with match (&match=V)
+--        calls that have a parameter of that value, such as a team's tag
 --   /_faults/clear      no more rules            /_faults/reset      nor counts, tokens and canned instances
 --   /_faults/counts     {"received": {"RunInstances": 3, ...}, "cloud": {...}, "faulted": {...}, "replayed": {...}}
 --
 -- Modes: pass; capacity; throttle; 500 (EC2's own, as XML); html (a 502 that is no XML); auth (credentials refused);
 -- error (&status=400&code=X&message=Y); slow (&ms=N, then on); drop (closed before the cloud saw it); lost (the cloud did it,
 -- the caller sees the connection close); truncated (half of the cloud's answer); body (&status=200&body=...&repeat=N&location=URL);
+-- raw (&head=...&piece=...&repeat=N&tail=...&ms=N: these very bytes instead of HTTP, the piece N times (or "endless"), N ms before
+-- each and its number for every %n% in it, then close);
 -- canned (&ms=N: answered here without a cloud). With &log=0 the
 -- calls are not written to requests.log, which benches would make large.
 local M = {}
@@ -38,6 +41,15 @@ local function fail(fault)
         ngx.var.request_id))
 end
 
+local function has_value(args, wanted)
+    for _, value in pairs(args) do
+        if value == wanted then
+            return true
+        end
+    end
+    return false
+end
+
 -- The rule that decides about this call, which uses up one of its n
 local function rule_for(action, args)
     local market = args["InstanceMarketOptions.MarketType"] or "on-demand"
@@ -45,6 +57,7 @@ local function rule_for(action, args)
         local rule = ngx.decode_args(rules:get("rule:" .. i), 0)
         local fits = (not rule.action or rule.action == "*" or rule.action == action)
             and (not rule.market or (action == "RunInstances" and rule.market == market))
+            and (not rule.match or has_value(args, rule.match))
         if fits and rules:incr("skip:" .. i, -1) < 0 and (not rule.n or rules:incr("n:" .. i, -1) >= 0) then
             return rule
         end
@@ -188,6 +201,30 @@ local function from_the_can(action, args, rule)
     return fail({ status = 400, code = "InvalidAction", message = "not in the can" })
 end
 
+-- Bytes that need not be HTTP, until they are all sent or nobody listens any more
+local function raw(rule)
+    local socket = ngx.req.socket(true)
+    local piece, last = rule.piece or "", rule["repeat"] == "endless" and math.huge or tonumber(rule["repeat"]) or 1
+    local numbered = piece:find("%n%", 1, true)
+    local sent, at_once = 0, rule.ms and 1 or 1000
+    local good = socket:send(rule.head or "")
+    while good and sent < last do
+        local count, block = math.min(at_once, last - sent), {}
+        for i = 1, numbered and count or 0 do
+            block[i] = piece:gsub("%%n%%", sent + i)
+        end
+        if rule.ms then
+            ngx.sleep(tonumber(rule.ms) / 1000)
+        end
+        good = socket:send(numbered and block or piece:rep(count))
+        sent = sent + count
+    end
+    if good then
+        socket:send(rule.tail or "")
+    end
+    return ngx.exit(444)
+end
+
 function M.serve()
     ngx.req.read_body()
     local args = ngx.req.get_post_args(0)
@@ -211,6 +248,8 @@ function M.serve()
     elseif mode == "body" then
         ngx.header.location = rule.location
         return reply(tonumber(rule.status) or 200, string.rep(rule.body or "", tonumber(rule["repeat"]) or 1))
+    elseif mode == "raw" then
+        return raw(rule)
     elseif mode == "error" then
         return fail(rule)
     elseif errors[mode] and mode ~= "capacity" then
@@ -240,7 +279,11 @@ function M.serve()
 end
 
 function M.control()
+    ngx.req.read_body()
     local command, args = ngx.var.uri:match("^/_faults/(.*)$"), ngx.req.get_uri_args(0)
+    for key, value in pairs(ngx.req.get_post_args(0)) do
+        args[key] = value
+    end
     if command == "set" then
         if not args.mode then
             return reply(400, "mode is missing\n", "text/plain")

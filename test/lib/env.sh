@@ -71,6 +71,32 @@ tree() { # DIR PG_CONFIG
 	printf '%s\n' "$stamp" >"$dir/version"
 }
 
+# Make the server of such a tree run under a checker: "valgrind", or the library that is AddressSanitizer's runtime.
+# What it finds goes to DIR/findings.*
+# shellcheck disable=SC2016
+checked() { # DIR PG_CONFIG CHECKER
+	local dir=$1 server first
+	server=$dir$("$2" --bindir)/postgres
+	first=$dir/first.so
+	[[ -e $server.bin ]] || mv "$server" "$server.bin"
+	case $3 in
+		valgrind)
+			# the programs of initdb load no extension
+			printf '%s\n' '#!/bin/sh' 'case $1 in --boot | --single | --check | -V | -C) exec "$0.bin" "$@" ;; esac' \
+				"exec valgrind -q --trace-children=yes --leak-check=no --error-limit=no --suppressions='$root/test/sanitize/valgrind.supp' \\" \
+				"	--gen-suppressions=all --log-file='$dir/findings.%p' \"\$0.bin\" \"\$@\""
+			;;
+		*)
+			gcc -shared -fPIC -Wl,-z,initfirst -o "$first" "$root/test/sanitize/first.c"
+			# by the name of the wrapper, since pg_ctl restart calls what the server says it is
+			printf '%s\n' '#!/bin/bash' "LD_PRELOAD='$3 $first'" \
+				"ASAN_OPTIONS='detect_leaks=0 log_path=$dir/findings'" "UBSAN_OPTIONS='print_stacktrace=1 log_path=$dir/findings'" \
+				'export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS' 'exec -a "$0" "$0.bin" "$@"'
+			;;
+	esac >"$server"
+	chmod 755 "$server"
+}
+
 key_file() { (umask 077 && printf 'k1:%s\n' "$(head -c 32 /dev/urandom | base64 -w0)" >"$1"); }
 
 # Copy the sources to DIR, readable by the unprivileged user, who builds and runs there

@@ -54,7 +54,8 @@ sub control
 {
 	my ($self, $command, %arguments) = @_;
 	my $http = HTTP::Tiny->new(timeout => 10);
-	my $reply = $http->get("$self->{endpoint}/_faults/$command?" . $http->www_form_urlencode(\%arguments));
+	my $form = join '&', map { "$_=" . $arguments{$_} =~ s/([^0-9A-Za-z])/sprintf '%%%02X', ord $1/ger } keys %arguments;
+	my $reply = $http->post("$self->{endpoint}/_faults/$command", { content => $form });
 	die "faults $command: $reply->{status} $reply->{content}" unless $reply->{success};
 	return $reply->{content};
 }
