@@ -213,6 +213,30 @@ CREATE TABLE agentvm.session_event (
 CREATE INDEX session_event_session ON agentvm.session_event (session_id);
 COMMENT ON TABLE agentvm.session_event IS 'append-only log: every change of state, and every provider call that changes something or fails';
 
+CREATE TABLE agentvm.event_seal (
+	team_id text NOT NULL,
+	seal_id bigint NOT NULL,
+	event_ids bigint[] NOT NULL,
+	newest_at timestamptz NOT NULL,
+	sealed_at timestamptz NOT NULL DEFAULT now(),
+	previous bytea,
+	sha256 bytea NOT NULL CHECK (octet_length(sha256) = 32),
+	purged_at timestamptz,
+	PRIMARY KEY (team_id, seal_id)
+);
+-- finds the seals of a block of event ids; audit.c has the same number
+CREATE INDEX event_seal_block ON agentvm.event_seal ((event_ids[1] / 2000));
+CREATE INDEX event_seal_age ON agentvm.event_seal (newest_at) WHERE purged_at IS NULL;
+COMMENT ON TABLE agentvm.event_seal IS 'per team a chain of seals, numbered from 1, each with the SHA-256 of its events and of the seal before; purged_at: the events are gone';
+
+CREATE TABLE agentvm.event_seal_mark (
+	only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+	sealed_below bigint NOT NULL,
+	seen bigint,
+	seen_next_xid xid8
+);
+COMMENT ON TABLE agentvm.event_seal_mark IS 'how far events are sealed: all up to sealed_below; seen, once the transactions before seen_next_xid have ended';
+
 CREATE TABLE agentvm.gateway (
 	gateway_id text PRIMARY KEY,
 	control_address text,
@@ -236,7 +260,7 @@ DECLARE
 BEGIN
 	FOREACH t IN ARRAY ARRAY['agentvm.team', 'agentvm.team_member', 'agentvm.former_team', 'agentvm.provider_config', 'agentvm.provider_secret',
 							 'agentvm.profile', 'agentvm.session', 'agentvm.session_heartbeat', 'agentvm.session_token', 'agentvm.session_event',
-							 'agentvm.session_event_event_id_seq', 'agentvm.gateway'] LOOP
+							 'agentvm.session_event_event_id_seq', 'agentvm.event_seal', 'agentvm.event_seal_mark', 'agentvm.gateway'] LOOP
 		PERFORM pg_catalog.pg_extension_config_dump(t::pg_catalog.regclass, CASE t WHEN 'agentvm.team_member'
 			-- a dropped role has but its number, which may be another role's elsewhere
 			THEN 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)' ELSE '' END);
@@ -261,15 +285,16 @@ DECLARE
 	t text;
 BEGIN
 	FOREACH t IN ARRAY ARRAY['installation', 'team', 'team_member', 'former_team', 'provider_config', 'provider_secret', 'profile', 'session',
-							 'session_heartbeat', 'session_token', 'session_event', 'gateway', 'sweep_hold'] LOOP
+							 'session_heartbeat', 'session_token', 'session_event', 'event_seal', 'event_seal_mark', 'gateway', 'sweep_hold'] LOOP
 		EXECUTE format('ALTER TABLE agentvm.%I ENABLE ROW LEVEL SECURITY', t);
 		EXECUTE format('REVOKE ALL ON agentvm.%I FROM PUBLIC', t);
 	END LOOP;
-	FOREACH t IN ARRAY ARRAY['installation', 'team', 'team_member', 'former_team', 'provider_config', 'profile', 'session_event', 'gateway', 'sweep_hold'] LOOP
+	FOREACH t IN ARRAY ARRAY['installation', 'team', 'team_member', 'former_team', 'provider_config', 'profile', 'session_event', 'event_seal', 'event_seal_mark',
+							 'gateway', 'sweep_hold'] LOOP
 		EXECUTE format('GRANT SELECT ON agentvm.%I TO agentvm_admin', t);
 		EXECUTE format('CREATE POLICY admin ON agentvm.%I FOR SELECT TO agentvm_admin USING (true)', t);
 	END LOOP;
-	FOREACH t IN ARRAY ARRAY['team', 'team_member', 'provider_config', 'session_event'] LOOP
+	FOREACH t IN ARRAY ARRAY['team', 'team_member', 'provider_config', 'session_event', 'event_seal'] LOOP
 		EXECUTE format('GRANT SELECT ON agentvm.%I TO agentvm_user', t);
 		EXECUTE format('CREATE POLICY member ON agentvm.%I FOR SELECT TO agentvm_user
 						USING (team_id = ANY ((SELECT agentvm.visible_teams())::text[]))', t);
@@ -351,6 +376,10 @@ COMMENT ON FUNCTION agentvm.event_is_append_only() IS 'refuses changes to the lo
 
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON agentvm.session_event
 	FOR EACH STATEMENT EXECUTE FUNCTION agentvm.event_is_append_only();
+ALTER TABLE agentvm.session_event ENABLE ALWAYS TRIGGER append_only;
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON agentvm.event_seal
+	FOR EACH STATEMENT EXECUTE FUNCTION agentvm.event_is_append_only();
+ALTER TABLE agentvm.event_seal ENABLE ALWAYS TRIGGER append_only;
 
 -- ---------------------------------------------------------------------------
 -- Teams, members, profiles, providers
@@ -461,6 +490,22 @@ LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_sweep';
 COMMENT ON FUNCTION agentvm.sweep(int) IS 'all three sweeps; how many sessions are newly to end';
 
 -- ---------------------------------------------------------------------------
+-- The log's seals, and what is kept no longer
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION agentvm.seal_audit() RETURNS bigint
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_seal_audit';
+COMMENT ON FUNCTION agentvm.seal_audit() IS 'seal all committed events that are not sealed yet; how many. The dispatchers do it by themselves';
+
+CREATE FUNCTION agentvm.verify_audit(team_id text) RETURNS TABLE (seal_id bigint, event_id bigint, problem text)
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_verify_audit';
+COMMENT ON FUNCTION agentvm.verify_audit(text) IS 'check a team''s sealed events against their seals; no row: all is in order';
+
+CREATE FUNCTION agentvm.purge(older_than interval) RETURNS bigint
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_purge';
+COMMENT ON FUNCTION agentvm.purge(interval) IS 'remove sessions that ended before that, and sealed events older than that but for those of live sessions; how many sessions and events together';
+
+-- ---------------------------------------------------------------------------
 -- What the gateway calls; hashes only, so that no token ever reaches the server
 -- ---------------------------------------------------------------------------
 
@@ -505,6 +550,8 @@ GRANT EXECUTE ON FUNCTION
 	agentvm.sweep(int), agentvm.wake()
 	TO agentvm_admin;
 GRANT EXECUTE ON PROCEDURE agentvm.dispatch(int, int) TO agentvm_admin;
+GRANT EXECUTE ON FUNCTION agentvm.seal_audit(), agentvm.purge(interval) TO agentvm_admin;
+GRANT EXECUTE ON FUNCTION agentvm.verify_audit(text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION agentvm.stat_provider_get(), agentvm.stat_dispatcher_get(), agentvm.health_get()
 	TO agentvm_admin, agentvm_monitor;
 GRANT EXECUTE ON FUNCTION agentvm.bootstrap(bytea, bytea, text, jsonb), agentvm.authenticate(bytea), agentvm.heartbeat(bytea),

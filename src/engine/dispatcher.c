@@ -17,6 +17,7 @@
 #include "catalog/pg_extension.h"
 #include "commands/extension.h"
 #include "db.h"
+#include "engine/audit.h"
 #include "engine/engine.h"
 #include "engine/sweep.h"
 #include "engine/worker.h"
@@ -223,7 +224,7 @@ agentvm_dispatcher_main(Datum arg)
 				next_periodic = 0;
 				shared_serve(slot, true);
 			}
-			until = pass(engine, &next_periodic);
+			until = audit_work(slot, host, pass(engine, &next_periodic));
 		}
 
 		/* after an error we sleep whatever is committed meanwhile */

@@ -29,7 +29,6 @@ PG_FUNCTION_INFO_V1(agentvm_status);
 PG_FUNCTION_INFO_V1(agentvm_inspect);
 PG_FUNCTION_INFO_V1(agentvm_session_is_sound);
 PG_FUNCTION_INFO_V1(agentvm_session_transition);
-PG_FUNCTION_INFO_V1(agentvm_event_is_append_only);
 
 #define MAX_REASON 500 /* bytes of terminate()'s free text */
 
@@ -355,12 +354,4 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	db_leave(&scope);
 	wake_waiters(id);
 	return PointerGetDatum(NULL);
-}
-
-Datum
-agentvm_event_is_append_only(PG_FUNCTION_ARGS)
-{
-	ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-					errmsg("agentvm.session_event is append-only")));
-	return (Datum) 0;
 }

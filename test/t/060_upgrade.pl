@@ -42,6 +42,7 @@ $node->safe_psql('upgraded', 'ALTER EXTENSION agentvm UPDATE');
 await($node, "SELECT state FROM agentvm.session WHERE session_id = '01900000-0000-7000-8000-000000000001'", 'ready', @up, name => 'the launch goes on');
 is($node->safe_psql('upgraded', 'SELECT pid FROM agentvm.stat_dispatcher'), $pid, 'in the same dispatcher');
 is($node->safe_psql('upgraded', 'SELECT * FROM agentvm.session_event ORDER BY event_id LIMIT 1'), $before, 'history is as it was');
+await($node, 'SELECT sum(cardinality(event_ids)) = (SELECT count(*) FROM agentvm.session_event) FROM agentvm.event_seal', 't', @up, name => 'and is sealed from its beginning');
 is($node->safe_psql('upgraded', 'SET ROLE alice; SELECT count(*) FROM agentvm.sessions'), 2, 'a member is still one');
 my $said = () = log_text($node) =~ /LOG:  agentvm: the extension's version is \Q$old\E, the library's \Q$new\E/g;
 is($said, 1, 'the log has told it once');
