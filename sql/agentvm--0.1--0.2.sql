@@ -56,6 +56,18 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON agentvm.event_
 	FOR EACH STATEMENT EXECUTE FUNCTION agentvm.event_is_append_only();
 ALTER TABLE agentvm.event_seal ENABLE ALWAYS TRIGGER append_only;
 
+-- Who we are: the one installation that 0.1 knew is this one. Which restore it has seen is not known, so that a server
+-- that has seen one asks first.
+CREATE FUNCTION agentvm.cluster_identity(OUT system_identifier bigint, OUT database oid, OUT restore_id uuid)
+LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'agentvm_cluster_identity';
+COMMENT ON FUNCTION agentvm.cluster_identity() IS 'what the row of agentvm.installation has to match before anything acts';
+
+ALTER TABLE agentvm.installation DROP COLUMN only_row, ADD PRIMARY KEY (installation_id), ADD COLUMN system_identifier bigint, ADD COLUMN database oid,
+	ADD COLUMN restore_id uuid, ADD COLUMN in_use boolean NOT NULL DEFAULT false, ADD COLUMN adopted_at timestamptz, ADD COLUMN adopted_by name;
+COMMENT ON TABLE agentvm.installation IS 'who we are: installation_id is the value of the tag agentvm-cluster, the rest says where; nothing acts unless there is one row, in use, that matches';
+UPDATE agentvm.installation SET in_use = true, (system_identifier, database) = (SELECT c.system_identifier, c.database FROM agentvm.cluster_identity() c);
+SELECT pg_catalog.pg_extension_config_dump('agentvm.installation', 'WHERE in_use');
+
 -- ---------------------------------------------------------------------------
 -- Teams, members, profiles, providers
 -- ---------------------------------------------------------------------------
@@ -79,6 +91,23 @@ COMMENT ON FUNCTION agentvm.verify_audit(text) IS 'check a team''s sealed events
 CREATE FUNCTION agentvm.purge(older_than interval) RETURNS bigint
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_purge';
 COMMENT ON FUNCTION agentvm.purge(interval) IS 'remove sessions that ended before that, and sealed events older than that but for those of live sessions; how many sessions and events together';
+-- What a copy of this database may do, and the end of the extension
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION agentvm.guard_drop() RETURNS event_trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_guard_drop';
+COMMENT ON FUNCTION agentvm.guard_drop() IS 'loads the library, which refuses to drop the extension while VMs live, where it is not preloaded';
+
+CREATE EVENT TRIGGER agentvm_guard_drop ON ddl_command_start WHEN TAG IN ('DROP EXTENSION', 'DROP SCHEMA', 'DROP OWNED')
+	EXECUTE FUNCTION agentvm.guard_drop();
+COMMENT ON EVENT TRIGGER agentvm_guard_drop IS 'the extension is not dropped while VMs live';
+
+CREATE FUNCTION agentvm.adopt_cluster(mode text) RETURNS void
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_adopt_cluster';
+COMMENT ON FUNCTION agentvm.adopt_cluster(text) IS 'make a restored or copied database act: takeover: it succeeds the original; fork: the original lives on and keeps the VMs';
+
+CREATE FUNCTION agentvm.abandon(OUT session_id uuid, OUT team_id text, OUT provider text, OUT vm_id text, OUT region text)
+RETURNS SETOF record LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_abandon';
+COMMENT ON FUNCTION agentvm.abandon() IS 'forget every live session without a call to its provider; returns those that may have a VM, which somebody must now look after';
 
 -- ---------------------------------------------------------------------------
 -- Rights
@@ -88,6 +117,8 @@ REVOKE ALL ON ALL ROUTINES IN SCHEMA agentvm FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION agentvm.rotate_keys() TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.seal_audit(), agentvm.purge(interval) TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.verify_audit(text) TO agentvm_user;
+GRANT EXECUTE ON FUNCTION agentvm.adopt_cluster(text), agentvm.abandon() TO agentvm_admin;
+GRANT EXECUTE ON FUNCTION agentvm.cluster_identity() TO agentvm_admin, agentvm_monitor;
 
 -- This database's default privileges may have given rights to others: nobody has any that are not granted above.
 DO $$

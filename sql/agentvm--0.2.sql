@@ -42,13 +42,22 @@ GRANT agentvm_user TO agentvm_admin;
 -- Tables
 -- ---------------------------------------------------------------------------
 
+CREATE FUNCTION agentvm.cluster_identity(OUT system_identifier bigint, OUT database oid, OUT restore_id uuid)
+LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'agentvm_cluster_identity';
+COMMENT ON FUNCTION agentvm.cluster_identity() IS 'what the row of agentvm.installation has to match before anything acts';
+
 CREATE TABLE agentvm.installation (
-	only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
-	installation_id uuid NOT NULL DEFAULT gen_random_uuid(),
-	created_at timestamptz NOT NULL DEFAULT now()
+	installation_id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+	created_at timestamptz NOT NULL DEFAULT now(),
+	system_identifier bigint,
+	database oid,
+	restore_id uuid,
+	in_use boolean NOT NULL DEFAULT false,
+	adopted_at timestamptz,
+	adopted_by name
 );
-COMMENT ON TABLE agentvm.installation IS 'who we are towards providers: installation_id is the value of the tag agentvm-cluster';
-INSERT INTO agentvm.installation DEFAULT VALUES;
+COMMENT ON TABLE agentvm.installation IS 'who we are: installation_id is the value of the tag agentvm-cluster, the rest says where; nothing acts unless there is one row, in use, that matches';
+INSERT INTO agentvm.installation (system_identifier, database, restore_id) SELECT * FROM agentvm.cluster_identity();
 
 CREATE TABLE agentvm.team (
 	team_id text PRIMARY KEY,
@@ -260,10 +269,12 @@ DECLARE
 BEGIN
 	FOREACH t IN ARRAY ARRAY['agentvm.team', 'agentvm.team_member', 'agentvm.former_team', 'agentvm.provider_config', 'agentvm.provider_secret',
 							 'agentvm.profile', 'agentvm.session', 'agentvm.session_heartbeat', 'agentvm.session_token', 'agentvm.session_event',
-							 'agentvm.session_event_event_id_seq', 'agentvm.event_seal', 'agentvm.event_seal_mark', 'agentvm.gateway'] LOOP
-		PERFORM pg_catalog.pg_extension_config_dump(t::pg_catalog.regclass, CASE t WHEN 'agentvm.team_member'
+							 'agentvm.session_event_event_id_seq', 'agentvm.event_seal', 'agentvm.event_seal_mark', 'agentvm.gateway', 'agentvm.installation'] LOOP
+		PERFORM pg_catalog.pg_extension_config_dump(t::pg_catalog.regclass, CASE t
 			-- a dropped role has but its number, which may be another role's elsewhere
-			THEN 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)' ELSE '' END);
+			WHEN 'agentvm.team_member' THEN 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)'
+			-- what nobody has used has no identity to keep
+			WHEN 'agentvm.installation' THEN 'WHERE in_use' ELSE '' END);
 	END LOOP;
 END
 $$;
@@ -381,6 +392,13 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON agentvm.event_
 	FOR EACH STATEMENT EXECUTE FUNCTION agentvm.event_is_append_only();
 ALTER TABLE agentvm.event_seal ENABLE ALWAYS TRIGGER append_only;
 
+CREATE FUNCTION agentvm.guard_drop() RETURNS event_trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_guard_drop';
+COMMENT ON FUNCTION agentvm.guard_drop() IS 'loads the library, which refuses to drop the extension while VMs live, where it is not preloaded';
+
+CREATE EVENT TRIGGER agentvm_guard_drop ON ddl_command_start WHEN TAG IN ('DROP EXTENSION', 'DROP SCHEMA', 'DROP OWNED')
+	EXECUTE FUNCTION agentvm.guard_drop();
+COMMENT ON EVENT TRIGGER agentvm_guard_drop IS 'the extension is not dropped while VMs live';
+
 -- ---------------------------------------------------------------------------
 -- Teams, members, profiles, providers
 -- ---------------------------------------------------------------------------
@@ -489,6 +507,14 @@ CREATE FUNCTION agentvm.sweep(max_sessions int DEFAULT NULL) RETURNS int
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_sweep';
 COMMENT ON FUNCTION agentvm.sweep(int) IS 'all three sweeps; how many sessions are newly to end';
 
+CREATE FUNCTION agentvm.adopt_cluster(mode text) RETURNS void
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_adopt_cluster';
+COMMENT ON FUNCTION agentvm.adopt_cluster(text) IS 'make a restored or copied database act: takeover: it succeeds the original; fork: the original lives on and keeps the VMs';
+
+CREATE FUNCTION agentvm.abandon(OUT session_id uuid, OUT team_id text, OUT provider text, OUT vm_id text, OUT region text)
+RETURNS SETOF record LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_abandon';
+COMMENT ON FUNCTION agentvm.abandon() IS 'forget every live session without a call to its provider; returns those that may have a VM, which somebody must now look after';
+
 -- ---------------------------------------------------------------------------
 -- The log's seals, and what is kept no longer
 -- ---------------------------------------------------------------------------
@@ -547,12 +573,12 @@ GRANT EXECUTE ON FUNCTION
 	agentvm.check_provider(text, text), agentvm.drop_provider(text, text), agentvm.rotate_keys(),
 	agentvm.create_profile(text, text, jsonb, text, int, int, int, boolean, interval, interval, interval),
 	agentvm.drop_profile(text, text), agentvm.sweep_bootstrap(int), agentvm.sweep_heartbeat(int), agentvm.sweep_lifetime(int),
-	agentvm.sweep(int), agentvm.wake()
+	agentvm.sweep(int), agentvm.wake(), agentvm.adopt_cluster(text), agentvm.abandon()
 	TO agentvm_admin;
 GRANT EXECUTE ON PROCEDURE agentvm.dispatch(int, int) TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.seal_audit(), agentvm.purge(interval) TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.verify_audit(text) TO agentvm_user;
-GRANT EXECUTE ON FUNCTION agentvm.stat_provider_get(), agentvm.stat_dispatcher_get(), agentvm.health_get()
+GRANT EXECUTE ON FUNCTION agentvm.stat_provider_get(), agentvm.stat_dispatcher_get(), agentvm.health_get(), agentvm.cluster_identity()
 	TO agentvm_admin, agentvm_monitor;
 GRANT EXECUTE ON FUNCTION agentvm.bootstrap(bytea, bytea, text, jsonb), agentvm.authenticate(bytea), agentvm.heartbeat(bytea),
 	agentvm.heartbeat_batch(uuid[], timestamptz[]) TO agentvm_gateway;

@@ -15,6 +15,8 @@
 
 #include "agentvm.h"
 #include "engine/database_hook.h"
+#include "engine/forget.h"
+#include "engine/identity.h"
 #include "engine/shared.h"
 #include "engine/wake.h"
 #include "engine/worker.h"
@@ -180,8 +182,10 @@ _PG_init(void)
 {
 	define_settings();
 	wake_init();
+	forget_guard_init();
 	if (!process_shared_preload_libraries_in_progress)
 		return;
+	identity_init();
 	shared_init();
 	worker_init();
 	database_hook_init();

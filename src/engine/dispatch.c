@@ -15,6 +15,7 @@
 #include "agentvm.h"
 #include "db.h"
 #include "engine/engine.h"
+#include "engine/identity.h"
 #include "engine/wake.h"
 #include "procedure.h"
 #include "utils/memutils.h"
@@ -53,6 +54,8 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 						errmsg("max_sessions must be positive, but is %d", limit)));
 	require_admin("dispatch sessions");
 	require_no_transaction_block(fcinfo, "agentvm.dispatch()");
+	if (!identity_permits("agentvm.dispatch()"))
+		PG_RETURN_DATUM(procedure_result(fcinfo, Int32GetDatum(0)));
 
 	if (SPI_connect_ext(SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");

@@ -15,10 +15,12 @@
 #include "access/xact.h"
 #include "agentvm.h"
 #include "catalog/pg_extension.h"
+#include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "db.h"
 #include "engine/audit.h"
 #include "engine/engine.h"
+#include "engine/identity.h"
 #include "engine/sweep.h"
 #include "engine/worker.h"
 #include "pgstat.h"
@@ -81,11 +83,33 @@ commit(void)
 }
 
 /*
- * Whether the extension is here, in the version that this library was built for.
- * The lock makes a DROP EXTENSION under way either wait for us or be seen.
+ * Whether the sessions of this database are ours to act on; that they are not is
+ * told once.
+ */
+static IdentityState
+look_at_identity(void)
+{
+	static bool complained = false;
+	IdentityState state;
+	char *problem;
+
+	state = identity_look(&problem);
+	if (state == IDENTITY_FOREIGN && !complained)
+		ereport(LOG,
+				(errmsg("agentvm: database \"%s\" is a copy that nobody has adopted: nothing is "
+						"dispatched",
+						get_database_name(MyDatabaseId)),
+				 errdetail("What does not match: %s.", problem), errhint(IDENTITY_HINT)));
+	complained = state == IDENTITY_FOREIGN;
+	return state;
+}
+
+/*
+ * Whether the extension is here, in the version that this library was built for,
+ * and in that case whether its sessions are ours.  The lock makes a DROP EXTENSION under way either wait for us or be seen.
  */
 static bool
-extension_is_ready(void)
+extension_is_ready(IdentityState *identity)
 {
 	static bool complained = false;
 	Oid extension;
@@ -114,8 +138,9 @@ extension_is_ready(void)
 	}
 	else
 		complained = false;
+	*identity = version != NULL && ready ? look_at_identity() : IDENTITY_FOREIGN;
 	commit();
-	return ready;
+	return ready && *identity == IDENTITY_IN_ORDER;
 }
 
 /* What is done once per sweep_interval. */
@@ -157,6 +182,7 @@ agentvm_dispatcher_main(Datum arg)
 	DispatcherSlot *slot;
 	Engine *volatile engine = NULL;
 	volatile TimestampTz pause_until = 0;
+	IdentityState identity;
 	static TimestampTz next_periodic = 0; /* static: it must survive the jump */
 	Oid database;
 
@@ -205,15 +231,18 @@ agentvm_dispatcher_main(Datum arg)
 								GetCurrentTimestamp() + avm_sweep_interval_ms * INT64CONST(1000));
 		}
 
+		/* what is committed after this look wakes us again; a new engine looks at everything */
+		if (engine == NULL)
+			(void) shared_take_due(slot);
 		if (GetCurrentTimestamp() < pause_until)
 			until = pause_until;
-		else if (!extension_is_ready())
+		else if (!extension_is_ready(&identity))
 		{
-			shared_serve(slot, false);
+			/* one that is not in use yet comes to life with the first commit that wakes us */
+			shared_serve(slot, identity == IDENTITY_UNUSED);
 			if (engine != NULL)
 				engine_destroy(engine);
 			engine = NULL;
-			(void) shared_take_due(slot);
 			until = GetCurrentTimestamp() + avm_sweep_interval_ms * INT64CONST(1000);
 		}
 		else

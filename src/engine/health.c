@@ -10,6 +10,7 @@
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/identity.h"
 #include "engine/shared.h"
 #include "funcapi.h"
 #include "procedure.h"
@@ -134,6 +135,8 @@ agentvm_health(PG_FUNCTION_ARGS)
 	Datum values[2] = {Int32GetDatum(STUCK_RETRIES), Int32GetDatum(2 * avm_sweep_interval_ms)};
 	DbScope scope;
 	char *version;
+	char *problem;
+	IdentityState identity;
 
 	begin_set(fcinfo);
 	put_dispatchers(rsinfo);
@@ -150,6 +153,13 @@ agentvm_health(PG_FUNCTION_ARGS)
 	}
 	put_check(rsinfo, "version", true,
 			  psprintf("extension and library are of version %s", version));
+	identity = identity_look(&problem);
+	put_check(rsinfo, "identity", identity != IDENTITY_FOREIGN,
+			  identity == IDENTITY_IN_ORDER ? "the sessions are this database's own"
+			  : identity == IDENTITY_UNUSED
+				  ? "not in use yet: the first create_team() or provision() begins"
+				  : psprintf("nothing acts before agentvm.adopt_cluster('takeover' or 'fork'): %s",
+							 problem));
 	db_enter(&scope);
 
 	put_keys(rsinfo);

@@ -20,7 +20,8 @@
 	"s.session_id, s.team_id, s.agent_id, s.provider, s.created_at, s.deadline_at, s.ceiling_at, " \
 	"s.options, s.vcpus, s.memory_mib, s.disk_gib, s.runtime, "                                    \
 	"(extract(epoch FROM s.bootstrap_timeout) * 1000000)::int8, s.key_id, "                        \
-	"(SELECT installation_id FROM agentvm.installation), "                                         \
+	"(SELECT installation_id FROM agentvm.installation ORDER BY in_use DESC, created_at LIMIT "    \
+	"1), "                                                                                         \
 	"s.state, s.end_reason, s.detail, s.vm_id, s.region, s.address, s.purchase, s.attempt, "       \
 	"s.launched_at, s.ready_at, s.ended_at, s.next_check_at, s.lease, s.retries, s.running, "      \
 	"s.handle "

@@ -18,6 +18,7 @@
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/identity.h"
 #include "engine/shared.h"
 #include "engine/sweep.h"
 #include "engine/wake.h"
@@ -51,15 +52,19 @@ static DbQuery bootstrap_query = {END_DUE("bootstrap_timeout",
 static DbQuery lifetime_query = {
 	END_DUE("max_lifetime", "deadline_at <= clock_timestamp()"), 2, {INT8OID, INT4OID}};
 
+#define HERE_SINCE                                                                                 \
+	"greatest(pg_postmaster_start_time(), (SELECT max(adopted_at) FROM agentvm.installation))"
+
 /*
  * Since when somebody could have heard a heartbeat: NULL when nobody listens
- * now; the server's start where no gateway is registered.  Every gateway's row
+ * now; the server's start, or the adoption of this database, where no gateway is
+ * registered.  Every gateway's row
  * carries the start of the unbroken period as it stood at its last report.
  */
 static DbQuery listening_query = {
-	"SELECT CASE WHEN count(*) = 0 THEN pg_postmaster_start_time() "
+	"SELECT CASE WHEN count(*) = 0 THEN " HERE_SINCE " "
 	"WHEN max(last_report_at) > clock_timestamp() - $1 * interval '1 s' THEN "
-	"greatest(pg_postmaster_start_time(), "
+	"greatest(" HERE_SINCE ", "
 	"(SELECT listening_since FROM agentvm.gateway ORDER BY last_report_at DESC NULLS LAST LIMIT "
 	"1)) "
 	"END FROM agentvm.gateway",
@@ -230,7 +235,7 @@ sweep_heartbeat(int max_sessions)
 /* ---- SQL ---- */
 
 static Datum
-sweep_from_sql(FunctionCallInfo fcinfo, int (*const *sweeps)(int))
+sweep_from_sql(FunctionCallInfo fcinfo, const char *function, int (*const *sweeps)(int))
 {
 	int max_sessions = PG_ARGISNULL(0) ? -1 : PG_GETARG_INT32(0);
 	int count = 0;
@@ -240,6 +245,8 @@ sweep_from_sql(FunctionCallInfo fcinfo, int (*const *sweeps)(int))
 		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 						errmsg("max_sessions must not be negative, but is %d", max_sessions)));
 	require_admin("sweep sessions");
+	if (!identity_permits(function))
+		PG_RETURN_INT32(0);
 	db_enter(&scope);
 	for (; *sweeps != NULL && (max_sessions < 0 || count < max_sessions); sweeps++)
 		count += (*sweeps)(max_sessions < 0 ? -1 : max_sessions - count);
@@ -252,7 +259,7 @@ sweep_from_sql(FunctionCallInfo fcinfo, int (*const *sweeps)(int))
 	Datum agentvm_##name(PG_FUNCTION_ARGS)                                                         \
 	{                                                                                              \
 		static int (*const sweeps[])(int) = {__VA_ARGS__, NULL};                                   \
-		return sweep_from_sql(fcinfo, sweeps);                                                     \
+		return sweep_from_sql(fcinfo, "agentvm." #name "()", sweeps);                              \
 	}
 
 SWEEP_FUNCTION(sweep_bootstrap, sweep_bootstrap)

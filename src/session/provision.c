@@ -21,6 +21,7 @@
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/identity.h"
 #include "engine/session_row.h"
 #include "engine/shared.h"
 #include "engine/wake.h"
@@ -845,6 +846,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	if (provider->check_launch != NULL)
 		provider->check_launch(options, runtime);
 
+	identity_take_into_use();
 	make_session_id(id, now);
 	has_payload = JB_ROOT_COUNT(request.env) > 0 || JB_ROOT_COUNT(request.repos) > 0;
 	if (runtime)

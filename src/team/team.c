@@ -39,6 +39,7 @@
 
 #include "agentvm.h"
 #include "db.h"
+#include "engine/identity.h"
 #include "providers/provider.h"
 #include "team/checks.h"
 #include "team/team.h"
@@ -342,6 +343,7 @@ agentvm_create_team(PG_FUNCTION_ARGS)
 	check_limits(&limits);
 
 	db_enter(&scope);
+	identity_take_into_use();
 	team_lock(team_id, ExclusiveLock);
 
 	values[0] = CStringGetTextDatum(team_id);

@@ -193,8 +193,7 @@ SELECT regexp_replace(public.regress_session_error(command), ' \| Failing row.*'
 	($$INSERT INTO agentvm.session_token VALUES (sha256(''), '00000000-0000-7000-8000-00000000eee1', 'other')$$),
 	($$INSERT INTO agentvm.team (team_id, max_sessions) VALUES ('regress_session_c', -1)$$), ($$INSERT INTO agentvm.team (team_id, max_lifetime) VALUES ('regress_session_c', '0')$$),
 	($$INSERT INTO agentvm.profile (name, provider, vcpus) VALUES ('regress_p', 'noop', 0)$$), ($$INSERT INTO agentvm.profile (name, provider, options) VALUES ('regress_p', 'noop', '[]')$$),
-	($$INSERT INTO agentvm.provider_config (team_id, provider, options) VALUES ('regress_session', 'noop', '[]')$$), ($$INSERT INTO agentvm.installation (only_row) VALUES (false)$$),
-	($$INSERT INTO agentvm.installation DEFAULT VALUES$$)) AS v(command);
+	($$INSERT INTO agentvm.provider_config (team_id, provider, options) VALUES ('regress_session', 'noop', '[]')$$)) AS v(command);
 
 -- clean up
 DELETE FROM agentvm.session WHERE session_id::text LIKE '00000000-0000-7000-8000-00000000dd0_';

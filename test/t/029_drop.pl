@@ -49,7 +49,8 @@ sub serves
 # The extension goes while idle, and comes back: the dispatcher that has waited for it serves again
 serves('it serves');
 my $pid = $node->safe_psql('postgres', 'SELECT pid FROM agentvm.stat_dispatcher');
-prompt('DROP EXTENSION agentvm', 2, 'DROP EXTENSION while idle');
+fails_with($node, 'DROP EXTENSION agentvm', '55006', undef, 'DROP EXTENSION while a VM lives is refused');
+prompt('SELECT * FROM agentvm.abandon(); DROP EXTENSION agentvm', 2, 'DROP EXTENSION while idle');
 my $now = $node->safe_psql('postgres', 'SELECT clock_timestamp() FROM pg_reload_conf()');
 await($node, "SELECT state_change > '$now' AND state = 'idle' FROM pg_stat_activity WHERE pid = $pid", 't', name => 'the dispatcher has seen that it is gone');
 prompt('CREATE EXTENSION agentvm', 5, 'CREATE EXTENSION');
@@ -61,14 +62,15 @@ is($node->safe_psql('postgres', 'SELECT pid FROM agentvm.stat_dispatcher'), $pid
 $faults->set(mode => 'canned', ms => 3000, action => 'RunInstances');
 set_up('postgres');
 call_in_flight('postgres');
-prompt('DROP EXTENSION agentvm', 2, 'DROP EXTENSION in mid-call');
+fails_with($node, 'DROP EXTENSION agentvm', '55006', undef, 'DROP EXTENSION in mid-call is refused');
+prompt('SELECT * FROM agentvm.abandon(); DROP EXTENSION agentvm', 2, 'with abandon() it works');
 prompt('CREATE EXTENSION agentvm', 5, 'CREATE EXTENSION');
 serves('it serves again');
 is($node->safe_psql('postgres', 'SELECT pid FROM agentvm.stat_dispatcher'), $pid, 'still the same dispatcher');
 await($node, 'SELECT sum(in_flight) FROM agentvm.stat_dispatcher', 0, name => 'which lets the answer to the call go by');
 
 # A rolled back DROP changes nothing
-psql_ok($node, "BEGIN; DROP EXTENSION agentvm; ROLLBACK; SELECT agentvm.provision('noop')", 'DROP EXTENSION, rolled back');
+psql_ok($node, "BEGIN; SELECT * FROM agentvm.abandon(); DROP EXTENSION agentvm; ROLLBACK; SELECT agentvm.provision('noop')", 'DROP EXTENSION, rolled back');
 await($node, "SELECT count(*) FROM agentvm.sessions WHERE state = 'ready'", 2);
 
 # Other people's databases, with a call in flight in ours

@@ -73,8 +73,9 @@ my %call = (
 	create_profile => q{create_profile('new', 'noop', team_id => 'TEAM')}, drop_profile => q{drop_profile('shape', 'TEAM')},
 	dispatch => 'dispatch(1)', wake => 'wake()', rotate_keys => 'rotate_keys()', verify_audit => q{verify_audit('TEAM')}, seal_audit => 'seal_audit()', purge => q{purge('100 years')}, map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
 	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])},
+	adopt_cluster => q{adopt_cluster('takeover')}, abandon => 'abandon()',
 	session_is_sound => q{session_is_sound('ready', NULL, NULL, NULL, now())},
-	map { $_ => "$_()" } qw(visible_teams sees_all stat_provider_get stat_dispatcher_get health_get session_transition event_is_append_only));
+	map { $_ => "$_()" } qw(visible_teams sees_all stat_provider_get stat_dispatcher_get health_get cluster_identity session_transition event_is_append_only guard_drop));
 my (%routine, %relation, %number);    # kind, kind, oid
 sub catalog { my ($kind, $query) = @_; for (split /\n/, $node->safe_psql('postgres', $query)) { my @row = split /\|/; ($kind->{ $row[0] }, $number{ $row[0] }) = @row[ 1, 2 ]; } return; }
 catalog(\%routine, q{SELECT proname, prokind, oid FROM pg_proc WHERE pronamespace = 'agentvm'::regnamespace});
@@ -83,7 +84,7 @@ is_deeply([ sort keys %readme ], [ sort(keys %routine, keys %relation) ], "READM
 is_deeply([ sort keys %call ], [ sort keys %routine ], 'and this test calls every routine');
 is($node->safe_psql('postgres', q{SELECT count(*) FROM pg_proc WHERE pronamespace = 'agentvm'::regnamespace}), scalar keys %routine, 'no two of them have the same name');
 is($node->safe_psql('postgres', q{SELECT string_agg(pg_describe_object(classid, objid, 0), ', ') FROM pg_depend WHERE refclassid = 'pg_extension'::regclass AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'agentvm')
-	AND classid NOT IN ('pg_proc'::regclass, 'pg_class'::regclass, 'pg_namespace'::regclass, 'pg_type'::regclass)}), '', 'nor has the extension objects of another kind');
+	AND classid NOT IN ('pg_proc'::regclass, 'pg_class'::regclass, 'pg_namespace'::regclass, 'pg_type'::regclass)}), 'event trigger agentvm_guard_drop', 'nor has the extension objects of another kind, but for the one that guards it');
 
 # ---- what really happens ----
 # What a statement comes to, undone at once: 'works', or the SQLSTATE and message
@@ -227,7 +228,8 @@ for my $role (sort { ($b eq 'superuser') <=> ($a eq 'superuser') || $a cmp $b } 
 		# the triggers' functions may be called, and decline
 		like(delete $found->{session_transition}, qr/^39P01 .* is a trigger/, 'a trigger function called by hand');
 		like(delete $found->{event_is_append_only}, qr/^39P01 .* is a trigger/, 'another one');
-		delete @$expected{qw(session_transition event_is_append_only)};
+		like(delete $found->{guard_drop}, qr/^39P01 .* is an event trigger/, 'a third one');
+		delete @$expected{qw(session_transition event_is_append_only guard_drop)};
 		is(join(' ', grep { !$everything{$_}{rows} && $_ ne 'stat_provider' } @readable), '', 'every table and view has rows to be seen');
 	}
 	is(join("\n", map { ($found->{$_} // 'nothing') eq ($expected->{$_} // 'nothing') ? () : "$_: $found->{$_} (README: $expected->{$_})" } sort(keys %$expected)), '', "$role: exactly what README's table says");
