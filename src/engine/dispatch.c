@@ -75,6 +75,9 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 			last_claim_at = GetCurrentTimestamp();
 			continue;
 		}
+		/* the rows looked at so far are not to be had, but there are others behind them */
+		if (claimed < limit && engine_next_look(engine) == DT_NOBEGIN)
+			continue;
 		/* what is left after a whole lease is locked by a user: others will record it */
 		if (idle || GetCurrentTimestamp() > last_claim_at + avm_lease_ms * INT64CONST(1000))
 			break;

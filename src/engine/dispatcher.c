@@ -233,7 +233,7 @@ agentvm_dispatcher_main(Datum arg)
 
 		/* what is committed after this look wakes us again; a new engine looks at everything */
 		if (engine == NULL)
-			(void) shared_take_due(slot);
+			(void) shared_take_due(slot, &until);
 		if (GetCurrentTimestamp() < pause_until)
 			until = pause_until;
 		else if (!extension_is_ready(&identity))

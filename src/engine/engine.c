@@ -14,12 +14,17 @@
  * Which due rows to pick.  Rows are read in order of next_check_at, from the
  * low-water mark on: index entries of rows handled already stay behind while
  * some transaction pins xmin, and reading them anew on every claim would cost
- * 100,000 buffers.  A team at its in-flight cap is parked: the scan goes on past
- * its rows without touching them and remembers where the first one was; when the
- * team has room again its rows are read from there.  A row that a user has
- * locked, or whose turn has raised an error, is passed by.  All these marks are
- * only hints: a commit below them lowers them (wake.c), and a full pass every
- * sweep_interval heals the rest.
+ * 100,000 buffers.  For the same reason the index is asked for the next row
+ * ahead only once the last answer's time has come.  A team at its in-flight cap
+ * is parked: the scan goes on past its rows without touching them and remembers
+ * where the first one was; when the team has room again its rows are read from
+ * there.  A row that a user has locked, or whose turn has raised an error, is
+ * passed by.  All these marks are only hints: a commit below them lowers them
+ * (wake.c), and a full pass every sweep_interval heals the rest.
+ *
+ * Where room is scarce, what is newly due and what is parked come first in turn,
+ * and of parked teams that one which was served the longest ago: no number of
+ * teams with a backlog keeps the others out.
  *
  * One session's error is its own affair.  The turns of a transaction are taken in
  * a subtransaction; if one raises (a trigger of the administrator's, say) the
@@ -37,6 +42,7 @@
 #include "engine/engine.h"
 #include "engine/retry.h"
 #include "engine/turn.h"
+#include "executor/instrument.h"
 #include "lib/ilist.h"
 #include "net/http.h"
 #include "utils/builtins.h"
@@ -45,8 +51,8 @@
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
 
-#define SCAN_CHUNK 1000			 /* candidates read at once: under 2,000 buffers */
-#define CHUNKS_PER_CLAIM 8		 /* then commit, and go on in the next claim */
+#define SCAN_CHUNK                                                                                 \
+	900 /* rows, or buffers, that a claim reads of what is due, and as many of what is parked */
 #define RECORD_BATCH 128		 /* replies recorded in one transaction */
 #define LOCKED_RETRY_US 100000	 /* how soon a record is tried again whose row a user has locked */
 #define RAISED_RETRY_US 1000000	 /* the same after an error, twice as long each time */
@@ -108,6 +114,7 @@ typedef struct TeamLoad
 	int in_flight;
 	int chosen;				 /* for the claim at hand */
 	TimestampTz parked_from; /* its due rows begin after this; DT_NOEND: none are parked */
+	uint64 served;			 /* when its parked rows were last looked at */
 	TimestampTz slow_until;	 /* the provider throttles this team's account */
 	int slow_count;
 } TeamLoad;
@@ -129,7 +136,9 @@ struct Engine
 	dlist_head answered;
 	int in_flight;
 	TimestampTz low;	  /* low-water mark: nothing older is due that is not parked */
-	TimestampTz next_due; /* the earliest next_check_at ahead, as last seen */
+	TimestampTz next_due; /* no next_check_at ahead is earlier; DT_NOBEGIN: not known */
+	uint64 looks;		  /* at parked rows so far */
+	bool due_first;		  /* the next claim begins with what is due, not with what is parked */
 	bool more;			  /* more is due than the last claim took */
 	bool full;			  /* the last claim found no room at all */
 	int one_at_a_time;	  /* so many transactions are for one session only */
@@ -147,12 +156,15 @@ static DbQuery scan_query = {"SELECT session_id, team_id, next_check_at FROM age
 							 4,
 							 {INT2OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID}};
 
+/* The rows of one team among the next so many; the last of these in any case, so that the mark can move there. */
 static DbQuery parked_query = {
-	"SELECT session_id, team_id, next_check_at FROM agentvm.session "
-	"WHERE lane = $1 AND next_check_at > $2 AND next_check_at <= $3 AND team_id = $5 "
-	"ORDER BY next_check_at LIMIT $4",
-	5,
-	{INT2OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, TEXTOID}};
+	"SELECT session_id, team_id, next_check_at, n FROM ("
+	"SELECT session_id, team_id, next_check_at, row_number() OVER (ORDER BY next_check_at) AS n "
+	"FROM (SELECT session_id, team_id, next_check_at FROM agentvm.session "
+	"WHERE lane = $1 AND next_check_at > $2 AND next_check_at <= $3 "
+	"ORDER BY next_check_at LIMIT $4) i) o WHERE team_id = $5 OR n = $4 LIMIT $6",
+	6,
+	{INT2OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, TEXTOID, INT4OID}};
 
 static DbQuery ahead_query = {
 	"SELECT next_check_at FROM agentvm.session "
@@ -199,7 +211,7 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
 	engine->host = host;
 	engine->peers = 1;
 	engine->low = DT_NOBEGIN;
-	engine->next_due = DT_NOEND;
+	engine->next_due = DT_NOBEGIN;
 	dlist_init(&engine->under_way);
 	dlist_init(&engine->answered);
 	ctl.keysize = AVM_MAX_ID + 1;
@@ -364,6 +376,7 @@ team_load(Engine *engine, const char *team_id)
 		team->in_flight = 0;
 		team->chosen = 0;
 		team->parked_from = DT_NOEND;
+		team->served = 0;
 		team->slow_until = DT_NOBEGIN;
 		team->slow_count = 0;
 	}
@@ -471,6 +484,8 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 			engine->settled = lappend(engine->settled, act);
 	}
 	session_row_save(row);
+	if (row->next_check_at != 0)
+		engine->next_due = Min(engine->next_due, row->next_check_at);
 }
 
 /* By session, then by lease. */
@@ -663,110 +678,144 @@ choose(Candidates *chosen, TeamLoad *team, const pg_uuid_t *id, TimestampTz due)
 	team->chosen++;
 }
 
-/* Choose rows of parked teams that have room again. */
+/* Choose rows of a parked team that has room again, reading no more than so many. */
+static void
+choose_parked_of(Engine *engine, TeamLoad *team, int room, int budget, Candidates *chosen,
+				 TimestampTz now)
+{
+	int limit = room + 1 + Min(hash_get_num_entries(engine->passed_by), SCAN_CHUNK);
+	TimestampTz last = team->parked_from;
+	bool all = true; /* nothing is left after the rows read */
+	Datum values[6];
+	uint64 i;
+	bool isnull;
+
+	values[0] = Int16GetDatum(engine->lane);
+	values[1] = TimestampTzGetDatum(team->parked_from);
+	values[2] = TimestampTzGetDatum(now);
+	values[3] = Int32GetDatum(budget);
+	values[4] = CStringGetTextDatum(team->team_id);
+	values[5] = Int32GetDatum(limit);
+	db_run(&parked_query, values, NULL);
+	for (i = 0; i < SPI_processed && room > 0; i++)
+	{
+		pg_uuid_t *id = DatumGetUUIDP(db_value(i, 1, &isnull));
+
+		last = DatumGetTimestampTz(db_value(i, 3, &isnull));
+		if (DatumGetInt64(db_value(i, 4, &isnull)) == budget)
+			all = false;
+		if (is_passed_by(engine, id, last) ||
+			strcmp(db_text(i, 2, CurrentMemoryContext), team->team_id) != 0)
+			continue;
+		choose(chosen, team, id, last);
+		room--;
+	}
+	/*
+	 * Rows of the same microsecond may be left, so the next look begins at it and
+	 * not after it, unless that were where this one began.
+	 */
+	if (all && SPI_processed < limit && room > 0)
+		team->parked_from = DT_NOEND;
+	else
+		team->parked_from = last - 1 > team->parked_from || room == 0 ? last - 1 : last;
+	SPI_freetuptable(SPI_tuptable);
+}
+
+static int
+compare_served(const void *a, const void *b)
+{
+	uint64 x = (*(TeamLoad *const *) a)->served;
+	uint64 y = (*(TeamLoad *const *) b)->served;
+
+	return x < y ? -1 : x > y;
+}
+
+static int64
+buffers_read(void)
+{
+	return pgBufferUsage.shared_blks_hit + pgBufferUsage.shared_blks_read;
+}
+
+/* Choose rows of parked teams that have room again, those first that have waited longest. */
 static void
 choose_parked(Engine *engine, Candidates *chosen, TimestampTz now)
 {
+	int64 until = buffers_read() + SCAN_CHUNK;
+	TeamLoad **waiting = palloc(sizeof(TeamLoad *) * (hash_get_num_entries(engine->teams) + 1));
 	HASH_SEQ_STATUS scan;
 	TeamLoad *team;
+	int count = 0;
+	int i;
 
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
 	{
-		Datum values[5];
-		int room = Min(team_room(engine, team, now), chosen->limit - chosen->count);
-		int limit = room + Min(hash_get_num_entries(engine->passed_by), SCAN_CHUNK);
-		TimestampTz last;
-		uint64 i;
-		bool isnull;
+		if (team->parked_from != DT_NOEND && team_room(engine, team, now) > 0)
+			waiting[count++] = team;
+	}
+	qsort(waiting, count, sizeof(TeamLoad *), compare_served);
+	for (i = 0; i < count; i++)
+	{
+		int room = Min(team_room(engine, waiting[i], now), chosen->limit - chosen->count);
+		int64 budget = until - buffers_read();
 
-		if (team->parked_from == DT_NOEND || room <= 0)
-			continue;
-		values[0] = Int16GetDatum(engine->lane);
-		values[1] = TimestampTzGetDatum(team->parked_from);
-		values[2] = TimestampTzGetDatum(now);
-		values[3] = Int32GetDatum(limit);
-		values[4] = CStringGetTextDatum(team->team_id);
-		db_run(&parked_query, values, NULL);
-		last = team->parked_from;
-		for (i = 0; i < SPI_processed && room > 0; i++)
-		{
-			pg_uuid_t *id = DatumGetUUIDP(db_value(i, 1, &isnull));
-
-			last = DatumGetTimestampTz(db_value(i, 3, &isnull));
-			if (is_passed_by(engine, id, last))
-				continue;
-			choose(chosen, team, id, last);
-			room--;
-		}
-		/*
-		 * Rows of the same microsecond may be left, so the next look begins at
-		 * it and not after it, unless that were where this one began.
-		 */
-		if (SPI_processed < limit && room > 0)
-			team->parked_from = DT_NOEND;
-		else
-			team->parked_from = last - 1 > team->parked_from || room == 0 ? last - 1 : last;
-		SPI_freetuptable(SPI_tuptable);
+		if (room <= 0 || budget <= 0)
+			break;
+		waiting[i]->served = ++engine->looks;
+		choose_parked_of(engine, waiting[i], room, (int) budget, chosen, now);
 	}
 }
 
-/* Choose from all that is due above the low-water mark, in order, parking teams that have no room. */
+/* Choose from what is due above the low-water mark, in order, parking teams that have no room. */
 static void
 choose_due(Engine *engine, Candidates *chosen, TimestampTz now)
 {
-	int chunk;
+	Datum values[4];
+	TimestampTz first = DT_NOEND;
+	TimestampTz at = engine->low;
+	uint64 i;
 
 	engine->more = true;
-	for (chunk = 0; chunk < CHUNKS_PER_CLAIM; chunk++)
+	if (chosen->count >= chosen->limit)
+		return;
+	values[0] = Int16GetDatum(engine->lane);
+	values[1] = TimestampTzGetDatum(engine->low);
+	values[2] = TimestampTzGetDatum(now);
+	values[3] = Int32GetDatum(SCAN_CHUNK);
+	db_run(&scan_query, values, NULL);
+	for (i = 0; i < SPI_processed; i++)
 	{
-		Datum values[4];
-		TimestampTz first = DT_NOEND;
-		TimestampTz at = engine->low;
-		uint64 found;
-		uint64 i;
+		bool isnull;
+		pg_uuid_t *id = DatumGetUUIDP(db_value(i, 1, &isnull));
+		TeamLoad *team;
 
-		values[0] = Int16GetDatum(engine->lane);
-		values[1] = TimestampTzGetDatum(engine->low);
-		values[2] = TimestampTzGetDatum(now);
-		values[3] = Int32GetDatum(SCAN_CHUNK);
-		db_run(&scan_query, values, NULL);
-		found = SPI_processed;
-		for (i = 0; i < found; i++)
+		at = DatumGetTimestampTz(db_value(i, 3, &isnull));
+		first = Min(first, at);
+		if (is_passed_by(engine, id, at))
+			continue;
+		team = team_load(engine, db_text(i, 2, CurrentMemoryContext));
+		if (team->parked_from != DT_NOEND || team_room(engine, team, now) <= 0)
 		{
-			bool isnull;
-			pg_uuid_t *id = DatumGetUUIDP(db_value(i, 1, &isnull));
-			TeamLoad *team;
-
-			at = DatumGetTimestampTz(db_value(i, 3, &isnull));
-			first = Min(first, at);
-			if (is_passed_by(engine, id, at))
-				continue;
-			team = team_load(engine, db_text(i, 2, CurrentMemoryContext));
-			if (team->parked_from != DT_NOEND || team_room(engine, team, now) <= 0)
-			{
-				/* order within a team is kept: once parked, it is served from its own mark */
-				team->parked_from = Min(team->parked_from, at - 1);
-				continue;
-			}
-			if (chosen->count >= chosen->limit)
-			{
-				engine->low = at - 1;
-				SPI_freetuptable(SPI_tuptable);
-				return;
-			}
-			choose(chosen, team, id, at);
+			/* order within a team is kept: once parked, it is served from its own mark */
+			team->parked_from = Min(team->parked_from, at - 1);
+			continue;
 		}
-		SPI_freetuptable(SPI_tuptable);
-		if (found < SCAN_CHUNK)
+		if (chosen->count >= chosen->limit)
 		{
-			engine->low = now;
-			engine->more = false;
+			engine->low = at - 1;
+			SPI_freetuptable(SPI_tuptable);
 			return;
 		}
-		/* look again at the last microsecond, which may go on, unless that were all we saw */
-		engine->low = first < at ? at - 1 : at;
+		choose(chosen, team, id, at);
 	}
+	if (SPI_processed < SCAN_CHUNK)
+	{
+		engine->low = now;
+		engine->more = false;
+	}
+	else /* look again at the last microsecond, which may go on, unless that were all we saw */
+		engine->low = first < at ? at - 1 : at;
+	SPI_freetuptable(SPI_tuptable);
 }
 
 /* When the next row is due, so that we know how long to sleep. */
@@ -811,17 +860,20 @@ engine_claim(Engine *engine, int limit)
 	Candidates chosen = {0};
 	TimestampTz now;
 	TimestampTz lowest = DT_NOEND;
+	TimestampTz ahead = DT_NOEND;
 	int claimed = 0;
 	int i;
 
 	/* before our snapshot: whoever commits after it lowers the mark for the next claim */
 	if (engine->slot != NULL)
 	{
-		lowest = shared_take_due(engine->slot);
+		lowest = shared_take_due(engine->slot, &ahead);
 		engine->rank = shared_rank(engine->slot, &engine->peers);
 	}
-	else
+	else if (!engine->more)
 		engine_look_at_everything(engine);
+	/* whoever commits without saying when says that anything may be */
+	engine->next_due = lowest == DT_NOBEGIN ? lowest : Min(engine->next_due, ahead);
 	begin_choosing(engine, lowest);
 
 	chosen.limit = Min(limit, avm_batch_size);
@@ -838,11 +890,20 @@ engine_claim(Engine *engine, int limit)
 	begin_batch(engine, &scope);
 	now = GetCurrentTimestamp();
 	chosen.jobs = palloc(sizeof(Job) * chosen.limit);
-	choose_parked(engine, &chosen, now);
-	if (chosen.count < chosen.limit)
+	if (engine->due_first)
+	{
 		choose_due(engine, &chosen, now);
+		/* behind rows of parked teams there may be some of others: the room is kept for these */
+		engine->due_first = engine->more && chosen.count == 0;
+		if (!engine->due_first)
+			choose_parked(engine, &chosen, now);
+	}
 	else
-		engine->more = true;
+	{
+		choose_parked(engine, &chosen, now);
+		choose_due(engine, &chosen, now);
+		engine->due_first = true;
+	}
 	if (chosen.count > 0)
 	{
 		qsort(chosen.jobs, chosen.count, sizeof(Job), compare_jobs);
@@ -862,7 +923,8 @@ engine_claim(Engine *engine, int limit)
 	}
 	if (engine->slot != NULL)
 		engine->slot->claimed += claimed;
-	look_ahead(engine, now);
+	if (engine->next_due <= now)
+		look_ahead(engine, now);
 	commit_batch(engine, &scope);
 	return claimed;
 }
@@ -1016,10 +1078,15 @@ engine_look_at_everything(Engine *engine)
 	TeamLoad *team;
 
 	engine->low = DT_NOBEGIN;
+	engine->next_due = DT_NOBEGIN;
 	(void) stop_passing_by(engine, DT_NOBEGIN);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
-		team->parked_from = DT_NOEND;
+	{
+		/* still parked: only rows of others are to be found by going through all */
+		if (team->parked_from != DT_NOEND)
+			team->parked_from = DT_NOBEGIN;
+	}
 }
 
 int
@@ -1060,5 +1127,6 @@ engine_after_error(Engine *engine)
 		pass_by(engine, &job->session_id, job->due,
 				GetCurrentTimestamp() + RAISED_PAUSE_S * USECS_PER_SEC);
 	engine->low = DT_NOBEGIN;
+	engine->next_due = DT_NOBEGIN;
 	engine->one_at_a_time = 64;
 }

@@ -46,13 +46,12 @@ extern int engine_fd(Engine *engine);
 extern int engine_in_flight(Engine *engine);
 
 /*
- * When to look again at the latest, if nothing wakes us: the earliest
- * next_check_at that the last claim saw ahead, or the time to try again a
- * record whose row was locked.  DT_NOBEGIN: at once, more is due now.
+ * When to look again at the latest, if nothing wakes us: when the next row may
+ * be due, or a record is to be tried again whose row was locked.  DT_NOBEGIN: at once, more is due now.
  */
 extern TimestampTz engine_next_look(Engine *engine);
 
-/* Forget low-water marks and parked teams: the next claim looks at everything. */
+/* Forget low-water marks: the next claims look at everything. */
 extern void engine_look_at_everything(Engine *engine);
 
 /*

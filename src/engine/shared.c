@@ -308,6 +308,7 @@ shared_attach(Oid database, int index)
 			slot->latch = MyLatch;
 			slot->started_at = GetCurrentTimestamp();
 			slot->committed_due = DT_NOBEGIN;
+			slot->committed_ahead = DT_NOEND;
 			my_slot = slot;
 		}
 	}
@@ -326,13 +327,15 @@ shared_serve(DispatcherSlot *slot, bool serve)
 }
 
 TimestampTz
-shared_take_due(DispatcherSlot *slot)
+shared_take_due(DispatcherSlot *slot, TimestampTz *ahead)
 {
 	TimestampTz due;
 
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	due = slot->committed_due;
+	*ahead = slot->committed_ahead;
 	slot->committed_due = DT_NOEND;
+	slot->committed_ahead = DT_NOEND;
 	slot->sleeping_until = DT_NOBEGIN;
 	slot->last_pass_at = GetCurrentTimestamp();
 	slot->passes++;
@@ -375,7 +378,7 @@ shared_sleep_until(DispatcherSlot *slot, TimestampTz until)
 }
 
 void
-shared_publish_due(TimestampTz due)
+shared_publish_due(TimestampTz due, TimestampTz ahead)
 {
 	int i;
 
@@ -389,6 +392,7 @@ shared_publish_due(TimestampTz due)
 		if (slot->database != MyDatabaseId || slot->pid == 0)
 			continue;
 		slot->committed_due = Min(slot->committed_due, due);
+		slot->committed_ahead = Min(slot->committed_ahead, ahead);
 		/* the extension may only just have been created: wake those who look for it, too */
 		if (!slot->serves || due < slot->sleeping_until)
 		{

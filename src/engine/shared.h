@@ -33,7 +33,8 @@ typedef struct DispatcherSlot
 	 * last looked: the dispatcher's low-water mark may not stay above it.
 	 */
 	TimestampTz committed_due;
-	TimestampTz sleeping_until; /* a commit that is due later need not wake it */
+	TimestampTz committed_ahead; /* the earliest of those that were still to come */
+	TimestampTz sleeping_until;	 /* a commit that is due later need not wake it */
 	TimestampTz started_at;
 	TimestampTz last_pass_at;
 	int in_flight;
@@ -116,8 +117,8 @@ extern DispatcherSlot *shared_attach(Oid database, int index);
 /* Set or clear whether commits wake us, i.e. whether we serve the database. */
 extern void shared_serve(DispatcherSlot *slot, bool serve);
 
-/* Read and reset committed_due (DT_NOEND: nothing), and note that a pass begins. */
-extern TimestampTz shared_take_due(DispatcherSlot *slot);
+/* Read and reset committed_due and committed_ahead (DT_NOEND: nothing), and note that a pass begins. */
+extern TimestampTz shared_take_due(DispatcherSlot *slot, TimestampTz *ahead);
 
 /* How many dispatchers serve our database, ourselves included, and how many of them come before us. */
 extern int shared_rank(DispatcherSlot *slot, int *peers);
@@ -130,8 +131,11 @@ extern bool shared_sleep_until(DispatcherSlot *slot, TimestampTz until);
 
 /* ---- wake-ups at commit ---- */
 
-/* Lower committed_due of all dispatchers of the database to "due" and wake those that would sleep beyond it. */
-extern void shared_publish_due(TimestampTz due);
+/*
+ * Lower committed_due of all dispatchers of the database to "due", and
+ * committed_ahead to "ahead"; wake those that would sleep beyond "due".
+ */
+extern void shared_publish_due(TimestampTz due, TimestampTz ahead);
 
 /* The condition variable that waiters of a session sleep on (shared by many sessions), or NULL. */
 extern ConditionVariable *shared_changed(const pg_uuid_t *session_id);

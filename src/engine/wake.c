@@ -20,7 +20,8 @@
 #include "utils/timestamp.h"
 
 static TimestampTz pending_due = DT_NOEND;
-static uint64 pending_changed = 0; /* a bit per bucket */
+static TimestampTz pending_ahead = DT_NOEND; /* the earliest of those that are still to come */
+static uint64 pending_changed = 0;			 /* a bit per bucket */
 static bool pending_locked = false;
 
 StaticAssertDecl(NUM_CHANGED_BUCKETS <= 64, "buckets do not fit the mask");
@@ -34,7 +35,7 @@ wake_xact_callback(XactEvent event, void *arg)
 	{
 		case XACT_EVENT_COMMIT:
 			if (pending_due != DT_NOEND)
-				shared_publish_due(pending_due);
+				shared_publish_due(pending_due, pending_ahead);
 			for (bucket = 0; pending_changed != 0; bucket++, pending_changed >>= 1)
 			{
 				if (pending_changed & 1)
@@ -43,7 +44,7 @@ wake_xact_callback(XactEvent event, void *arg)
 			break;
 		case XACT_EVENT_ABORT:
 			if (pending_locked)
-				shared_publish_due(DT_NOBEGIN);
+				shared_publish_due(DT_NOBEGIN, DT_NOEND);
 			break;
 		case XACT_EVENT_PREPARE:
 			break;
@@ -51,6 +52,7 @@ wake_xact_callback(XactEvent event, void *arg)
 			return;
 	}
 	pending_due = DT_NOEND;
+	pending_ahead = DT_NOEND;
 	pending_changed = 0;
 	pending_locked = false;
 }
@@ -65,6 +67,8 @@ void
 wake_dispatchers(TimestampTz due)
 {
 	pending_due = Min(pending_due, due);
+	if (due > GetCurrentTimestamp())
+		pending_ahead = Min(pending_ahead, due);
 }
 
 void
