@@ -141,7 +141,9 @@ extern void shared_publish_due(TimestampTz due, TimestampTz ahead);
 extern ConditionVariable *shared_changed(const pg_uuid_t *session_id);
 extern int shared_changed_bucket(const pg_uuid_t *session_id);
 extern void shared_broadcast(int bucket);
-#define NUM_CHANGED_BUCKETS 64
+
+/* So many that a change hardly ever wakes somebody who waits for another session. */
+#define NUM_CHANGED_BUCKETS 4096
 
 /* ---- counters per provider and operation ---- */
 

@@ -21,26 +21,40 @@
 
 static TimestampTz pending_due = DT_NOEND;
 static TimestampTz pending_ahead = DT_NOEND; /* the earliest of those that are still to come */
-static uint64 pending_changed = 0;			 /* a bit per bucket */
+static uint64 pending_changed[NUM_CHANGED_BUCKETS / 64]; /* a bit per bucket */
+static bool pending_any_changed = false;
 static bool pending_locked = false;
 
-StaticAssertDecl(NUM_CHANGED_BUCKETS <= 64, "buckets do not fit the mask");
+StaticAssertDecl(NUM_CHANGED_BUCKETS % 64 == 0, "buckets do not fill the mask");
+
+static void
+broadcast_changed(void)
+{
+	int word;
+	int bucket;
+
+	for (word = 0; word < lengthof(pending_changed); word++)
+	{
+		uint64 bits = pending_changed[word];
+
+		for (bucket = 64 * word; bits != 0; bucket++, bits >>= 1)
+		{
+			if (bits & 1)
+				shared_broadcast(bucket);
+		}
+	}
+}
 
 static void
 wake_xact_callback(XactEvent event, void *arg)
 {
-	int bucket;
-
 	switch (event)
 	{
 		case XACT_EVENT_COMMIT:
 			if (pending_due != DT_NOEND)
 				shared_publish_due(pending_due, pending_ahead);
-			for (bucket = 0; pending_changed != 0; bucket++, pending_changed >>= 1)
-			{
-				if (pending_changed & 1)
-					shared_broadcast(bucket);
-			}
+			if (pending_any_changed)
+				broadcast_changed();
 			break;
 		case XACT_EVENT_ABORT:
 			if (pending_locked)
@@ -53,7 +67,9 @@ wake_xact_callback(XactEvent event, void *arg)
 	}
 	pending_due = DT_NOEND;
 	pending_ahead = DT_NOEND;
-	pending_changed = 0;
+	if (pending_any_changed)
+		memset(pending_changed, 0, sizeof(pending_changed));
+	pending_any_changed = false;
 	pending_locked = false;
 }
 
@@ -74,7 +90,10 @@ wake_dispatchers(TimestampTz due)
 void
 wake_waiters(const pg_uuid_t *session_id)
 {
-	pending_changed |= UINT64CONST(1) << shared_changed_bucket(session_id);
+	int bucket = shared_changed_bucket(session_id);
+
+	pending_changed[bucket / 64] |= UINT64CONST(1) << (bucket % 64);
+	pending_any_changed = true;
 }
 
 void

@@ -929,7 +929,6 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	db_leave(&scope);
 
 	wake_dispatchers(now);
-	wake_waiters(id);
 	warn_unless_served();
 }
 

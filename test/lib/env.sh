@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What test/run, test/bench, infra/demo and the Makefile share: packages, the Python environment, a private copy of
+# What test/run, test/bench/run, infra/demo and the Makefile share: packages, the Python environment, a private copy of
 # the server, the unprivileged user, and cleaning up. Source it, or run one function: env.sh FUNCTION [ARGUMENT...]
 set -euo pipefail
 umask 022

@@ -1,0 +1,1 @@
+SELECT agentvm.provision('ec2');
