@@ -312,18 +312,22 @@ audit_work(DispatcherSlot *slot, EngineHost host, TimestampTz until)
 	static Purge purge = {PURGE_DONE};
 	static TimestampTz next_seal = 0;
 	static TimestampTz next_purge = 0;
+	static TimestampTz pause_until = 0; /* the last slice has raised an error */
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz seal_interval = avm_sweep_interval_ms * INT64CONST(1000);
 	TimestampTz purge_interval =
 		Min(PURGE_INTERVAL_S * USECS_PER_SEC, avm_retention_s * USECS_PER_SEC / 10);
+	TimestampTz next;
 	int peers;
 
-	/* settings may have changed since */
-	next_seal = Min(next_seal, now + Max(seal_interval, AFTER_ERROR_S * USECS_PER_SEC));
-	next_purge = Min(next_purge, now + Max(purge_interval, AFTER_ERROR_S * USECS_PER_SEC));
+	/* the settings may have changed since */
+	next_seal = Min(next_seal, now + seal_interval);
+	next_purge = Min(next_purge, now + purge_interval);
+	next = Max(Min(next_seal, next_purge), pause_until);
+	if (now < next)
+		return Min(until, next);
 
-	if (now < Min(next_seal, next_purge))
-		return Min(until, Min(next_seal, next_purge));
+	pause_until = now + AFTER_ERROR_S * USECS_PER_SEC;
 	if (shared_rank(slot, &peers) > 0)
 	{
 		/* the first dispatcher does it; whoever becomes that begins within an interval */
@@ -331,13 +335,9 @@ audit_work(DispatcherSlot *slot, EngineHost host, TimestampTz until)
 		next_purge = Max(next_purge, next_seal);
 	}
 	else if (now >= next_seal)
-	{
-		next_seal = now + Max(seal_interval, AFTER_ERROR_S * USECS_PER_SEC);
 		next_seal = seal_slice(&walk, host) ? now + seal_interval : GetCurrentTimestamp() + REST_US;
-	}
 	else
 	{
-		next_purge = now + Max(purge_interval, AFTER_ERROR_S * USECS_PER_SEC);
 		if (purge.stage == PURGE_DONE)
 			purge_begin(&purge, now - avm_retention_s * USECS_PER_SEC, false);
 		if (purge_slice(&purge, host))
@@ -348,6 +348,7 @@ audit_work(DispatcherSlot *slot, EngineHost host, TimestampTz until)
 		else
 			next_purge = GetCurrentTimestamp() + REST_US;
 	}
+	pause_until = 0;
 	return Min(until, Min(next_seal, next_purge));
 }
 
