@@ -110,6 +110,7 @@ audit_claim(AuditTask task, bool wait)
 
 	if (!OidIsValid(table))
 		return false;
+	PreventCommandDuringRecovery("agentvm functions that write");
 	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, table, task, 0);
 	return LockAcquire(&tag, ExclusiveLock, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
 }

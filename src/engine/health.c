@@ -7,6 +7,7 @@
  */
 #include "postgres.h"
 
+#include "access/xlog.h"
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
@@ -73,6 +74,11 @@ put_dispatchers(ReturnSetInfo *rsinfo)
 	bool launcher = shared_available() && shared_launcher(&shortage);
 	const char *why;
 
+	if (RecoveryInProgress())
+	{
+		put_check(rsinfo, "dispatcher", true, "this is a standby: dispatchers start at promotion");
+		return;
+	}
 	if (!shared_available())
 		why = "agentvm is not in shared_preload_libraries: only CALL agentvm.dispatch() works here";
 	else if (!launcher)

@@ -815,6 +815,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	int64 ceiling;
 	TimestampTz now = GetCurrentTimestamp();
 
+	PreventCommandDuringRecovery("agentvm.provision()");
 	read_request(fcinfo, &request);
 	namestrcpy(created_by, GetUserNameFromId(role, false));
 

@@ -315,6 +315,7 @@ agentvm_rotate_keys(PG_FUNCTION_ARGS)
 	int tries;
 
 	require_admin("rotate keys");
+	PreventCommandDuringRecovery("agentvm.rotate_keys()");
 	memset(&rotation, 0, sizeof(rotation));
 	db_enter(&scope);
 	rotation.row_context =

@@ -606,6 +606,8 @@ team_lock(const char *team_id, LOCKMODE mode)
 	Oid class;
 	Oid object;
 
+	/* better than what the lock manager would say */
+	PreventCommandDuringRecovery("agentvm functions that write");
 	lock_name(team_id, &class, &object);
 	LockDatabaseObject(class, object, 0, mode);
 }
