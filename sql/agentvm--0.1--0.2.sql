@@ -11,6 +11,9 @@
 ALTER TABLE agentvm.team_member ALTER COLUMN role TYPE regrole;
 SELECT pg_catalog.pg_extension_config_dump('agentvm.team_member', 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)');
 
+-- LISTEN asks for no right, so only who knows the name hears what is said: 192 random bits
+ALTER TABLE agentvm.team ADD COLUMN channel text NOT NULL DEFAULT 'agentvm_' || left(encode(sha256((gen_random_uuid()::text || gen_random_uuid()::text)::bytea), 'hex'), 48);
+
 -- of payload_enc, where that is not key_id any more: rotate_keys(); key_id stays that of the bootstrap token
 ALTER TABLE agentvm.session ADD COLUMN payload_key_id text;
 
@@ -72,6 +75,10 @@ SELECT pg_catalog.pg_extension_config_dump('agentvm.installation', 'WHERE in_use
 -- Teams, members, profiles, providers
 -- ---------------------------------------------------------------------------
 
+CREATE FUNCTION agentvm.channel(team_id text) RETURNS text
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_channel';
+COMMENT ON FUNCTION agentvm.channel(text) IS 'where to LISTEN for changes of state of a team''s sessions; another one once a member has been removed';
+
 CREATE FUNCTION agentvm.rotate_keys() RETURNS int
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_rotate_keys';
 COMMENT ON FUNCTION agentvm.rotate_keys() IS 'encrypt anew, with the first key of agentvm.key_file, some of what other keys have encrypted; how much. 0 = nothing is left: call it until then';
@@ -114,6 +121,7 @@ COMMENT ON FUNCTION agentvm.abandon() IS 'forget every live session without a ca
 -- ---------------------------------------------------------------------------
 
 REVOKE ALL ON ALL ROUTINES IN SCHEMA agentvm FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION agentvm.channel(text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION agentvm.rotate_keys() TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.seal_audit(), agentvm.purge(interval) TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.verify_audit(text) TO agentvm_user;

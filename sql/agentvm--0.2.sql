@@ -70,7 +70,9 @@ CREATE TABLE agentvm.team (
 	bootstrap_timeout interval CHECK (bootstrap_timeout > interval '0'),
 	heartbeat_timeout interval CHECK (heartbeat_timeout > interval '0'),
 	created_at timestamptz NOT NULL DEFAULT now(),
-	updated_at timestamptz NOT NULL DEFAULT now()
+	updated_at timestamptz NOT NULL DEFAULT now(),
+	-- LISTEN asks for no right, so only who knows the name hears what is said: 192 random bits
+	channel text NOT NULL DEFAULT 'agentvm_' || left(encode(sha256((gen_random_uuid()::text || gen_random_uuid()::text)::bytea), 'hex'), 48)
 );
 COMMENT ON TABLE agentvm.team IS 'tenants and their limits; NULL = the server''s default';
 
@@ -423,6 +425,10 @@ CREATE FUNCTION agentvm.remove_member(team_id text, member name) RETURNS void
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_remove_member';
 COMMENT ON FUNCTION agentvm.remove_member(text, name) IS 'take a database role out of a team';
 
+CREATE FUNCTION agentvm.channel(team_id text) RETURNS text
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_channel';
+COMMENT ON FUNCTION agentvm.channel(text) IS 'where to LISTEN for changes of state of a team''s sessions; another one once a member has been removed';
+
 CREATE FUNCTION agentvm.set_provider(team_id text, provider text, options jsonb, secrets jsonb DEFAULT NULL) RETURNS void
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_set_provider';
 COMMENT ON FUNCTION agentvm.set_provider(text, text, jsonb, jsonb) IS 'set a team''s options and credentials for a provider; secrets are write-only: NULL leaves them, a JSON null deletes that field';
@@ -564,7 +570,8 @@ REVOKE ALL ON ALL ROUTINES IN SCHEMA agentvm FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION agentvm.visible_teams(), agentvm.sees_all() TO agentvm_user, agentvm_monitor;
 GRANT EXECUTE ON FUNCTION
 	agentvm.provision(text, text, text, text, text, jsonb, jsonb, jsonb, jsonb, interval), agentvm.terminate(uuid, text),
-	agentvm.wait(uuid, text, interval), agentvm.status(uuid), agentvm.inspect(uuid), agentvm.extend(uuid, interval)
+	agentvm.wait(uuid, text, interval), agentvm.status(uuid), agentvm.inspect(uuid), agentvm.extend(uuid, interval),
+	agentvm.channel(text)
 	TO agentvm_user;
 GRANT EXECUTE ON PROCEDURE agentvm.await(uuid, text, interval, text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION

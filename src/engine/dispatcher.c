@@ -18,6 +18,7 @@
 #include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "db.h"
+#include "engine/announce.h"
 #include "engine/audit.h"
 #include "engine/engine.h"
 #include "engine/identity.h"
@@ -243,6 +244,7 @@ agentvm_dispatcher_main(Datum arg)
 			if (engine != NULL)
 				engine_destroy(engine);
 			engine = NULL;
+			announce_forget();
 			until = GetCurrentTimestamp() + avm_sweep_interval_ms * INT64CONST(1000);
 		}
 		else
@@ -253,7 +255,10 @@ agentvm_dispatcher_main(Datum arg)
 				next_periodic = 0;
 				shared_serve(slot, true);
 			}
-			until = audit_work(slot, host, pass(engine, &next_periodic));
+			announce_begin(slot, host);
+			until = pass(engine, &next_periodic);
+			until = Min(until, announce_changes(slot, host));
+			until = audit_work(slot, host, until);
 		}
 
 		/* after an error we sleep whatever is committed meanwhile */

@@ -277,6 +277,22 @@ shared_stop_dispatchers(Oid database)
 	return count;
 }
 
+/* We announce no more: wake our peers, one of whom will.  Under the lock. */
+static void
+stop_announcing(DispatcherSlot *slot)
+{
+	int i;
+
+	for (i = 0; slot->announces && i < MAX_DISPATCHERS; i++)
+	{
+		DispatcherSlot *other = &shared->slots[i];
+
+		if (other != slot && other->database == slot->database && other->pid != 0)
+			SetLatch(other->latch);
+	}
+	slot->announces = false;
+}
+
 /* Exit hook of a dispatcher: free our slot, and tell the launcher. */
 static void
 shared_detach(int code, Datum arg)
@@ -285,7 +301,10 @@ shared_detach(int code, Datum arg)
 		return;
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	if (my_slot->pid == MyProcPid)
+	{
+		stop_announcing(my_slot);
 		memset(my_slot, 0, sizeof(DispatcherSlot));
+	}
 	if (shared->launcher_latch != NULL)
 		SetLatch(shared->launcher_latch);
 	LWLockRelease(shared->lock);
@@ -323,6 +342,33 @@ shared_serve(DispatcherSlot *slot, bool serve)
 {
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	slot->serves = serve;
+	if (!serve)
+		stop_announcing(slot);
+	LWLockRelease(shared->lock);
+}
+
+bool
+shared_announce(DispatcherSlot *slot)
+{
+	bool other = false;
+	int i;
+
+	if (slot->announces)
+		return true;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_DISPATCHERS; i++)
+		other =
+			other || (shared->slots[i].database == slot->database && shared->slots[i].announces);
+	slot->announces = !other;
+	LWLockRelease(shared->lock);
+	return slot->announces;
+}
+
+void
+shared_take_changed(DispatcherSlot *slot)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	slot->changed = false;
 	LWLockRelease(shared->lock);
 }
 
@@ -378,7 +424,7 @@ shared_sleep_until(DispatcherSlot *slot, TimestampTz until)
 }
 
 void
-shared_publish_due(TimestampTz due, TimestampTz ahead)
+shared_publish(TimestampTz due, TimestampTz ahead, bool changed)
 {
 	int i;
 
@@ -398,6 +444,13 @@ shared_publish_due(TimestampTz due, TimestampTz ahead)
 		{
 			slot->sleeping_until = DT_NOBEGIN;
 			SetLatch(slot->latch);
+		}
+		/* its own changes it announces anyway, before it sleeps */
+		if (changed && slot->announces && !slot->changed)
+		{
+			slot->changed = true;
+			if (slot != my_slot)
+				SetLatch(slot->latch);
 		}
 	}
 	LWLockRelease(shared->lock);

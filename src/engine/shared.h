@@ -27,7 +27,9 @@ typedef struct DispatcherSlot
 	int index;	  /* 0 .. agentvm.dispatchers - 1 within its database */
 	int pid;	  /* 0 while it is being started */
 	Latch *latch;
-	bool serves; /* runs, and the extension is there */
+	bool serves;	/* runs, and the extension is there */
+	bool announces; /* the one of its database that does */
+	bool changed;	/* some state has been changed by a commit since it last looked */
 	/*
 	 * The earliest next_check_at that somebody committed since this dispatcher
 	 * last looked: the dispatcher's low-water mark may not stay above it.
@@ -120,6 +122,15 @@ extern void shared_serve(DispatcherSlot *slot, bool serve);
 /* Read and reset committed_due and committed_ahead (DT_NOEND: nothing), and note that a pass begins. */
 extern TimestampTz shared_take_due(DispatcherSlot *slot, TimestampTz *ahead);
 
+/*
+ * Whether this dispatcher is the one of its database that announces changes; it
+ * becomes it if there is none.  Who announces does so until it serves no more.
+ */
+extern bool shared_announce(DispatcherSlot *slot);
+
+/* Reset slot->changed; what is committed from here on sets it again. */
+extern void shared_take_changed(DispatcherSlot *slot);
+
 /* How many dispatchers serve our database, ourselves included, and how many of them come before us. */
 extern int shared_rank(DispatcherSlot *slot, int *peers);
 
@@ -133,9 +144,10 @@ extern bool shared_sleep_until(DispatcherSlot *slot, TimestampTz until);
 
 /*
  * Lower committed_due of all dispatchers of the database to "due", and
- * committed_ahead to "ahead"; wake those that would sleep beyond "due".
+ * committed_ahead to "ahead"; wake those that would sleep beyond "due".  If states
+ * have "changed", tell the one that announces.
  */
-extern void shared_publish_due(TimestampTz due, TimestampTz ahead);
+extern void shared_publish(TimestampTz due, TimestampTz ahead, bool changed);
 
 /* The condition variable that waiters of a session sleep on (shared by many sessions), or NULL. */
 extern ConditionVariable *shared_changed(const pg_uuid_t *session_id);

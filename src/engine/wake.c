@@ -4,7 +4,8 @@
  *		What a transaction has to tell others once it has committed.
  *
  * Callers' transactions never NOTIFY (it takes a cluster-wide lock at commit);
- * they set latches instead, after their changes have become visible.  The abort
+ * they set latches instead, after their changes have become visible, and a flag
+ * that lets a dispatcher announce them (announce.c).  The abort
  * of a transaction that had a row locked tells the dispatchers, too: they may
  * have passed it by.
  * COMMIT PREPARED tells nobody; the full pass of every sweep_interval is for
@@ -51,14 +52,14 @@ wake_xact_callback(XactEvent event, void *arg)
 	switch (event)
 	{
 		case XACT_EVENT_COMMIT:
-			if (pending_due != DT_NOEND)
-				shared_publish_due(pending_due, pending_ahead);
+			if (pending_due != DT_NOEND || pending_any_changed)
+				shared_publish(pending_due, pending_ahead, pending_any_changed);
 			if (pending_any_changed)
 				broadcast_changed();
 			break;
 		case XACT_EVENT_ABORT:
 			if (pending_locked)
-				shared_publish_due(DT_NOBEGIN, DT_NOEND);
+				shared_publish(DT_NOBEGIN, DT_NOEND, false);
 			break;
 		case XACT_EVENT_PREPARE:
 			break;

@@ -23,7 +23,10 @@ extern void wake_init(void);
  */
 extern void wake_dispatchers(TimestampTz due);
 
-/* This transaction changed the state of a session: at COMMIT whoever waits for it is woken. */
+/*
+ * This transaction changed the state of a session: at COMMIT whoever waits for it
+ * is woken, and so is the dispatcher that announces changes.
+ */
 extern void wake_waiters(const pg_uuid_t *session_id);
 
 /*

@@ -49,6 +49,7 @@ PG_FUNCTION_INFO_V1(agentvm_alter_team);
 PG_FUNCTION_INFO_V1(agentvm_drop_team);
 PG_FUNCTION_INFO_V1(agentvm_add_member);
 PG_FUNCTION_INFO_V1(agentvm_remove_member);
+PG_FUNCTION_INFO_V1(agentvm_channel);
 PG_FUNCTION_INFO_V1(agentvm_visible_teams);
 PG_FUNCTION_INFO_V1(agentvm_sees_all);
 
@@ -162,6 +163,22 @@ static DbQuery delete_dead_members = {
 	" AND NOT EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = m.role)",
 	1,
 	{TEXTOID},
+	NULL,
+};
+
+static DbQuery rotate_channel = {
+	"UPDATE agentvm.team SET channel = DEFAULT WHERE team_id = $1",
+	1,
+	{TEXTOID},
+	NULL,
+};
+
+static DbQuery select_channel = {
+	"SELECT channel FROM agentvm.team t WHERE team_id = $1 AND ($3 OR EXISTS"
+	" (SELECT FROM agentvm.team_member m WHERE m.team_id = t.team_id"
+	" AND pg_has_role($2, m.role, 'USAGE')))",
+	3,
+	{TEXTOID, OIDOID, BOOLOID},
 	NULL,
 };
 
@@ -457,7 +474,8 @@ agentvm_drop_team(PG_FUNCTION_ARGS)
 
 /*
  * Common part of add_member() and remove_member().  Returns whether the role was
- * (or was not yet) a member, and clears away members whose role is gone.
+ * (or was not yet) a member, and clears away members whose role is gone.  Whoever
+ * is a member no more knows the channel: from then on it is another one.
  */
 static bool
 change_member(DbQuery *change, const char *team_id, Oid role)
@@ -465,6 +483,7 @@ change_member(DbQuery *change, const char *team_id, Oid role)
 	DbScope scope;
 	Datum values[2];
 	bool changed;
+	bool fewer;
 
 	db_enter(&scope);
 	team_lock(team_id, ShareLock);
@@ -473,8 +492,11 @@ change_member(DbQuery *change, const char *team_id, Oid role)
 	values[0] = CStringGetTextDatum(team_id);
 	values[1] = ObjectIdGetDatum(role);
 	db_run(&delete_dead_members, values, NULL);
+	fewer = SPI_processed > 0;
 	db_run(change, values, NULL);
 	changed = SPI_processed > 0;
+	if (fewer || (changed && change == &delete_member))
+		db_run(&rotate_channel, values, NULL);
 	db_leave(&scope);
 
 	return changed;
@@ -511,6 +533,29 @@ agentvm_remove_member(PG_FUNCTION_ARGS)
 		ereport(NOTICE, errmsg("role \"%s\" is not a member of team \"%s\"", member, team_id));
 
 	PG_RETURN_VOID();
+}
+
+Datum
+agentvm_channel(PG_FUNCTION_ARGS)
+{
+	Oid role = GetUserId();
+	MemoryContext caller = CurrentMemoryContext;
+	DbScope scope;
+	Datum values[3];
+	char *team_id = identifier_argument(fcinfo, 0, "team_id");
+	char *channel;
+
+	db_enter(&scope);
+	values[0] = CStringGetTextDatum(team_id);
+	values[1] = ObjectIdGetDatum(role);
+	values[2] = BoolGetDatum(caller_is_admin(role));
+	db_run(&select_channel, values, NULL);
+	if (SPI_processed == 0)
+		raise_no_such_team(team_id);
+	channel = db_text(0, 1, caller);
+	db_leave(&scope);
+
+	PG_RETURN_TEXT_P(cstring_to_text(channel));
 }
 
 /* OID of one of our tables, or InvalidOid. */

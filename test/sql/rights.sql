@@ -130,7 +130,7 @@ END
 $$;
 CREATE FUNCTION public.regress_rights_all_calls(id uuid) RETURNS text LANGUAGE sql AS $$
 	SELECT rpad(current_user, 25) || string_agg(split_part(call, '(', 1) || ' ' || public.regress_rights_calls('agentvm.' || format(call, id)), ', ' ORDER BY n)
-	FROM unnest(ARRAY['provision(''regress_rights'')', 'terminate(%L)', 'wait(%L, ''terminating'', ''1 s'')', 'status(%L)', 'inspect(%L)', 'extend(%L, ''1 s'')',
+	FROM unnest(ARRAY['provision(''regress_rights'')', 'terminate(%L)', 'wait(%L, ''terminating'', ''1 s'')', 'status(%L)', 'inspect(%L)', 'extend(%L, ''1 s'')', 'channel(''regress_rights'')',
 		'create_team(''regress_rights_c'')', 'alter_team(''regress_rights'')', 'drop_team(''regress_rights_b'')', 'add_member(''regress_rights'', current_user)', 'remove_member(''regress_rights'', ''regress_rights_member'')',
 		'set_provider(''regress_rights'', ''noop'', ''{}'')', 'check_provider(''regress_rights'')', 'drop_provider(''regress_rights'', ''noop'')', 'create_profile(''regress_rights_q'', ''noop'')', 'drop_profile(''regress_rights_all'')', 'rotate_keys()',
 		'sweep()', 'wake()', 'bootstrap(sha256(''''), sha256(''''), ''x'')', 'authenticate(sha256(''''))', 'heartbeat(sha256(''''))', 'heartbeat_batch(''{}'', ''{}'')',

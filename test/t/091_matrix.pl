@@ -66,7 +66,7 @@ $node->safe_psql('postgres', q{GRANT CREATE ON SCHEMA public TO PUBLIC; CREATE R
 my %hash = map { $_ => { token => AgentVM::Runtime::token_hash($node, $session{$_}, 1), session => AgentVM::Runtime::session_hash($session{$_}) } } qw(acme globex);
 my %call = (
 	provision => q{provision('TEAM')}, terminate => q{terminate('SESSION')}, wait => q{wait('SESSION', 'ready', '1 s')}, await => q{await('SESSION', 'ready', '1 s')},
-	status => q{status('SESSION')}, inspect => q{inspect('SESSION')}, extend => q{extend('SESSION', '1 s')},
+	status => q{status('SESSION')}, inspect => q{inspect('SESSION')}, extend => q{extend('SESSION', '1 s')}, channel => q{channel('TEAM')},
 	create_team => q{create_team('new')}, alter_team => q{alter_team('TEAM', limits => '{"max_sessions": 1}')}, drop_team => q{drop_team('empty_TEAM')},
 	add_member => q{add_member('TEAM', 'newcomer')}, remove_member => q{remove_member('TEAM', 'member')},
 	set_provider => q{set_provider('TEAM', 'ec2', '{"region": "us-east-1"}')}, check_provider => q{check_provider('TEAM', 'noop')}, drop_provider => q{drop_provider('TEAM', 'ec2')},
