@@ -2,6 +2,7 @@
 # them. Buffers are those of the dispatcher's own statements. With more rows: test/long/backlog_stress.pl
 use strict;
 use warnings;
+use AgentVM::Claims;
 use AgentVM::EC2;
 use AgentVM::Faults;
 use AgentVM::Test;
@@ -11,33 +12,13 @@ use Time::HiRes qw(sleep time);
 
 my $rows = $ENV{AGENTVM_BACKLOG} // 10000;
 my $faults = AgentVM::Faults->new;
-my $node = new_node('main', moto => $faults, preload => ['auto_explain'], conf => <<'CONF');
+my $node = new_node('main', moto => $faults, preload => ['auto_explain'], conf => <<"CONF");
 agentvm.max_in_flight_per_team = 32
 agentvm.sweep_interval = '4s'
-log_statement = none
-log_line_prefix = '%m [%p] %b %v '
-auto_explain.log_min_duration = -1
-auto_explain.log_analyze = on
-auto_explain.log_buffers = on
-auto_explain.log_timing = off
+$claims_conf
 CONF
 $node->safe_psql('postgres', "SELECT agentvm.create_profile('plain', 'ec2', runtime => false)");
 ec2_team($node, $_, $faults) for qw(many one some much);
-
-# Buffers that each transaction of the dispatcher has read to find what to do, since an offset of the log: the claims
-sub claims
-{
-	my ($offset) = @_;
-	my %buffers;
-	foreach my $entry (split /^(?=\d{4}-\d\d-\d\d )/m, PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset))
-	{
-		next unless $entry =~ /^\S+ \S+ \S+ \[\d+\] agentvm dispatcher (\S+) LOG: .*Query Text: SELECT (?:session_id, team_id, )?next_check_at(?:, n)? FROM/s;
-		my $claim = $1;
-		my ($hit, $read) = $entry =~ /Buffers: shared(?: hit=(\d+))?(?: read=(\d+))?/;
-		$buffers{$claim} += ($hit // 0) + ($read // 0);
-	}
-	return values %buffers;
-}
 
 # Seconds from provision() of a single launch to its request, which is the newest
 sub launch_time
@@ -65,7 +46,7 @@ cmp_ok(max(@times), '<', 1, 'each single launch begins within a second: ' . scal
 # a second team that reaches its cap, whose few rows lie behind the backlog
 $node->safe_psql('postgres', "SELECT count(agentvm.provision('some', profile => 'plain')) FROM generate_series(1, 40)");
 await($node, "SELECT count(*) FROM agentvm.session WHERE team_id = 'some' AND launched_at IS NOT NULL", 40, name => 'a second team goes beyond its cap and back');
-my @claims = claims($offset);
+my @claims = map { $_->[0] } claims(PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset));
 cmp_ok(scalar @claims, '>', @times, 'the log has the claims: ' . scalar @claims);
 cmp_ok(max(@claims), '<', 2000, 'and none has read 2000 buffers: ' . max(@claims) . ' at most');
 is($node->safe_psql('postgres', "SELECT count(*) <= 32 FROM agentvm.session WHERE team_id = 'many' AND lease IS NOT NULL"), 't', 'no more of the backlog is claimed than may be in flight');
