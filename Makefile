@@ -32,6 +32,12 @@ checks = -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
 PG_CFLAGS += $(checks)
 SHLIB_LINK += $(checks)
 endif
+# with libFuzzer in it: make CC=clang SANITIZE=fuzzer-no-link,address,undefined
+ifneq ($(findstring fuzzer,$(SANITIZE)),)
+OBJS += test/fuzz/fuzz.o
+PG_CFLAGS += -fsanitize-coverage-allowlist=test/fuzz/coverage
+SHLIB_LINK += $(shell $(CC) -print-file-name=libclang_rt.fuzzer_no_main-$(shell uname -m).a) -lstdc++ -Wl,-Bsymbolic
+endif
 
 REGRESS = $(sort $(basename $(notdir $(wildcard test/sql/*.sql))))
 REGRESS_OPTS = --inputdir=$(srcdir)/test --outputdir=. --load-extension=pgcrypto --load-extension=agentvm

@@ -811,7 +811,8 @@ http_finished(HttpClient *client, void **arg)
 	reply->retry_after_s = call->retry_after_s;
 	if (call->request_id[0] != '\0')
 		reply->request_id = pstrdup(call->request_id);
-	if (call->result == CURLE_OK && call->status > 0)
+	/* libcurl takes "HTTP/21703" for HTTP/2 and a status of 1703 */
+	if (call->result == CURLE_OK && call->status >= 100 && call->status <= 999)
 	{
 		body = palloc(call->reply_len + 1);
 		if (call->reply_len > 0)

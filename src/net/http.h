@@ -46,7 +46,7 @@ typedef struct HttpRequest
 /* What came back; allocated in the memory context current at http_finished(). */
 typedef struct HttpReply
 {
-	int status;		   /* HTTP status, 0 when no reply came */
+	int status;		   /* HTTP status, 100 to 999, or 0 when no reply came */
 	const char *error; /* NULL, or why there is no usable reply; never holds a secret */
 	bool maybe_sent;   /* without a reply: the request may have reached the server */
 	int sends;		   /* how often libcurl sent it; above 1, an earlier send went unanswered */

@@ -16,7 +16,7 @@ pg_version() {
 
 as_root() { if ((EUID)); then sudo "$@"; else "$@"; fi; }
 
-# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, try or test
+# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, try, test or check
 packages() {
 	command -v dpkg-query >/dev/null || { say 'no dpkg here: taking for granted that everything needed is installed'; return; }
 	local version names=() missing kind status=0 log own_policy='' policy=/usr/sbin/policy-rc.d
@@ -26,6 +26,7 @@ packages() {
 		case $kind in
 			build) names+=(make gcc libc6-dev pkg-config postgresql-"$version" postgresql-server-dev-"$version" libcurl4-openssl-dev libxml2-dev libssl-dev) ;;
 			try) names+=(python3-venv) ;;
+			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
 			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron) ;;
 		esac
 	done
@@ -90,7 +91,7 @@ checked() { # DIR PG_CONFIG CHECKER
 			gcc -shared -fPIC -Wl,-z,initfirst -o "$first" "$root/test/sanitize/first.c"
 			# by the name of the wrapper, since pg_ctl restart calls what the server says it is
 			printf '%s\n' '#!/bin/bash' "LD_PRELOAD='$3 $first'" \
-				"ASAN_OPTIONS='detect_leaks=0 log_path=$dir/findings'" "UBSAN_OPTIONS='print_stacktrace=1 log_path=$dir/findings'" \
+				"ASAN_OPTIONS='detect_leaks=0 quarantine_size_mb=16 log_path=$dir/findings'" "UBSAN_OPTIONS='print_stacktrace=1 log_path=$dir/findings'" \
 				'export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS' 'exec -a "$0" "$0.bin" "$@"'
 			;;
 	esac >"$server"

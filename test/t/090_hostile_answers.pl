@@ -27,7 +27,7 @@ sub harmless
 {
 	my ($name, $class, $error, %answer) = @_;
 	my $sessions = delete $answer{sessions} // 1;
-	my $allowed = 16 + 4 * $sessions;
+	my $allowed = 32 + 5 * $sessions;
 	forget_peak();
 	my $before = memory('VmRSS');
 	my $errors = q{FROM agentvm.session_event WHERE detail ? 'error' AND event_id > } . $node->safe_psql('postgres', 'SELECT max(event_id) FROM agentvm.session_event');
@@ -36,8 +36,8 @@ sub harmless
 	await($node, "SELECT count(DISTINCT session_id) $errors", $sessions, name => "$name: answered");
 	my $begun = time;
 	launch($node, 'healthy', 'ready');
-	cmp_ok(time - $begun, '<', 5, "$name: others are served at once");
-	like($node->safe_psql('postgres', "SELECT DISTINCT (detail->>'error_class') || ' ' || (detail->>'error') $errors"), qr/^$class $error$/, "$name: is $class");
+	cmp_ok(time - $begun, '<', 15, "$name: others are served at once");
+	like($node->safe_psql('postgres', "SELECT DISTINCT (detail->>'error_class') || ' ' || (detail->>'error') $errors"), qr/^(?:$class $error(?:\n|$))+$/, "$name: is $class");
 	my $taken = memory('VmHWM') - $before;
 	cmp_ok($taken, '<', $allowed, "$name: takes less than $allowed MiB") and note("it took $taken");
 	is(dispatcher(), $dispatcher, "$name: the dispatcher lives");
@@ -66,7 +66,8 @@ harmless('a zip bomb in transfer', 'transient', 'NoReply: (reply is larger than 
 # ---- time ----
 $node->append_conf('postgresql.conf', "agentvm.lease = '3s'");
 $node->reload;
-harmless('a byte at a time', 'transient', 'NoReply: Operation timed out after 2\d\d\d milliseconds with \d bytes received', head => $xml, piece => 'x', repeat => 'endless', ms => 900);
+harmless('a byte at a time', 'transient', 'NoReply: Operation timed out after 2\d\d\d milliseconds with \d+ bytes received', head => $xml, piece => 'x', repeat => 'endless', ms => 900,
+	sessions => 40);    # more than a team may have in flight
 $node->append_conf('postgresql.conf', "agentvm.lease = '60s'");
 $node->reload;
 
@@ -96,6 +97,7 @@ harmless('a refusal in JSON', 'permanent', 'HTTP 400: the endpoint answered with
 	piece => "HTTP/1.1 400 Bad\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n{\"__type\": \"AuthFailure\"}");
 harmless('a picture', 'transient', $malformed, piece => "${ok}Content-Type: image/png\r\n\r\n\x89PNG\r\n\x1a\n\0\0\0\rIHDR");
 harmless('no HTTP at all', 'transient', 'NoReply: (Unsupported protocol|Received HTTP/0.9 when not allowed)', piece => "SSH-2.0-OpenSSH_9.2\r\n");
+harmless('an impossible status', 'transient', 'NoReply: (reply has no status|Unsupported .*|Weird server reply)', piece => "HTTP/21703\r\nConnection: close\r\n\r\n");
 harmless('less than promised', 'transient', 'NoReply: Transferred a partial file', piece => "${ok}Content-Length: 1000\r\n\r\n<RunInstancesResponse>$id");
 
 is($faults->count('Elsewhere'), 0, 'no entity was looked for');
