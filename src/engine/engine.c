@@ -174,13 +174,14 @@ static DbQuery ahead_query = {
 
 /*
  * Leases end within one lease time, so only the near end of the index is read.
- * A holder that is missing from pg_stat_activity is dead.
+ * A holder that is missing from pg_stat_activity is dead; one whose start is
+ * hidden from us, since the extension's owner is no superuser, may be alive.
  */
 static DbQuery reclaim_query = {
 	"WITH dead AS MATERIALIZED (SELECT session_id FROM agentvm.session s "
 	"WHERE lane = $1 AND next_check_at > $2 AND next_check_at <= $2 + $3 * interval '1 ms' "
 	"AND lease IS NOT NULL AND NOT EXISTS (SELECT FROM pg_stat_get_activity(NULL) a "
-	"WHERE a.pid = s.lease_pid AND a.backend_start = s.lease_start) "
+	"WHERE a.pid = s.lease_pid AND (a.backend_start = s.lease_start) IS NOT FALSE) "
 	"FOR UPDATE SKIP LOCKED) "
 	"UPDATE agentvm.session s SET lease = NULL, lease_pid = NULL, lease_start = NULL, "
 	"next_check_at = clock_timestamp() FROM dead WHERE s.session_id = dead.session_id "
