@@ -170,6 +170,16 @@ db_leave(DbScope *scope)
 }
 
 void
+db_plan_without(const char *const *settings, int count)
+{
+	int i;
+
+	for (i = 0; i < count; i++)
+		(void) set_config_option(settings[i], "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
+								 true, 0, false);
+}
+
+void
 db_run(DbQuery *query, Datum *values, const char *nulls)
 {
 	MemoryContext caller = CurrentMemoryContext;

@@ -44,6 +44,9 @@ typedef struct DbScope
 extern void db_enter(DbScope *scope);
 extern void db_leave(DbScope *scope);
 
+/* Turn settings of the planner off until db_leave(). */
+extern void db_plan_without(const char *const *settings, int count);
+
 /* A statement with a plan that is prepared on first use and saved for the process. */
 typedef struct DbQuery
 {

@@ -266,17 +266,13 @@ static const char *const planner_off[] = {"enable_seqscan", "enable_bitmapscan",
 static void
 begin_batch(Engine *engine, DbScope *scope)
 {
-	int i;
-
 	engine->host.begin();
 	db_enter(scope);
 	/* what is committed before a call must survive a crash after it */
 	if (synchronous_commit == SYNCHRONOUS_COMMIT_OFF)
 		(void) set_config_option("synchronous_commit", "local", PGC_USERSET, PGC_S_SESSION,
 								 GUC_ACTION_SAVE, true, 0, false);
-	for (i = 0; i < lengthof(planner_off); i++)
-		(void) set_config_option(planner_off[i], "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
-								 true, 0, false);
+	db_plan_without(planner_off, lengthof(planner_off));
 	MemoryContextReset(engine->batch);
 	engine->outgoing = NIL;
 	engine->settled = NIL;
