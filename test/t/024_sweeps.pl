@@ -10,9 +10,9 @@ use Time::HiRes qw(sleep time);
 my $node = new_node('main', conf => "agentvm.dispatchers = 0\n");
 $node->safe_psql('postgres', <<'SQL');
 SELECT agentvm.create_team('acme');
-SELECT agentvm.create_profile('short', 'noop', runtime => true, bootstrap_timeout => '1 s', heartbeat_timeout => '1 s');
-SELECT agentvm.create_profile('runtime', 'noop', runtime => true, heartbeat_timeout => '1 s');
-SELECT agentvm.create_profile('patient', 'noop', runtime => true, heartbeat_timeout => '3 s');
+SELECT agentvm.create_profile('short', 'noop', runtime => true, bootstrap_timeout => '4 s', heartbeat_timeout => '4 s');
+SELECT agentvm.create_profile('runtime', 'noop', runtime => true, heartbeat_timeout => '4 s');
+SELECT agentvm.create_profile('patient', 'noop', runtime => true, heartbeat_timeout => '6 s');
 SQL
 
 sub sql  { return $node->safe_psql('postgres', $_[0]); }
@@ -49,7 +49,7 @@ sub silent
 my $session = launched('short');
 my $patient = launched('runtime');
 is(sql('SELECT agentvm.sweep_bootstrap()'), 0, 'nobody is late yet');
-await($node, "SELECT launched_at + interval '1 s' < clock_timestamp() FROM agentvm.sessions WHERE session_id = '$session'");
+await($node, "SELECT launched_at + interval '4 s' < clock_timestamp() FROM agentvm.sessions WHERE session_id = '$session'");
 is(sql('SELECT agentvm.sweep_bootstrap()'), 1, 'one is late');
 is(sql('SELECT agentvm.sweep_bootstrap()'), 0, 'once');
 is(state_of($node, $session), 'terminating bootstrap_timeout', 'and is to end');
@@ -63,12 +63,12 @@ my $mute = ready('runtime');
 my $beaten = ready('runtime');
 heartbeat($node, $beaten);
 is(sql('SELECT agentvm.sweep_heartbeat()'), 0, 'nobody is silent yet');
-silent($_, 1) for $mute, $beaten;
+silent($_, 4) for $mute, $beaten;
 heartbeat($node, $beaten);
 is(sql('SELECT agentvm.sweep_heartbeat()'), 1, 'one is lost');
 like(state_of($node, $mute), qr/^terminating heartbeat_timeout no heartbeat since it was ready/, 'the one that never beat');
 is(state_of($node, $beaten), 'ready', 'a beat saves the other');
-silent($beaten, 1);
+silent($beaten, 4);
 is(sql('SELECT agentvm.sweep_heartbeat(0)'), 0, 'a limit of none');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 1, 'until it falls silent, too');
 like(state_of($node, $beaten), qr/^terminating heartbeat_timeout last heartbeat \d+ s ago$/, 'the log says since when');
@@ -79,10 +79,10 @@ is(sql('SELECT count(*) FROM agentvm.session_heartbeat'), 0, 'and no row of hear
 
 # Silence while the server was down is nobody's fault
 $session = ready('patient');
-silent($session, 3);
+silent($session, 6);
 $node->restart;
 is(sql('SELECT agentvm.sweep_heartbeat()'), 0, 'after a restart everybody has his timeout again');
-await($node, "SELECT pg_postmaster_start_time() + interval '3 s' < clock_timestamp()");
+await($node, "SELECT pg_postmaster_start_time() + interval '6 s' < clock_timestamp()");
 is(sql('SELECT agentvm.sweep_heartbeat()'), 1, 'and then no more');
 
 # Lifetime, limits, and locks of users
@@ -106,11 +106,11 @@ fails_with($node, as_role('alice', "SELECT agentvm.$_()"), '42501', qr/permissio
 
 # So many at once are more likely our own deafness: one more timeout is given
 my @many = map { ready('runtime') } 1 .. 11;
-silent($many[-1], 1);
+silent($many[-1], 4);
 is(sql('SELECT agentvm.sweep_heartbeat()'), 0, '11 of 11: the sweep holds');
 is(sql("SELECT ok || ' ' || (detail ~ 'would end 11 sessions') FROM agentvm.health WHERE name = 'sweep_hold'"), 'false true', 'and says so in health');
 like(log_text($node), qr/would end 11 of 11 sessions and holds/, 'and in the log');
-await($node, "SELECT held_at + interval '1 s' < clock_timestamp() FROM agentvm.sweep_hold");
+await($node, "SELECT held_at + interval '4 s' < clock_timestamp() FROM agentvm.sweep_hold");
 is(sql('SELECT agentvm.sweep_heartbeat(4)'), 4, 'one timeout later it goes on');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 7, 'with all of them');
 sql('SELECT agentvm.sweep_heartbeat()');
@@ -120,18 +120,18 @@ pass();
 # While a gateway is registered, silence counts only from when it listens
 sql("INSERT INTO agentvm.gateway (gateway_id) VALUES ('gw1'), ('gw2')");
 $session = ready('runtime');
-silent($session, 1);
+silent($session, 4);
 is(sql('SELECT agentvm.sweep_heartbeat()'), 0, 'no gateway listens: nobody is lost');
 report($node, 'gw1');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 0, 'one has just begun to listen');
 my $since = sql("SELECT listening_since FROM agentvm.gateway WHERE gateway_id = 'gw1'");
-await($node, "SELECT timestamptz '$since' + interval '1 s' < clock_timestamp()");
+await($node, "SELECT timestamptz '$since' + interval '4 s' < clock_timestamp()");
 report($node, 'gw2');
 is(sql("SELECT listening_since FROM agentvm.gateway WHERE gateway_id = 'gw2'"), $since, 'another one takes over the period');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 1, 'it has listened for a timeout: lost');
 sql("UPDATE agentvm.gateway SET last_report_at = last_report_at - interval '31 s', listening_since = listening_since - interval '1 hour'");
 $session = ready('runtime');
-silent($session, 1);
+silent($session, 4);
 is(sql('SELECT agentvm.sweep_heartbeat()'), 0, 'all have fallen silent: nobody is lost');
 report($node, 'gw1');
 is(sql("SELECT listening_since > now() - interval '10 s' FROM agentvm.gateway WHERE gateway_id = 'gw1'"), 't', 'and the next report begins a new period');
