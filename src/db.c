@@ -34,6 +34,7 @@
 #include "executor/executor.h"
 #include "executor/spi.h"
 #include "mb/pg_wchar.h"
+#include "pgstat.h"
 #include "nodes/makefuncs.h"
 #include "optimizer/optimizer.h"
 #include "rewrite/rewriteHandler.h"
@@ -520,6 +521,20 @@ void
 hide_caller_end(HiddenCaller *hidden)
 {
 	error_context_stack = hidden->outer;
+}
+
+void
+hide_activity(const char *function)
+{
+	char *blank = palloc0(pgstat_track_activity_query_size);
+
+	/* A shorter text would leave the end of the statement in shared memory. */
+	memset(blank, ' ', pgstat_track_activity_query_size - 1);
+	pgstat_report_activity(STATE_RUNNING, blank);
+	snprintf(blank, pgstat_track_activity_query_size,
+			 "%s: the statement is not shown, it may hold secrets", function);
+	pgstat_report_activity(STATE_RUNNING, blank);
+	pfree(blank);
 }
 
 static bool

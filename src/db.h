@@ -186,4 +186,11 @@ typedef struct HiddenCaller
 extern void hide_caller_begin(HiddenCaller *hidden);
 extern void hide_caller_end(HiddenCaller *hidden);
 
+/*
+ * Put a text that names the function in the place of the statement that others
+ * see in pg_stat_activity, now and once it is done, and that a report of a
+ * deadlock shows: the statement may hold secrets.
+ */
+extern void hide_activity(const char *function);
+
 #endif /* AGENTVM_DB_H */

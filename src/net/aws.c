@@ -114,7 +114,10 @@ append_escaped(StringInfo body, const char *text)
 		}
 	}
 	if (utf8 != text)
+	{
+		secret_wipe(utf8, strlen(utf8)); /* user data has a token */
 		pfree(utf8);
+	}
 }
 
 void

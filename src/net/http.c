@@ -20,6 +20,8 @@
  *	 thread could run a signal handler of PostgreSQL.  A name that is still being
  *	 resolved does not hold up a cancelled call (CURLOPT_QUICK_EXIT).
  * - libcurl is initialized in the process that uses it, never in the postmaster.
+ * - It keeps copies of keys and tokens, and of what it derives from them.  It is
+ *	 given an allocator that wipes what is freed.
  * - No redirects (credentials would follow), no other protocols than HTTP.
  * - Nothing that libcurl reports about the content of a reply becomes an error
  *	 text, only what it reports about the connection.
@@ -38,6 +40,7 @@
 #include "agentvm.h"
 
 #include <curl/curl.h>
+#include <malloc.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -55,8 +58,8 @@
 #define MAX_REPLY_HEADERS (256 * 1024) /* bytes of headers before a call fails */
 #define MAX_KEPT_CONNECTIONS 256 /* idle connections; what is in flight is the caller's to bound */
 #define MAX_IDLE_CONNECTION_S 15 /* AWS drops idle connections after about 20 s */
-#define MAX_SPARE_HANDLES 64
-#define MAX_ROUNDS 16 /* of epoll_wait in one http_run */
+#define CLOSE_WHEN_IDLE_MS 5000	 /* without any call, all kept connections go */
+#define MAX_ROUNDS 16			 /* of epoll_wait in one http_run */
 
 struct HttpClient
 {
@@ -65,11 +68,10 @@ struct HttpClient
 	int timer_fd;
 	bool broken;		/* the multi handle refuses to work and must be replaced */
 	bool wake;			/* a call ended without libcurl: make the fd readable */
+	bool used;			/* there may be connections that are kept */
 	int in_flight;		/* calls on either list */
 	dlist_head running; /* of HttpCall, added to the multi handle */
 	dlist_head ended;	/* of HttpCall, to be returned by http_finished */
-	CURL *spare[MAX_SPARE_HANDLES];
-	int nspare;
 };
 
 struct HttpCall
@@ -178,6 +180,8 @@ on_timer(CURLM *multi, long timeout_ms, void *arg)
 
 	if (client->wake)
 		timeout_ms = 0;
+	else if (timeout_ms < 0 && client->in_flight == 0 && client->used)
+		timeout_ms = CLOSE_WHEN_IDLE_MS;
 	if (timeout_ms > 0)
 	{
 		when.it_value.tv_sec = timeout_ms / 1000;
@@ -287,6 +291,33 @@ on_header(char *data, size_t size, size_t nmemb, void *arg)
 	return len;
 }
 
+/* ---- libcurl's memory: wiped as it is freed ---- */
+
+static void
+wiping_free(void *p)
+{
+	if (p != NULL)
+		secret_wipe(p, malloc_usable_size(p));
+	free(p);
+}
+
+/* realloc() would leave a copy behind where it moves something. */
+static void *
+wiping_realloc(void *p, size_t size)
+{
+	size_t old_size = p != NULL ? malloc_usable_size(p) : 0;
+	void *new;
+
+	if (p != NULL && size <= old_size && size >= old_size / 2)
+		return p;
+	new = malloc(size);
+	if (new == NULL || p == NULL)
+		return new;
+	memcpy(new, p, Min(old_size, size));
+	wiping_free(p);
+	return new;
+}
+
 /* ---- clients ---- */
 
 /* Prepare libcurl in this process. */
@@ -301,7 +332,8 @@ init_curl(void)
 	if (IsPostmasterEnvironment && !IsUnderPostmaster)
 		elog(ERROR, "HTTP is not to be used in the postmaster");
 	block_signals(&saved);
-	rc = curl_global_init(CURL_GLOBAL_DEFAULT);
+	rc = curl_global_init_mem(CURL_GLOBAL_DEFAULT, malloc, wiping_free, wiping_realloc, strdup,
+							  calloc);
 	restore_signals(&saved);
 	if (rc != CURLE_OK)
 		ereport(ERROR, (errcode(ERRCODE_SYSTEM_ERROR),
@@ -327,6 +359,20 @@ open_multi(HttpClient *client)
 	curl_multi_setopt(multi, CURLMOPT_MAX_HOST_CONNECTIONS, 0L);
 	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) MAX_KEPT_CONNECTIONS);
 	return true;
+}
+
+/*
+ * Close the connections that are kept, each of which holds the keys that it was
+ * made for.  There must be no call under way.
+ */
+static void
+forget_connections(HttpClient *client)
+{
+	curl_multi_cleanup(client->multi);
+	client->used = false;
+	client->broken = !open_multi(client);
+	if (client->broken)
+		client->multi = NULL;
 }
 
 HttpClient *
@@ -383,13 +429,12 @@ free_call(HttpCall *call)
 	block_signals(&saved);
 	if (call->added)
 		curl_multi_remove_handle(client->multi, call->easy);
-	if (call->easy != NULL && client->nspare < MAX_SPARE_HANDLES)
-	{
-		curl_easy_reset(call->easy);
-		client->spare[client->nspare++] = call->easy;
-	}
-	else if (call->easy != NULL)
+	/* Not kept for another call: curl_easy_reset() would leave the keys in it. */
+	if (call->easy != NULL)
 		curl_easy_cleanup(call->easy);
+	client->in_flight--;
+	if (client->in_flight == 0)
+		on_timer(client->multi, -1, client);
 	restore_signals(&saved);
 
 	/* A header may be a session token, the body may hold a bootstrap token. */
@@ -401,7 +446,6 @@ free_call(HttpCall *call)
 	free(call->body);
 	free(call->reply);
 	dlist_delete(&call->node);
-	client->in_flight--;
 	free(call);
 }
 
@@ -418,8 +462,6 @@ http_client_destroy(HttpClient *client)
 		free_call(dlist_head_element(HttpCall, node, &client->ended));
 
 	block_signals(&saved);
-	for (int i = 0; i < client->nspare; i++)
-		curl_easy_cleanup(client->spare[i]);
 	if (client->multi != NULL)
 		curl_multi_cleanup(client->multi);
 	restore_signals(&saved);
@@ -661,15 +703,12 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	/* From here on nothing raises. */
 	block_signals(&saved);
 	if (client->broken && dlist_is_empty(&client->running))
-	{
-		curl_multi_cleanup(client->multi);
-		if (!open_multi(client))
-			client->multi = NULL;
-	}
+		forget_connections(client);
 	dlist_push_tail(&client->running, &call->node);
 	client->in_flight++;
+	client->used = true;
 
-	call->easy = client->nspare > 0 ? client->spare[--client->nspare] : curl_easy_init();
+	call->easy = curl_easy_init();
 	if (call->easy == NULL || client->multi == NULL)
 		rc = CURLE_OUT_OF_MEMORY;
 	else
@@ -733,7 +772,9 @@ http_run(HttpClient *client)
 				mask |= CURL_CSELECT_ERR;
 			rc = curl_multi_socket_action(client->multi, events[i].data.fd, mask, &running);
 		}
-		if (expired && rc == CURLM_OK)
+		if (expired && client->in_flight == 0 && client->used)
+			forget_connections(client);
+		else if (expired && rc == CURLM_OK)
 			rc = curl_multi_socket_action(client->multi, CURL_SOCKET_TIMEOUT, 0, &running);
 		if (rc != CURLM_OK)
 		{

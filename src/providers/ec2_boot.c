@@ -194,7 +194,10 @@ ec2_user_data(Ec2Step *step, int *len)
 	StringInfoData script;
 	char *encoded;
 
+	/* Room for all of it at once: a buffer that grows leaves its former self behind. */
 	initStringInfo(&payload);
+	enlargeStringInfo(&payload, (progress->env != NULL ? strlen(progress->env) : 0) +
+									(progress->ca != NULL ? strlen(progress->ca) : 0) + 1024);
 	if (progress->env != NULL && progress->key != NULL)
 	{
 		char *mark = strstr(progress->env, TOKEN_MARK);
@@ -206,6 +209,7 @@ ec2_user_data(Ec2Step *step, int *len)
 		token = keyring_bootstrap_token(progress->key, step->session->session_id,
 										(int) progress->attempt);
 		initStringInfo(&env);
+		enlargeStringInfo(&env, strlen(progress->env) + secret_len(token));
 		appendBinaryStringInfo(&env, progress->env, mark - progress->env);
 		appendStringInfoString(&env, secret_bytes(token));
 		appendStringInfoString(&env, mark + strlen(TOKEN_MARK));
@@ -218,6 +222,8 @@ ec2_user_data(Ec2Step *step, int *len)
 	encoded = ec2_base64(payload.data, payload.len);
 	secret_wipe(payload.data, payload.len);
 	initStringInfo(&script);
+	enlargeStringInfo(&script,
+					  sizeof(boot_script_head) + sizeof(boot_script_tail) + strlen(encoded) + 1024);
 	appendStringInfoString(&script, boot_script_head);
 	appendStringInfo(&script,
 					 "hard_stop=" INT64_FORMAT "\nlongest=" INT64_FORMAT "\npayload='%s'\n",

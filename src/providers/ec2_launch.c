@@ -140,6 +140,7 @@ send_launch(Ec2Step *step)
 	Ec2Progress *progress = &step->progress;
 	AwsForm form;
 	char *script;
+	char *encoded;
 	int len;
 
 	script = ec2_user_data(step, &len);
@@ -154,10 +155,14 @@ send_launch(Ec2Step *step)
 		return;
 	}
 
+	encoded = ec2_base64(script, len);
+	secret_wipe(script, len);
 	initStringInfo(&form.body);
 	appendStringInfoString(&form.body, progress->form);
-	aws_form_add(&form, "UserData", ec2_base64(script, len));
-	secret_wipe(script, len);
+	enlargeStringInfo(&form.body, 3 * strlen(encoded) + 64);
+	aws_form_add(&form, "UserData", encoded);
+	secret_wipe(encoded, strlen(encoded));
+	secret_wipe_later(form.body.data, form.body.len);
 
 	/* A new token comes with a new attempt, whose bootstrap token the engine commits with it. */
 	if (progress->sends == 0)

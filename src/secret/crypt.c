@@ -143,27 +143,10 @@ not_decrypted(const char *team, const char *kind, const char *field)
 				  kind);
 }
 
-/*
- * Have a varlena wiped before its memory context, which must be the current
- * one, goes away.
- */
-static void
-wipe_varlena(void *arg)
-{
-	struct varlena *value = (struct varlena *) arg;
-
-	secret_wipe(VARDATA_ANY(value), VARSIZE_ANY_EXHDR(value));
-}
-
 static void
 wipe_at_end(struct varlena *value)
 {
-	MemoryContextCallback *callback;
-
-	callback = (MemoryContextCallback *) palloc(sizeof(MemoryContextCallback));
-	callback->func = wipe_varlena;
-	callback->arg = value;
-	MemoryContextRegisterResetCallback(CurrentMemoryContext, callback);
+	secret_wipe_later(VARDATA_ANY(value), VARSIZE_ANY_EXHDR(value));
 }
 
 static MemoryContext

@@ -4,8 +4,9 @@
  *		The key file: master keys that never enter the database.
  *
  * agentvm.key_file names a file of lines "id:base64 of 32 bytes"; the first key
- * encrypts, all of them decrypt.  Every process keeps what it has read, and
- * looks with stat() before each use whether the file is still the same.
+ * encrypts, all of them decrypt.  What has been read is kept until the end of the
+ * transaction and then wiped, so that no idle process holds a key; stat() before
+ * each use tells whether the file is still the same.
  *
  * The file is opened first and everything about it is then asked of the
  * descriptor, so that nobody can swap it between check and use.  The change
@@ -27,6 +28,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "access/xact.h"
 #include "common/base64.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
@@ -78,6 +80,24 @@ keyring_forget(void)
 		secret_wipe(keyring.keys, keyring.nkeys * sizeof(Key));
 	memset(&keyring, 0, sizeof(keyring));
 	MemoryContextDelete(context);
+}
+
+/* At the end of the transaction that used them, the keys go. */
+static void
+forget_at_end(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_COMMIT:
+		case XACT_EVENT_PARALLEL_COMMIT:
+		case XACT_EVENT_ABORT:
+		case XACT_EVENT_PARALLEL_ABORT:
+		case XACT_EVENT_PREPARE:
+			keyring_forget();
+			break;
+		default:
+			break;
+	}
 }
 
 static bool
@@ -283,11 +303,18 @@ count_lines(const char *buffer, size_t len)
 static char *
 keyring_load(const char *path)
 {
+	static bool registered = false;
 	char buffer[KEY_FILE_MAX];
 	size_t len;
 	struct stat st;
 	char *problem;
 	MemoryContext context;
+
+	if (!registered)
+	{
+		RegisterXactCallback(forget_at_end, NULL);
+		registered = true;
+	}
 
 	problem = read_file(path, buffer, &len, &st);
 	if (problem == NULL)

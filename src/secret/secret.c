@@ -89,6 +89,33 @@ secret_wipe(void *bytes, size_t len)
 	explicit_bzero(bytes, len);
 }
 
+typedef struct LaterWipe
+{
+	MemoryContextCallback callback;
+	void *bytes;
+	size_t len;
+} LaterWipe;
+
+static void
+wipe_bytes(void *arg)
+{
+	LaterWipe *later = (LaterWipe *) arg;
+
+	secret_wipe(later->bytes, later->len);
+}
+
+void
+secret_wipe_later(void *bytes, size_t len)
+{
+	LaterWipe *later = (LaterWipe *) palloc(sizeof(LaterWipe));
+
+	later->callback.func = wipe_bytes;
+	later->callback.arg = later;
+	later->bytes = bytes;
+	later->len = len;
+	MemoryContextRegisterResetCallback(CurrentMemoryContext, &later->callback);
+}
+
 SecretSet *
 secret_set_make(void)
 {

@@ -34,6 +34,9 @@ extern size_t secret_len(const Secret *secret);
 /* Overwrite memory in a way that the compiler may not remove. */
 extern void secret_wipe(void *bytes, size_t len);
 
+/* The same when CurrentMemoryContext, in which the bytes are, is reset or deleted; until then they stay where they are. */
+extern void secret_wipe_later(void *bytes, size_t len);
+
 /* ---- named secrets of one (team, provider) (secret.c) ---- */
 
 /* An empty set in CurrentMemoryContext. */

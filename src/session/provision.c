@@ -933,7 +933,13 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	warn_unless_served();
 }
 
-/* env may hold secrets: no message shows the statement, whoever raises it. */
+static bool
+has_content(FunctionCallInfo fcinfo, int argument)
+{
+	return !PG_ARGISNULL(argument) && JB_ROOT_COUNT(PG_GETARG_JSONB_P(argument)) > 0;
+}
+
+/* env and repos may hold secrets: no message shows the statement, whoever raises it. */
 Datum
 agentvm_provision(PG_FUNCTION_ARGS)
 {
@@ -941,6 +947,8 @@ agentvm_provision(PG_FUNCTION_ARGS)
 	HiddenCaller hidden;
 
 	hide_caller_begin(&hidden);
+	if (has_content(fcinfo, 5) || has_content(fcinfo, 6))
+		hide_activity("agentvm.provision()");
 	provision(fcinfo, id);
 	hide_caller_end(&hidden);
 	PG_RETURN_UUID_P(id);

@@ -249,6 +249,8 @@ agentvm_set_provider(PG_FUNCTION_ARGS)
 	HiddenCaller hidden;
 
 	hide_caller_begin(&hidden);
+	if (!PG_ARGISNULL(3))
+		hide_activity("agentvm.set_provider()");
 	set_provider(fcinfo);
 	hide_caller_end(&hidden);
 
