@@ -75,7 +75,8 @@ my @teams = qw(nobody globex former coming changing);
 same("SELECT agentvm.provision('NAME'$_)", qr/ERROR:  42704: team "NAME" does not exist\n.*DETAIL.*\n.*HINT/, @teams)
   for '', q{, profile => 'shape'}, q{, profile => 'none'}, q{, provider => 'noop'}, q{, provider => 'ec2'}, q{, provider => 'none'}, q{, idempotency_key => 'k-used'}, q{, idempotency_key => 'k-used', agent_id => 'x'},
   q{, idempotency_key => 'k-now'}, q{, options => '{"no": 1}'}, q{, env => '{"A": "b"}'}, q{, max_lifetime => '300 days'};
-same("SELECT * FROM agentvm.$_ WHERE team_id = 'NAME'", qr/^0\n\n(?!.*ERROR)/s, @teams) for qw(sessions fleet team team_member provider_config profile session_event);
+same("SELECT agentvm.$_('NAME')", qr/ERROR:  42704: team "NAME" does not exist\n.*DETAIL.*\n.*HINT/, @teams) for qw(channel verify_audit);
+same("SELECT * FROM agentvm.$_ WHERE team_id = 'NAME'", qr/^0\n\n(?!.*ERROR)/s, @teams) for qw(sessions fleet team team_member provider_config profile session_event event_seal);
 same("SELECT agentvm.provision('mine', profile => 'NAME')", qr/42704: profile "NAME" does not exist for team "mine"/, 'none', 'shape');
 my $unset = answer(q{SELECT agentvm.provision('mine', provider => 'ec2')});
 like($unset, qr/AV010/, 'a provider that nobody has set up');
