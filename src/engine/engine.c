@@ -267,11 +267,14 @@ static void
 begin_batch(Engine *engine, DbScope *scope)
 {
 	engine->host.begin();
-	db_enter(scope);
-	/* what is committed before a call must survive a crash after it */
+	/*
+	 * What is committed before a call must survive a crash after it.  The commit
+	 * comes after db_leave(), so this lasts to the end of the transaction.
+	 */
 	if (synchronous_commit == SYNCHRONOUS_COMMIT_OFF)
 		(void) set_config_option("synchronous_commit", "local", PGC_USERSET, PGC_S_SESSION,
-								 GUC_ACTION_SAVE, true, 0, false);
+								 GUC_ACTION_LOCAL, true, 0, false);
+	db_enter(scope);
 	db_plan_without(planner_off, lengthof(planner_off));
 	MemoryContextReset(engine->batch);
 	engine->outgoing = NIL;
