@@ -27,6 +27,12 @@ typedef enum AuditTask
  */
 extern bool audit_claim(AuditTask task, bool wait);
 
+/*
+ * Until db_leave(), have statements planned with index scans wherever there are
+ * any, whatever the statistics say.
+ */
+extern void audit_plan_by_index(void);
+
 /* One walk over the events that may be unsealed; begins as {0}, and may be given up anywhere. */
 typedef struct SealWalk
 {

@@ -232,6 +232,7 @@ agentvm_purge(PG_FUNCTION_ARGS)
 	purge_begin(&purge, now - microseconds, true);
 
 	db_enter(&scope);
+	audit_plan_by_index();
 	(void) audit_claim(AUDIT_PURGE, true);
 	(void) audit_claim(AUDIT_SEAL, true);
 	(void) audit_seal(&walk, DT_NOEND, &sealed);
