@@ -45,17 +45,19 @@ static DbQuery session_query = {
 	{UUIDOID, UUIDOID, INT8OID, TIMESTAMPTZOID}};
 
 /*
- * The oldest seals that are no stubs yet, after those that are passed by; at
- * least one, and no more than hold so many events.  One that holds an event of
- * a live session is passed by.
+ * The next seals by age that are no stubs yet; at least those of one moment, and
+ * no more than hold so many events.  One that holds an event of a live session
+ * stays.  Each step begins where the last one ended, since what that has taken
+ * away is still in the index.
  */
 static DbQuery event_query = {
-	"WITH seen AS MATERIALIZED (SELECT team_id, seal_id, event_ids FROM ("
-	"SELECT *, sum(cardinality(event_ids)) OVER w AS events, row_number() OVER w AS n FROM ("
+	"WITH seen AS MATERIALIZED (SELECT team_id, seal_id, event_ids, newest_at FROM ("
+	"SELECT *, sum(cardinality(event_ids)) OVER w AS events, "
+	"first_value(newest_at) OVER w AS first FROM ("
 	"SELECT team_id, seal_id, event_ids, newest_at FROM agentvm.event_seal "
-	"WHERE purged_at IS NULL AND newest_at < $1 ORDER BY newest_at OFFSET $2 LIMIT $3) o "
-	"WINDOW w AS (ORDER BY newest_at, team_id, seal_id ROWS UNBOUNDED PRECEDING)) o "
-	"WHERE n = 1 OR events <= $4), "
+	"WHERE purged_at IS NULL AND newest_at < $1 AND newest_at > $2 "
+	"ORDER BY newest_at FETCH FIRST $3 ROWS WITH TIES) o "
+	"WINDOW w AS (ORDER BY newest_at)) o WHERE newest_at = first OR events <= $4), "
 	"held AS (SELECT DISTINCT seen.team_id, seen.seal_id FROM seen, unnest(seen.event_ids) AS i "
 	"JOIN agentvm.session_event e ON e.event_id = i "
 	"LEFT JOIN agentvm.session l ON l.session_id = e.session_id AND l.ended_at IS NULL "
@@ -67,20 +69,18 @@ static DbQuery event_query = {
 	"WHERE e.event_id = i.id RETURNING 1), "
 	"stub AS (UPDATE agentvm.event_seal s SET event_ids = '{}', purged_at = clock_timestamp() "
 	"FROM old WHERE s.team_id = old.team_id AND s.seal_id = old.seal_id) "
-	"SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM seen), (SELECT count(*) FROM old), "
-	"(SELECT array_agg(DISTINCT team_id) FROM old)",
+	"SELECT (SELECT count(*) FROM gone), (SELECT max(newest_at) FROM seen)",
 	4,
-	{TIMESTAMPTZOID, INT8OID, INT8OID, INT8OID}};
+	{TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT8OID}};
 
-static DbQuery stub_query = {
-	"DELETE FROM agentvm.event_seal s USING (SELECT t.team_id, "
-	"coalesce((SELECT min(f.seal_id) FROM agentvm.event_seal f "
-	"WHERE f.team_id = t.team_id AND f.purged_at IS NULL), "
-	"(SELECT max(f.seal_id) + 1 FROM agentvm.event_seal f WHERE f.team_id = t.team_id)) AS first "
-	"FROM unnest($1) AS t (team_id)) t "
-	"WHERE s.team_id = t.team_id AND s.seal_id < t.first - 1",
-	1,
-	{TEXTARRAYOID}};
+/* Once a purge, and not at each step, which would read all that the others have deleted. */
+static DbQuery stub_query = {"WITH t AS MATERIALIZED (SELECT team_id, coalesce(min(seal_id) FILTER "
+							 "(WHERE purged_at IS NULL), max(seal_id) + 1) AS first FROM "
+							 "agentvm.event_seal GROUP BY team_id) "
+							 "DELETE FROM agentvm.event_seal s USING t "
+							 "WHERE s.team_id = t.team_id AND s.seal_id < t.first - 1",
+							 0,
+							 {0}};
 
 /* The tables are read only where seals say that all of a team's events are gone. */
 static DbQuery team_query = {
@@ -124,6 +124,7 @@ purge_begin(Purge *purge, TimestampTz cutoff, bool all)
 {
 	memset(purge, 0, sizeof(Purge));
 	purge->cutoff = cutoff;
+	purge->seal = DT_NOBEGIN;
 	memset(purge->last.data, 0xff, UUID_LEN);
 	if (!all)
 	{
@@ -156,22 +157,15 @@ purge_sessions(Purge *purge)
 static bool
 purge_events(Purge *purge)
 {
-	Datum values[4] = {TimestampTzGetDatum(purge->cutoff), Int64GetDatum(purge->passed_by),
+	Datum values[4] = {TimestampTzGetDatum(purge->cutoff), TimestampTzGetDatum(purge->seal),
 					   Int64GetDatum(SEALS_PER_STEP), Int64GetDatum(EVENTS_PER_STEP)};
-	SPITupleTable *result;
-	Datum teams[1];
 	bool over;
-	bool isnull;
 
 	run_open(&event_query, values);
-	result = SPI_tuptable;
 	purge->removed += count_at(1);
-	over = count_at(2) == 0;
-	purge->passed_by += count_at(2) - count_at(3);
-	teams[0] = db_value(0, 4, &isnull);
-	if (!isnull)
-		run_open(&stub_query, teams);
-	SPI_freetuptable(result);
+	purge->stubs = purge->stubs || count_at(1) > 0;
+	purge->seal = DatumGetTimestampTz(db_value(0, 2, &over));
+	SPI_freetuptable(SPI_tuptable);
 	return over;
 }
 
@@ -189,7 +183,12 @@ purge_step(Purge *purge)
 			break;
 		case PURGE_EVENTS:
 			if (purge_events(purge))
-				purge->stage = PURGE_TEAMS;
+				purge->stage = PURGE_STUBS;
+			break;
+		case PURGE_STUBS:
+			if (purge->stubs)
+				run_open(&stub_query, NULL);
+			purge->stage = PURGE_TEAMS;
 			break;
 		case PURGE_TEAMS:
 			run_open(&team_query, values);

@@ -17,6 +17,7 @@ typedef enum PurgeStage
 {
 	PURGE_SESSIONS,
 	PURGE_EVENTS,
+	PURGE_STUBS,
 	PURGE_TEAMS,
 	PURGE_DONE
 } PurgeStage;
@@ -28,7 +29,8 @@ typedef struct Purge
 	TimestampTz cutoff; /* what ended, or happened, before it goes */
 	pg_uuid_t session;	/* the last one looked at */
 	pg_uuid_t last;		/* look no further */
-	int64 passed_by;	/* seals that are old enough but hold an event that stays */
+	TimestampTz seal;	/* the age of the last seal looked at */
+	bool stubs;			/* some seal has become one */
 	int64 removed;		/* sessions and events */
 } Purge;
 
