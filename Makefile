@@ -1,6 +1,7 @@
 # agentvm: PostgreSQL as the control plane for AI agents' machines
 #
 #   make, make install, make clean    as with any PGXS extension (PG_CONFIG=... names the server)
+#   make gateway, install-gateway     the program that VMs knock at, into the server's bindir
 #   make check                        regress, isolation and TAP against this build, as an ordinary user: the extension
 #                                     is installed into a private copy of the server (tmp_install), nowhere else
 #   make check-regress REGRESS=name, check-isolation ISOLATION=name, check-tap PROVE_TESTS=test/t/x.pl   some of them
@@ -47,7 +48,7 @@ PROVE_TESTS = $(sort $(wildcard test/t/*.pl))
 
 # one file tree of sources, objects and dependencies; test outputs
 dependencies = $(OBJS:.o=.d) $(TEST_MODULES:.so=.d)
-EXTRA_CLEAN = $(dependencies) $(TEST_MODULES) tmp_install tmp_check tmp_check_regress tmp_check_iso output_iso results \
+EXTRA_CLEAN = $(dependencies) src/gateway/agentvm-gateway $(TEST_MODULES) tmp_install tmp_check tmp_check_regress tmp_check_iso output_iso results \
 	regression.diffs regression.out
 
 # no bitcode: nothing in here is worth inlining into a query, and it would need clang with the same flags
@@ -58,6 +59,18 @@ include $(PGXS)
 
 $(TEST_MODULES): %.so: %.c
 	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -shared -o $@ $<
+
+# The gateway: a program, not part of the library
+GATEWAY = src/gateway/agentvm-gateway
+gateway_flags = $(shell pkg-config --cflags --libs libwebsockets libuv libpq jansson libssl libcrypto libsystemd)
+.PHONY: gateway install-gateway
+gateway: $(GATEWAY)
+$(GATEWAY): $(wildcard src/gateway/*.c src/gateway/*.h) src/protocol.h src/agentvm.h
+	$(CC) -std=gnu11 -O2 -g $(warnings) $(GATEWAY_CFLAGS) -DAGENTVM_VERSION='$(shell sed -n 's/^\#define AGENTVM_VERSION //p' src/agentvm.h)' \
+		-o $@ $(filter %.c,$^) $(gateway_flags)
+install-gateway: gateway
+	$(MKDIR_P) '$(DESTDIR)$(bindir)'
+	$(INSTALL_PROGRAM) $(GATEWAY) '$(DESTDIR)$(bindir)/'
 
 # Tests. The databases' name is fixed, since agentvm.databases in test/temp.conf names it.
 TREE = $(CURDIR)/tmp_install
@@ -90,7 +103,7 @@ check-tap: tree
 c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c test/sanitize/*.c test/fuzz/*.c)
 scripts = $(shell find .ci test infra -type f -exec awk 'FNR == 1 && /^\#!.*bash/ { print FILENAME } { nextfile }' {} +)
 strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -c -o /dev/null \
-	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS))
+	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS)) -isystem $(shell $(PG_CONFIG) --includedir)
 
 format:
 	clang-format -i $(c_sources) $(wildcard src/*.h src/*/*.h)
@@ -101,7 +114,7 @@ lint-format:
 lint-gcc lint-clang: lint-%:
 	@printf '%s\n' $(c_sources) | xargs -P2 -I{} $* $(if $(filter gcc,$*),$(strict) -Wshadow=compatible-local,$(strict) -Wshadow) {}
 lint-cppcheck:
-	@cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --std=c99 \
+	@cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --suppress=varFuncNullUB --std=c99 \
 		--library=test/cppcheck.cfg -Isrc $(c_sources)
 lint-scripts:
 	@shellcheck -x $(scripts)

@@ -116,11 +116,20 @@ CREATE FUNCTION agentvm.abandon(OUT session_id uuid, OUT team_id text, OUT provi
 RETURNS SETOF record LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_abandon';
 COMMENT ON FUNCTION agentvm.abandon() IS 'forget every live session without a call to its provider; returns those that may have a VM, which somebody must now look after';
 
+CREATE FUNCTION agentvm.deadlines(session_ids uuid[], OUT session_id uuid, OUT deadline_at timestamptz) RETURNS SETOF record
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_deadlines';
+COMMENT ON FUNCTION agentvm.deadlines(uuid[]) IS 'the deadlines in force of those sessions that live, by id';
+
+CREATE FUNCTION agentvm.gateway_channel() RETURNS text
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_gateway_channel';
+COMMENT ON FUNCTION agentvm.gateway_channel() IS 'where gateways LISTEN for the ids of sessions that begin to end; NULL where no dispatcher can be';
+
 -- ---------------------------------------------------------------------------
 -- Rights
 -- ---------------------------------------------------------------------------
 
 REVOKE ALL ON ALL ROUTINES IN SCHEMA agentvm FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION agentvm.deadlines(uuid[]), agentvm.gateway_channel() TO agentvm_gateway;
 GRANT EXECUTE ON FUNCTION agentvm.channel(text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION agentvm.rotate_keys() TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.seal_audit(), agentvm.purge(interval) TO agentvm_admin;

@@ -557,6 +557,14 @@ CREATE FUNCTION agentvm.heartbeat_batch(session_ids uuid[], seen_at timestamptz[
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_heartbeat_batch';
 COMMENT ON FUNCTION agentvm.heartbeat_batch(uuid[], timestamptz[]) IS 'many signs of life at once; returns the sessions that are gone. An empty batch reports that the gateway listens';
 
+CREATE FUNCTION agentvm.deadlines(session_ids uuid[], OUT session_id uuid, OUT deadline_at timestamptz) RETURNS SETOF record
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_deadlines';
+COMMENT ON FUNCTION agentvm.deadlines(uuid[]) IS 'the deadlines in force of those sessions that live, by id';
+
+CREATE FUNCTION agentvm.gateway_channel() RETURNS text
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_gateway_channel';
+COMMENT ON FUNCTION agentvm.gateway_channel() IS 'where gateways LISTEN for the ids of sessions that begin to end; NULL where no dispatcher can be';
+
 -- Wakes the dispatchers of this database when this transaction commits.
 CREATE FUNCTION agentvm.wake() RETURNS void
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_wake';
@@ -588,7 +596,7 @@ GRANT EXECUTE ON FUNCTION agentvm.verify_audit(text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION agentvm.stat_provider_get(), agentvm.stat_dispatcher_get(), agentvm.health_get(), agentvm.cluster_identity()
 	TO agentvm_admin, agentvm_monitor;
 GRANT EXECUTE ON FUNCTION agentvm.bootstrap(bytea, bytea, text, jsonb), agentvm.authenticate(bytea), agentvm.heartbeat(bytea),
-	agentvm.heartbeat_batch(uuid[], timestamptz[]) TO agentvm_gateway;
+	agentvm.heartbeat_batch(uuid[], timestamptz[]), agentvm.deadlines(uuid[]), agentvm.gateway_channel() TO agentvm_gateway;
 
 -- This database's default privileges may have given rights to others: nobody has any that are not granted above.
 DO $$

@@ -136,6 +136,15 @@ make_payload(uint64 row, char **channel)
 		session_id, json_word(old_state), new_state, json_word(reason), json_time(at));
 }
 
+/* Whether a gateway that holds this session's channel has to hear of the event. */
+static bool
+begins_to_end(uint64 row)
+{
+	char *new_state = db_text(row, 4, CurrentMemoryContext);
+
+	return new_state != NULL && strcmp(new_state, state_name(STATE_TERMINATING)) == 0;
+}
+
 /* ---- what is yet to be read ---- */
 
 static void
@@ -294,6 +303,8 @@ announce_batch(EngineHost host)
 		if (!locked && !(locked = try_notify_lock()))
 			break;
 		Async_Notify(channel, payload);
+		if (begins_to_end(i) && shared_gateway_channel() != NULL)
+			Async_Notify(shared_gateway_channel(), db_text(i, 2, CurrentMemoryContext));
 	}
 	db_leave(&scope);
 	host.commit();

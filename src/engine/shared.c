@@ -43,6 +43,7 @@ typedef struct Shared
 	DatabaseHold holds[MAX_HOLDS];
 	ConditionVariable changed[NUM_CHANGED_BUCKETS];
 	ProviderStat stats[MAX_PROVIDER_STATS];
+	char gateway_channel[NAMEDATALEN]; /* empty: none could be made */
 } Shared;
 
 static Shared *shared = NULL;
@@ -63,6 +64,25 @@ shared_request(void)
 	RequestNamedLWLockTranche("agentvm", 1);
 }
 
+/* LISTEN is not checked, so the name must not be guessed. */
+static void
+make_gateway_channel(void)
+{
+	uint64 random[2];
+
+	if (pg_strong_random(random, sizeof(random)))
+		snprintf(shared->gateway_channel, NAMEDATALEN,
+				 "agentvm_gateway_"
+				 "%016" INT64_MODIFIER "x%016" INT64_MODIFIER "x",
+				 random[0], random[1]);
+}
+
+const char *
+shared_gateway_channel(void)
+{
+	return shared != NULL && shared->gateway_channel[0] != '\0' ? shared->gateway_channel : NULL;
+}
+
 static void
 shared_startup(void)
 {
@@ -80,6 +100,7 @@ shared_startup(void)
 		shared->lock = &(GetNamedLWLockTranche("agentvm"))->lock;
 		for (i = 0; i < NUM_CHANGED_BUCKETS; i++)
 			ConditionVariableInit(&shared->changed[i]);
+		make_gateway_channel();
 	}
 	LWLockRelease(AddinShmemInitLock);
 }

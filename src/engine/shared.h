@@ -128,6 +128,12 @@ extern TimestampTz shared_take_due(DispatcherSlot *slot, TimestampTz *ahead);
  */
 extern bool shared_announce(DispatcherSlot *slot);
 
+/*
+ * The NOTIFY channel on which gateways are told the ids of sessions that begin to
+ * end, another one after each start of the server; NULL where nobody announces.
+ */
+extern const char *shared_gateway_channel(void);
+
 /* Reset slot->changed; what is committed from here on sets it again. */
 extern void shared_take_changed(DispatcherSlot *slot);
 

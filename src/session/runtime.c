@@ -14,6 +14,7 @@
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/shared.h"
 #include "engine/state.h"
 #include "engine/sweep.h"
 #include "engine/wake.h"
@@ -32,6 +33,8 @@ PG_FUNCTION_INFO_V1(agentvm_bootstrap);
 PG_FUNCTION_INFO_V1(agentvm_authenticate);
 PG_FUNCTION_INFO_V1(agentvm_heartbeat);
 PG_FUNCTION_INFO_V1(agentvm_heartbeat_batch);
+PG_FUNCTION_INFO_V1(agentvm_deadlines);
+PG_FUNCTION_INFO_V1(agentvm_gateway_channel);
 
 #define MAX_BATCH 10000	 /* heartbeats in one call */
 #define REPORT_EVERY_S 5 /* a gateway's row is written no more often */
@@ -108,6 +111,12 @@ static DbQuery gone_query = {
 	"SELECT b.id FROM (SELECT DISTINCT id FROM unnest($1) AS u (id) WHERE id IS NOT NULL) b "
 	"LEFT JOIN agentvm.session s ON s.session_id = b.id "
 	"WHERE s.session_id IS NULL OR s.state IN ('terminating', 'terminated', 'failed')",
+	1,
+	{UUIDARRAYOID}};
+
+static DbQuery deadlines_query = {
+	"SELECT session_id, deadline_at FROM agentvm.session WHERE session_id = ANY ($1) "
+	"AND state NOT IN ('terminating', 'terminated', 'failed') ORDER BY session_id",
 	1,
 	{UUIDARRAYOID}};
 
@@ -403,4 +412,41 @@ agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 	}
 	db_leave(&scope);
 	return (Datum) 0;
+}
+
+Datum
+agentvm_deadlines(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	DbScope scope;
+	Datum ids[1];
+	uint64 i;
+
+	begin_set(fcinfo);
+	if (PG_ARGISNULL(0))
+		return (Datum) 0;
+	ids[0] = PG_GETARG_DATUM(0);
+	db_enter(&scope);
+	db_run(&deadlines_query, ids, NULL);
+	for (i = 0; i < SPI_processed; i++)
+	{
+		Datum values[2];
+		bool nulls[2];
+
+		values[0] = db_value(i, 1, &nulls[0]);
+		values[1] = db_value(i, 2, &nulls[1]);
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+	}
+	db_leave(&scope);
+	return (Datum) 0;
+}
+
+Datum
+agentvm_gateway_channel(PG_FUNCTION_ARGS)
+{
+	const char *channel = shared_gateway_channel();
+
+	if (channel == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(channel));
 }

@@ -16,7 +16,7 @@ pg_version() {
 
 as_root() { if ((EUID)); then sudo "$@"; else "$@"; fi; }
 
-# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, try, test or check
+# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, try, test or check
 packages() {
 	command -v dpkg-query >/dev/null || { say 'no dpkg here: taking for granted that everything needed is installed'; return; }
 	local version names=() missing kind status=0 log own_policy='' policy=/usr/sbin/policy-rc.d
@@ -25,6 +25,7 @@ packages() {
 	for kind; do
 		case $kind in
 			build) names+=(make gcc libc6-dev pkg-config postgresql-"$version" postgresql-server-dev-"$version" libcurl4-openssl-dev libxml2-dev libssl-dev) ;;
+			gateway) names+=(libwebsockets-dev libwebsockets-evlib-uv libuv1-dev libpq-dev libjansson-dev libssl-dev libsystemd-dev uthash-dev) ;;
 			try) names+=(python3-venv) ;;
 			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
 			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron) ;;

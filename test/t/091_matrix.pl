@@ -72,7 +72,7 @@ my %call = (
 	set_provider => q{set_provider('TEAM', 'ec2', '{"region": "us-east-1"}')}, check_provider => q{check_provider('TEAM', 'noop')}, drop_provider => q{drop_provider('TEAM', 'ec2')},
 	create_profile => q{create_profile('new', 'noop', team_id => 'TEAM')}, drop_profile => q{drop_profile('shape', 'TEAM')},
 	dispatch => 'dispatch(1)', wake => 'wake()', rotate_keys => 'rotate_keys()', verify_audit => q{verify_audit('TEAM')}, seal_audit => 'seal_audit()', purge => q{purge('100 years')}, map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
-	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])},
+	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])}, deadlines => q{deadlines('{SESSION}')}, gateway_channel => 'gateway_channel()',
 	adopt_cluster => q{adopt_cluster('takeover')}, abandon => 'abandon()',
 	session_is_sound => q{session_is_sound('ready', NULL, NULL, NULL, now())},
 	map { $_ => "$_()" } qw(visible_teams sees_all stat_provider_get stat_dispatcher_get health_get cluster_identity session_transition event_is_append_only guard_drop));

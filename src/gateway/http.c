@@ -1,0 +1,502 @@
+/*-------------------------------------------------------------------------
+ *
+ * http.c
+ *		Requests: bootstrap, heartbeats, and what operators ask.
+ *
+ * An answer from the database may come when its client has gone: then it is for
+ * nobody (request_forget).
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "log.h"
+#include "server_private.h"
+
+#define MAX_BOOT_ID 128
+#define RETRY_AFTER_S 2
+
+/* One HTTP request and its answer. */
+struct Exchange
+{
+	struct lws *wsi;
+	Server *server;
+	Request *waiting; /* for the database */
+	bool is_open;
+	bool is_bootstrap;
+	bool answered;
+	int status;
+	char *answer;
+	size_t answer_len;
+	size_t written;
+	char *body;
+	size_t body_len;
+	uint8_t hash[HASH_LEN];
+};
+
+const size_t exchange_size = sizeof(Exchange);
+
+static bool
+parse_hash(const char *hex, uint8_t *hash)
+{
+	int i;
+
+	if (hex == NULL || strlen(hex) != 2 * HASH_LEN ||
+		strspn(hex, "0123456789abcdefABCDEF") != 2 * HASH_LEN)
+		return false;
+	for (i = 0; i < HASH_LEN; i++)
+	{
+		unsigned byte;
+
+		sscanf(hex + 2 * i, "%2x", &byte);
+		hash[i] = (uint8_t) byte;
+	}
+	return true;
+}
+
+/* ---- answers ---- */
+
+static void
+answer(Exchange *exchange, int status, const char *body)
+{
+	exchange->answered = true;
+	exchange->status = status;
+	exchange->answer_len = strlen(body);
+	exchange->answer = malloc(exchange->answer_len + 1);
+	memcpy(exchange->answer, body, exchange->answer_len + 1);
+	exchange->server->counts.answers[status]++;
+	lws_set_timer_usecs(exchange->wsi, (lws_usec_t) exchange->server->options->request_timeout_s *
+										   LWS_USEC_PER_SEC);
+	lws_callback_on_writable(exchange->wsi);
+}
+
+static const char *
+reason_phrase(int status)
+{
+	switch (status)
+	{
+		case 200:
+			return "OK";
+		case 400:
+			return "bad request";
+		case 401:
+			return "unknown token";
+		case 404:
+			return "no such path";
+		case 405:
+			return "wrong method";
+		case 408:
+			return "too slow";
+		case 410:
+			return "session ended";
+		case 413:
+			return "too large";
+		case 429:
+			return "too many refused tokens";
+		default:
+			return "try again later";
+	}
+}
+
+static void
+refuse(Exchange *exchange, int status)
+{
+	char body[80];
+
+	snprintf(body, sizeof(body), "{\"error\": \"%s\"}", reason_phrase(status));
+	answer(exchange, status, body);
+}
+
+static int
+outcome_status(Outcome outcome)
+{
+	switch (outcome)
+	{
+		case OUTCOME_OK:
+			return 200;
+		case OUTCOME_UNKNOWN:
+			return 401;
+		case OUTCOME_GONE:
+			return 410;
+		case OUTCOME_BAD:
+			return 400;
+		case OUTCOME_AWAY:
+			break;
+	}
+	return 503;
+}
+
+static void
+request_done(void *arg, Outcome outcome, Session *session, const char *body)
+{
+	Exchange *exchange = arg;
+
+	exchange->waiting = NULL;
+	if (outcome == OUTCOME_UNKNOWN)
+		note_refused(exchange->server, exchange->wsi);
+	if (outcome == OUTCOME_OK)
+		answer(exchange, 200, body);
+	else
+		refuse(exchange, outcome_status(outcome));
+}
+
+/* ---- metrics ---- */
+
+static void
+put_metric(char **at, const char *end, const char *name, const char *type, const char *help,
+		   const char *labels, double value)
+{
+	if (help != NULL)
+		*at += snprintf(*at, end - *at, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+	*at += snprintf(*at, end - *at, "%s%s %.0f\n", name, labels, value);
+}
+
+static void
+answer_metrics(Exchange *exchange)
+{
+	Server *server = exchange->server;
+	SessionCounts s = sessions_counts(server->sessions);
+	char text[16384];
+	char *at = text;
+	const char *end = text + sizeof(text);
+	bool first = true;
+	int status;
+
+	put_metric(&at, end, "agentvm_gateway_database_up", "gauge",
+			   "Whether the database can be asked.", "", sessions_ready(server->sessions));
+	put_metric(&at, end, "agentvm_gateway_connections", "gauge", "Open connections.", "",
+			   server->counts.connections);
+	put_metric(&at, end, "agentvm_gateway_channels", "gauge", "Open command channels.", "",
+			   server->counts.channels);
+	put_metric(&at, end, "agentvm_gateway_sessions_known", "gauge",
+			   "Sessions whose tokens are remembered.", "", s.known);
+	put_metric(&at, end, "agentvm_gateway_requests_waiting", "gauge",
+			   "Requests that wait for the database.", "", s.waiting);
+	put_metric(&at, end, "agentvm_gateway_bootstraps_total", "counter",
+			   "Bootstraps that succeeded.", "", (double) s.bootstraps);
+	put_metric(&at, end, "agentvm_gateway_heartbeats_total", "counter",
+			   "Heartbeats committed and acknowledged.", "", (double) s.heartbeats);
+	put_metric(&at, end, "agentvm_gateway_batches_total", "counter", "Calls of heartbeat_batch().",
+			   "", (double) s.batches);
+	put_metric(&at, end, "agentvm_gateway_batches_failed_total", "counter",
+			   "Calls of heartbeat_batch() without a result.", "", (double) s.failed_batches);
+	put_metric(&at, end, "agentvm_gateway_sessions_ended_total", "counter",
+			   "Ends of sessions that were noticed here.", "", (double) s.ended);
+	put_metric(&at, end, "agentvm_gateway_frames_total", "counter", "Frames received on channels.",
+			   "", (double) server->counts.frames);
+	put_metric(&at, end, "agentvm_gateway_connections_refused_total", "counter",
+			   "Connections refused for their number.", "",
+			   (double) server->counts.refused_connections);
+	for (status = 0; status < 600; status++)
+	{
+		char labels[32];
+
+		if (server->counts.answers[status] == 0)
+			continue;
+		snprintf(labels, sizeof(labels), "{status=\"%d\"}", status);
+		put_metric(&at, end, "agentvm_gateway_http_responses_total", "counter",
+				   first ? "Answers, by status." : NULL, labels,
+				   (double) server->counts.answers[status]);
+		first = false;
+	}
+	answer(exchange, 200, text);
+}
+
+/* ---- requests ---- */
+
+static bool
+path_is(const char *path, const char *known)
+{
+	return strcmp(path, known) == 0;
+}
+
+/* The body has arrived: ask the database. */
+static void
+bootstrap(Exchange *exchange)
+{
+	json_t *root = json_loadb(exchange->body ? exchange->body : "", exchange->body_len,
+							  JSON_REJECT_DUPLICATES, NULL);
+	const char *boot_id = json_string_value(json_object_get(root, "boot_id"));
+	uint8_t session_hash[HASH_LEN];
+	json_t *info;
+	char *info_text;
+	const char *key;
+	json_t *value;
+
+	if (!json_is_object(root) || boot_id == NULL || boot_id[0] == '\0' ||
+		strlen(boot_id) > MAX_BOOT_ID ||
+		!parse_hash(json_string_value(json_object_get(root, "session_token_sha256")), session_hash))
+	{
+		json_decref(root);
+		refuse(exchange, 400);
+		return;
+	}
+	/* what else there is is for the administrator's eyes; not the hash, of which nobody else has to know */
+	info = json_object();
+	json_object_foreach(root, key, value)
+	{
+		if (strcmp(key, "session_token_sha256") != 0 && strcmp(key, "boot_id") != 0)
+			json_object_set(info, key, value);
+	}
+	info_text = json_dumps(info, JSON_COMPACT);
+	exchange->waiting = sessions_bootstrap(exchange->server->sessions, exchange->hash, session_hash,
+										   boot_id, info_text, request_done, exchange);
+	free(info_text);
+	json_decref(info);
+	json_decref(root);
+}
+
+static void
+body_complete(Exchange *exchange)
+{
+	if (exchange->answered)
+		return;
+	if (exchange->is_bootstrap)
+		bootstrap(exchange);
+	else
+		exchange->waiting =
+			sessions_heartbeat(exchange->server->sessions, exchange->hash, request_done, exchange);
+}
+
+/* The headers have arrived. */
+static void
+begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *path)
+{
+	char length[24];
+	bool post = lws_hdr_total_length(wsi, WSI_TOKEN_POST_URI) > 0;
+	bool get = lws_hdr_total_length(wsi, WSI_TOKEN_GET_URI) > 0;
+	bool has_body;
+
+	memset(exchange, 0, sizeof(*exchange));
+	exchange->wsi = wsi;
+	exchange->server = server;
+	exchange->is_open = true;
+	server->open_requests++;
+	lws_set_timer_usecs(wsi, (lws_usec_t) server->options->request_timeout_s * LWS_USEC_PER_SEC);
+	has_body = lws_hdr_copy(wsi, length, sizeof(length), WSI_TOKEN_HTTP_CONTENT_LENGTH) > 0;
+
+	exchange->is_bootstrap = path_is(path, PROTOCOL_BOOTSTRAP);
+	if (path_is(path, "/healthz") || path_is(path, "/readyz") || path_is(path, "/metrics"))
+	{
+		if (!get)
+			refuse(exchange, 405);
+		else if (path_is(path, "/metrics"))
+			answer_metrics(exchange);
+		else if (path_is(path, "/readyz") &&
+				 (server->draining || !sessions_ready(server->sessions)))
+			refuse(exchange, 503);
+		else
+			answer(exchange, 200, "{\"status\": \"ok\"}");
+	}
+	else if (!exchange->is_bootstrap && !path_is(path, PROTOCOL_HEARTBEAT) &&
+			 !path_is(path, PROTOCOL_CHANNEL))
+		refuse(exchange, 404);
+	else if (!post || path_is(path, PROTOCOL_CHANNEL))
+		refuse(exchange, 405);
+	else if (has_body && (strlen(length) > 9 || atol(length) > PROTOCOL_MAX_REQUEST))
+		refuse(exchange, 413);
+	else if (server->draining)
+		refuse(exchange, 503);
+	else if (!may_try_tokens(server, wsi))
+		refuse(exchange, 429);
+	else if (!read_token(wsi, exchange->hash))
+	{
+		note_refused(server, wsi);
+		refuse(exchange, 401);
+	}
+	else if (!has_body || atol(length) == 0)
+	{
+		if (lws_hdr_total_length(wsi, WSI_TOKEN_HTTP_TRANSFER_ENCODING) > 0)
+			refuse(exchange, 400); /* a length is asked for */
+		else
+			body_complete(exchange);
+	}
+}
+
+static void
+end_exchange(Exchange *exchange)
+{
+	if (!exchange->is_open)
+		return;
+	exchange->is_open = false;
+	exchange->server->open_requests--;
+	if (exchange->waiting != NULL)
+		request_forget(exchange->waiting);
+	exchange->waiting = NULL;
+	if (exchange->answer != NULL)
+		OPENSSL_cleanse(exchange->answer, exchange->answer_len); /* a bootstrap's holds env */
+	free(exchange->answer);
+	free(exchange->body);
+	exchange->answer = exchange->body = NULL;
+}
+
+/* Returns nonzero where libwebsockets should close the connection. */
+static int
+write_answer(Exchange *exchange)
+{
+	struct lws *wsi = exchange->wsi;
+	unsigned char buffer[LWS_PRE + 4096];
+	unsigned char *at = buffer + LWS_PRE;
+	unsigned char *end = buffer + sizeof(buffer);
+	const char *type = exchange->status == 200 && exchange->answer[0] == '#'
+						   ? "text/plain; version=0.0.4; charset=utf-8"
+						   : "application/json";
+	/* what remains of a request that was refused half-way is not read */
+	bool close_after = exchange->status == 413 || exchange->status == 408 ||
+					   exchange->status == 400 || exchange->server->draining;
+	size_t room;
+	int n;
+
+	if (!exchange->answered)
+		return 0;
+	if (exchange->written == 0 && exchange->body_len != (size_t) -1)
+	{
+		char retry[16];
+
+		n = snprintf(retry, sizeof(retry), "%d", RETRY_AFTER_S + (int) (random() % 4));
+		if (lws_add_http_header_status(wsi, exchange->status, &at, end) ||
+			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CONTENT_TYPE,
+										 (const unsigned char *) type, (int) strlen(type), &at,
+										 end) ||
+			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CACHE_CONTROL,
+										 (const unsigned char *) "no-store", 8, &at, end) ||
+			((exchange->status == 503 || exchange->status == 429) &&
+			 lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
+										  (const unsigned char *) retry, n, &at, end)) ||
+			(close_after &&
+			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
+										  (const unsigned char *) "close", 5, &at, end)) ||
+			lws_add_http_header_content_length(wsi, exchange->answer_len, &at, end) ||
+			lws_finalize_write_http_header(wsi, buffer + LWS_PRE, &at, end))
+			return 1;
+		exchange->body_len = (size_t) -1; /* the headers have gone */
+		lws_callback_on_writable(wsi);
+		return 0;
+	}
+	room = exchange->answer_len - exchange->written;
+	if (room > sizeof(buffer) - LWS_PRE)
+		room = sizeof(buffer) - LWS_PRE;
+	memcpy(buffer + LWS_PRE, exchange->answer + exchange->written, room);
+	exchange->written += room;
+	n = lws_write(wsi, buffer + LWS_PRE, room,
+				  exchange->written == exchange->answer_len ? LWS_WRITE_HTTP_FINAL
+															: LWS_WRITE_HTTP);
+	OPENSSL_cleanse(buffer, sizeof(buffer));
+	if (n < (int) room)
+		return 1;
+	if (exchange->written < exchange->answer_len)
+	{
+		lws_callback_on_writable(wsi);
+		return 0;
+	}
+	lws_set_timer_usecs(wsi, LWS_SET_TIMER_USEC_CANCEL);
+	end_exchange(exchange);
+	return close_after || lws_http_transaction_completed(wsi) != 0;
+}
+
+Server *
+server_of(struct lws *wsi)
+{
+	return lws_context_user(lws_get_context(wsi));
+}
+
+int
+http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in, size_t len)
+{
+	Server *server = server_of(wsi);
+	Exchange *exchange = user;
+
+	switch (reason)
+	{
+		case LWS_CALLBACK_OPENSSL_LOAD_EXTRA_SERVER_VERIFY_CERTS:
+			server->tls = user;
+			return 0;
+
+		case LWS_CALLBACK_FILTER_NETWORK_CONNECTION:
+		{
+			char address[48];
+
+			peer_address(NULL, (int) (intptr_t) in, address, sizeof(address));
+			if (server->draining ||
+				server->counts.connections >= (unsigned) server->options->max_connections ||
+				peer_of(server, address)->connections >= server->options->max_per_address)
+			{
+				server->counts.refused_connections++;
+				return 1;
+			}
+			return 0;
+		}
+
+		case LWS_CALLBACK_SERVER_NEW_CLIENT_INSTANTIATED:
+		{
+			char address[48];
+			Peer *peer;
+
+			peer_address(wsi, -1, address, sizeof(address));
+			peer = peer_of(server, address);
+			peer->connections++;
+			server->counts.connections++;
+			lws_set_opaque_user_data(wsi, peer);
+			return 0;
+		}
+
+		case LWS_CALLBACK_WSI_DESTROY:
+		{
+			Peer *peer = lws_get_opaque_user_data(wsi);
+
+			if (peer != NULL)
+			{
+				peer->connections--;
+				server->counts.connections--;
+				lws_set_opaque_user_data(wsi, NULL);
+			}
+			return 0;
+		}
+
+		case LWS_CALLBACK_HTTP:
+			end_exchange(exchange);
+			begin_exchange(exchange, wsi, server, in);
+			return 0;
+
+		case LWS_CALLBACK_HTTP_BODY:
+			if (exchange == NULL || !exchange->is_open || exchange->answered)
+				return 0;
+			if (exchange->body_len + len > PROTOCOL_MAX_REQUEST)
+			{
+				refuse(exchange, 413);
+				return 0;
+			}
+			exchange->body = realloc(exchange->body, exchange->body_len + len);
+			memcpy(exchange->body + exchange->body_len, in, len);
+			exchange->body_len += len;
+			return 0;
+
+		case LWS_CALLBACK_HTTP_BODY_COMPLETION:
+			if (exchange != NULL && exchange->is_open && exchange->waiting == NULL)
+				body_complete(exchange);
+			return 0;
+
+		case LWS_CALLBACK_TIMER:
+			if (exchange == NULL || !exchange->is_open || exchange->waiting != NULL)
+				return 0; /* the database has a time limit of its own */
+			if (exchange->answered)
+				return -1; /* it does not read its answer */
+			refuse(exchange, 408);
+			return 0;
+
+		case LWS_CALLBACK_HTTP_WRITEABLE:
+			return exchange != NULL && exchange->is_open ? write_answer(exchange) : 0;
+
+		case LWS_CALLBACK_CLOSED_HTTP:
+		case LWS_CALLBACK_HTTP_DROP_PROTOCOL:
+			if (exchange != NULL)
+				end_exchange(exchange);
+			return 0;
+
+		default:
+			return 0;
+	}
+}

@@ -1,0 +1,273 @@
+/*-------------------------------------------------------------------------
+ *
+ * options.c
+ *		Settings of the gateway: flags, or environment variables of the same names.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "options.h"
+
+#include <arpa/inet.h>
+#include <ctype.h>
+#include <errno.h>
+#include <getopt.h>
+#include <limits.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "log.h"
+
+#ifndef AGENTVM_VERSION
+#define AGENTVM_VERSION "unknown"
+#endif
+
+typedef enum OptionKind
+{
+	OPTION_TEXT,
+	OPTION_NUMBER,
+	OPTION_FLAG,
+	OPTION_LEVEL
+} OptionKind;
+
+/* One line per option: what --help says is what is parsed. */
+static const struct
+{
+	const char *name;
+	OptionKind kind;
+	size_t offset;
+	int min, max;
+	const char *value; /* default, as text; NULL: none */
+	const char *help;
+} known[] = {
+#define AT(field) offsetof(Options, field)
+	{"database", OPTION_TEXT, AT(database), 0, 0, "",
+	 "libpq connection string or URI; what it lacks comes from PGHOST, PGPASSFILE and so on"},
+	{"name", OPTION_TEXT, AT(name), 0, 0, NULL,
+	 "this gateway's id in agentvm.gateway (default: the host's name)"},
+	{"listen", OPTION_TEXT, AT(listen), 0, 0, "127.0.0.1", "IP address to listen on"},
+	{"port", OPTION_NUMBER, AT(port), 1, 65535, "8443", "TCP port to listen on"},
+	{"tls-cert", OPTION_TEXT, AT(tls_cert), 0, 0, NULL,
+	 "PEM file of the certificate and its chain; read again on SIGHUP"},
+	{"tls-key", OPTION_TEXT, AT(tls_key), 0, 0, NULL, "PEM file of its private key"},
+	{"allow-plaintext", OPTION_FLAG, AT(allow_plaintext), 0, 1, NULL,
+	 "allow plain HTTP on an address that is not a loopback one"},
+	{"max-connections", OPTION_NUMBER, AT(max_connections), 10, 1000000, "20000",
+	 "connections in all"},
+	{"max-per-address", OPTION_NUMBER, AT(max_per_address), 1, 1000000, "1000",
+	 "connections from one address (VMs behind one NAT share theirs)"},
+	{"request-timeout", OPTION_NUMBER, AT(request_timeout_s), 1, 600, "10",
+	 "seconds in which a whole request must have arrived"},
+	{"unauthenticated-rate", OPTION_NUMBER, AT(unauthenticated_rate), 1, 1000000, "60",
+	 "refused tokens per address and minute, beyond which it gets 429"},
+	{"drain", OPTION_NUMBER, AT(drain_s), 0, 600, "10",
+	 "seconds for open requests to finish after SIGTERM"},
+	{"log-level", OPTION_LEVEL, AT(log_level), 0, 0, "info", "debug, info, warning or error"},
+	{"check", OPTION_FLAG, AT(check), 0, 1, NULL,
+	 "verify settings, files and database connection, say what is wrong, and exit"},
+#undef AT
+};
+#define NUM_KNOWN ((int) (sizeof(known) / sizeof(known[0])))
+
+/* AGENTVM_GATEWAY_TLS_CERT for "tls-cert" */
+static const char *
+variable_name(const char *option)
+{
+	static char name[64];
+	char *c;
+
+	snprintf(name, sizeof(name), "AGENTVM_GATEWAY_%s", option);
+	for (c = name; *c != '\0'; c++)
+		*c = *c == '-' ? '_' : toupper((unsigned char) *c);
+	return name;
+}
+
+static void
+print_help(void)
+{
+	int i;
+
+	printf(
+		"agentvm-gateway is the door that VMs knock on: bootstrap, heartbeats, command channel.\n\n"
+		"Usage: agentvm-gateway [OPTION]...\n\n"
+		"Each option can also be set in the environment: AGENTVM_GATEWAY_PORT for --port.\n\n");
+	for (i = 0; i < NUM_KNOWN; i++)
+		printf("  --%s%s\n        %s%s%s%s\n", known[i].name,
+			   known[i].kind == OPTION_FLAG ? "" : "=VALUE", known[i].help,
+			   known[i].value && known[i].value[0] ? " (default: " : "",
+			   known[i].value && known[i].value[0] ? known[i].value : "",
+			   known[i].value && known[i].value[0] ? ")" : "");
+	printf("  --help\n        this text\n  --version\n        the version\n\n"
+		   "Signals: SIGHUP reads the certificate again, SIGTERM and SIGINT drain and end.\n"
+		   "The database role should be a member of agentvm_gateway and of nothing else.\n");
+}
+
+static void
+refuse(const char *name, const char *value, const char *why)
+{
+	fprintf(stderr, "agentvm-gateway: --%s=%s: %s\n", name, value, why);
+	exit(2);
+}
+
+static void
+set_option(Options *options, int i, const char *value)
+{
+	char *field = (char *) options + known[i].offset;
+
+	switch (known[i].kind)
+	{
+		case OPTION_TEXT:
+			*(const char **) field = value;
+			break;
+		case OPTION_NUMBER:
+		{
+			char *end;
+			long number;
+			static char why[64];
+
+			errno = 0;
+			number = strtol(value, &end, 10);
+			snprintf(why, sizeof(why), "must be a number from %d to %d", known[i].min,
+					 known[i].max);
+			if (errno != 0 || end == value || *end != '\0' || number < known[i].min ||
+				number > known[i].max)
+				refuse(known[i].name, value, why);
+			*(int *) field = (int) number;
+			break;
+		}
+		case OPTION_FLAG:
+			if (strcmp(value, "on") != 0 && strcmp(value, "off") != 0)
+				refuse(known[i].name, value, "must be on or off");
+			*(bool *) field = strcmp(value, "on") == 0;
+			break;
+		case OPTION_LEVEL:
+			*(int *) field = log_level_find(value);
+			if (*(int *) field < 0)
+				refuse(known[i].name, value, "must be debug, info, warning or error");
+			break;
+	}
+}
+
+void
+options_parse(Options *options, int argc, char **argv)
+{
+	static char hostname[HOST_NAME_MAX + 1];
+	struct option longs[NUM_KNOWN + 3];
+	int i;
+
+	memset(options, 0, sizeof(*options));
+	memset(longs, 0, sizeof(longs));
+	for (i = 0; i < NUM_KNOWN; i++)
+	{
+		const char *value = getenv(variable_name(known[i].name));
+
+		longs[i].name = known[i].name;
+		longs[i].has_arg = known[i].kind == OPTION_FLAG ? optional_argument : required_argument;
+		longs[i].val = i;
+		if (value == NULL || value[0] == '\0')
+			value = known[i].value;
+		if (value != NULL)
+			set_option(options, i, value);
+	}
+	longs[NUM_KNOWN].name = "help";
+	longs[NUM_KNOWN].val = NUM_KNOWN;
+	longs[NUM_KNOWN + 1].name = "version";
+	longs[NUM_KNOWN + 1].val = NUM_KNOWN + 1;
+
+	for (;;)
+	{
+		int found = getopt_long(argc, argv, "", longs, NULL);
+
+		if (found == -1)
+			break;
+		if (found == NUM_KNOWN)
+		{
+			print_help();
+			exit(0);
+		}
+		if (found == NUM_KNOWN + 1)
+		{
+			printf("agentvm-gateway %s\n", AGENTVM_VERSION);
+			exit(0);
+		}
+		if (found < 0 || found >= NUM_KNOWN)
+		{
+			fprintf(stderr, "Try --help.\n");
+			exit(2);
+		}
+		set_option(options, found, optarg ? optarg : "on");
+	}
+	if (optind < argc)
+	{
+		fprintf(stderr, "agentvm-gateway: \"%s\" is not an option; try --help\n", argv[optind]);
+		exit(2);
+	}
+	if (options->name == NULL)
+	{
+		gethostname(hostname, sizeof(hostname) - 1);
+		options->name = hostname;
+	}
+}
+
+static bool
+is_loopback(const char *address)
+{
+	struct in_addr v4;
+	struct in6_addr v6;
+
+	if (inet_pton(AF_INET, address, &v4) == 1)
+		return (ntohl(v4.s_addr) >> 24) == 127;
+	return inet_pton(AF_INET6, address, &v6) == 1 && IN6_IS_ADDR_LOOPBACK(&v6);
+}
+
+const char *
+options_problem(const Options *options)
+{
+	static char problem[512];
+	unsigned char address[sizeof(struct in6_addr)];
+	SSL_CTX *context;
+	bool usable;
+
+	if (inet_pton(AF_INET, options->listen, address) != 1 &&
+		inet_pton(AF_INET6, options->listen, address) != 1)
+	{
+		snprintf(problem, sizeof(problem), "--listen=%s is not an IP address", options->listen);
+		return problem;
+	}
+	if ((options->tls_cert == NULL) != (options->tls_key == NULL))
+		return "--tls-cert and --tls-key are needed together";
+	if (options->tls_cert == NULL)
+	{
+		if (is_loopback(options->listen) || options->allow_plaintext)
+			return NULL;
+		snprintf(problem, sizeof(problem),
+				 "--listen=%s without TLS: give --tls-cert and --tls-key, or --allow-plaintext if "
+				 "something in front of this gateway speaks TLS",
+				 options->listen);
+		return problem;
+	}
+	context = SSL_CTX_new(TLS_server_method());
+	usable = context != NULL && SSL_CTX_use_certificate_chain_file(context, options->tls_cert) == 1;
+	if (!usable)
+		snprintf(problem, sizeof(problem), "--tls-cert=%s: %s", options->tls_cert,
+				 ERR_reason_error_string(ERR_peek_last_error()));
+	else if (SSL_CTX_use_PrivateKey_file(context, options->tls_key, SSL_FILETYPE_PEM) != 1)
+	{
+		usable = false;
+		snprintf(problem, sizeof(problem), "--tls-key=%s: %s", options->tls_key,
+				 ERR_reason_error_string(ERR_peek_last_error()));
+	}
+	else if (SSL_CTX_check_private_key(context) != 1)
+	{
+		usable = false;
+		snprintf(problem, sizeof(problem), "--tls-key=%s is not the key of --tls-cert=%s",
+				 options->tls_key, options->tls_cert);
+	}
+	ERR_clear_error();
+	SSL_CTX_free(context);
+	return usable ? NULL : problem;
+}

@@ -1,0 +1,45 @@
+/*-------------------------------------------------------------------------
+ *
+ * options.h
+ *		Settings of the gateway: flags, or environment variables of the same names.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef GATEWAY_OPTIONS_H
+#define GATEWAY_OPTIONS_H
+
+#include <stdbool.h>
+
+typedef struct Options
+{
+	const char *database; /* libpq connection string */
+	const char *name;	  /* gateway_id; application_name of our connections */
+	const char *listen;	  /* address to bind, without port */
+	int port;
+	const char *tls_cert; /* PEM files; NULL: plain HTTP */
+	const char *tls_key;
+	bool allow_plaintext;	  /* plain HTTP on other than loopback addresses */
+	int max_connections;	  /* in all */
+	int max_per_address;	  /* connections of one address */
+	int request_timeout_s;	  /* for a whole request to arrive */
+	int unauthenticated_rate; /* refused tokens per address and minute */
+	int drain_s;			  /* for open requests after SIGTERM */
+	int log_level;			  /* LogLevel */
+	bool check;				  /* only verify the configuration */
+} Options;
+
+/*
+ * Fill *options from argv, and from AGENTVM_GATEWAY_<FLAG> where a flag is
+ * absent.  Prints to stdout and exits with 0 for --help and --version; prints
+ * what is wrong to stderr and exits with 2.  The strings live as long as argv
+ * and the environment.
+ */
+extern void options_parse(Options *options, int argc, char **argv);
+
+/*
+ * Whether these settings can work: files readable and a pair, address allowed
+ * without TLS.  Returns NULL, or a static or malloc'ed text that says what is wrong.
+ */
+extern const char *options_problem(const Options *options);
+
+#endif /* GATEWAY_OPTIONS_H */

@@ -1,0 +1,124 @@
+/*-------------------------------------------------------------------------
+ *
+ * peers.c
+ *		Addresses that connect, and the tokens they show.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <ctype.h>
+#include <openssl/evp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "log.h"
+#include "server_private.h"
+
+#define LINGER_MS 60000 /* an address's counters are kept so long */
+
+void
+peer_address(struct lws *wsi, int fd, char *address, size_t size)
+{
+	struct sockaddr_storage storage;
+	socklen_t len = sizeof(storage);
+	unsigned char *b;
+
+	snprintf(address, size, "unknown");
+	if (wsi != NULL)
+		fd = lws_get_socket_fd(wsi);
+	if (fd < 0 || getpeername(fd, (struct sockaddr *) &storage, &len) != 0)
+		return;
+	if (storage.ss_family == AF_INET)
+	{
+		b = (unsigned char *) &((struct sockaddr_in *) &storage)->sin_addr;
+		snprintf(address, size, "%d.%d.%d.%d", b[0], b[1], b[2], b[3]);
+	}
+	else if (storage.ss_family == AF_INET6)
+	{
+		b = (unsigned char *) &((struct sockaddr_in6 *) &storage)->sin6_addr;
+		if (IN6_IS_ADDR_V4MAPPED((struct in6_addr *) b))
+			snprintf(address, size, "%d.%d.%d.%d", b[12], b[13], b[14], b[15]);
+		else
+			snprintf(address, size, "%02x%02x:%02x%02x:%02x%02x:%02x%02x::/64", b[0], b[1], b[2],
+					 b[3], b[4], b[5], b[6], b[7]);
+	}
+}
+
+Peer *
+peer_of(Server *server, const char *address)
+{
+	Peer *peer;
+
+	HASH_FIND_STR(server->peers, address, peer);
+	if (peer == NULL)
+	{
+		peer = calloc(1, sizeof(Peer));
+		snprintf(peer->address, sizeof(peer->address), "%s", address);
+		peer->window_began_at = uv_now(server->loop);
+		HASH_ADD_STR(server->peers, address, peer);
+	}
+	if (uv_now(server->loop) - peer->window_began_at > LINGER_MS)
+	{
+		peer->refused = 0;
+		peer->window_began_at = uv_now(server->loop);
+	}
+	return peer;
+}
+
+/* Addresses without connections and with nothing to remember. */
+void
+forget_peers(Server *server)
+{
+	Peer *peer, *next;
+
+	HASH_ITER(hh, server->peers, peer, next)
+	{
+		if (peer->connections == 0 && uv_now(server->loop) - peer->window_began_at > LINGER_MS)
+		{
+			HASH_DEL(server->peers, peer);
+			free(peer);
+		}
+	}
+}
+
+bool
+may_try_tokens(Server *server, struct lws *wsi)
+{
+	Peer *peer = lws_get_opaque_user_data(wsi);
+
+	return peer == NULL || uv_now(server->loop) - peer->window_began_at > LINGER_MS ||
+		   peer->refused < server->options->unauthenticated_rate;
+}
+
+void
+note_refused(Server *server, struct lws *wsi)
+{
+	Peer *peer = lws_get_opaque_user_data(wsi);
+
+	if (peer != NULL)
+		peer_of(server, peer->address)->refused++;
+}
+
+/* The SHA-256 of the request's bearer token; false when there is none that could be one. */
+bool
+read_token(struct lws *wsi, uint8_t *hash)
+{
+	char header[PROTOCOL_MAX_TOKEN + 16];
+	int len = lws_hdr_copy(wsi, header, sizeof(header), WSI_TOKEN_HTTP_AUTHORIZATION);
+	const char *token = header + 7;
+	const char *c;
+	bool ok;
+
+	if (len < 7 + 16 || strncasecmp(header, "Bearer ", 7) != 0)
+		return false;
+	for (c = token; *c != '\0'; c++)
+	{
+		if (!isalnum((unsigned char) *c) && strchr("-._~+/=", *c) == NULL)
+			return false;
+	}
+	log_line(LOG_LEVEL_DEBUG, "token", "token", log_token(token), NULL);
+	ok = EVP_Digest(token, strlen(token), hash, NULL, EVP_sha256(), NULL) == 1;
+	OPENSSL_cleanse(header, sizeof(header));
+	return ok;
+}

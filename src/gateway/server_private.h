@@ -1,0 +1,90 @@
+/*-------------------------------------------------------------------------
+ *
+ * server_private.h
+ *		What the files of the server share.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef GATEWAY_SERVER_PRIVATE_H
+#define GATEWAY_SERVER_PRIVATE_H
+
+#include <libwebsockets.h>
+#include <openssl/ssl.h>
+#include <uthash.h>
+
+#include "../protocol.h"
+#include "server.h"
+#include "sessions.h"
+
+/* Connections and refused tokens of one address (of IPv6: of one /64). */
+typedef struct Peer
+{
+	char address[48]; /* key */
+	int connections;
+	int refused;
+	uint64_t window_began_at;
+	UT_hash_handle hh;
+} Peer;
+
+typedef struct HttpCounts
+{
+	uint64_t answers[600]; /* by status */
+	uint64_t refused_connections;
+	uint64_t frames;
+	unsigned connections;
+	unsigned channels;
+} HttpCounts;
+
+struct Server
+{
+	uv_loop_t *loop;
+	const Options *options;
+	struct lws_context *context;
+	struct lws_protocols protocols[3];
+	SSL_CTX *tls;
+	Sessions *sessions;
+	Peer *peers;
+	HttpCounts counts;
+	unsigned open_requests;
+	bool draining;
+};
+
+/* ---- peers.c ---- */
+
+/* The counters of an address, made if it is new; valid as long as it has connections. */
+extern Peer *peer_of(Server *server, const char *address);
+
+/* The address of a connection, or of a socket where there is no connection yet, as a key for peer_of(). */
+extern void peer_address(struct lws *wsi, int fd, char *address, size_t size);
+
+/* Drop the counters of addresses without connections and with nothing to remember. */
+extern void forget_peers(Server *server);
+
+/* Whether this connection's address may still have tokens looked at; count one that was refused. */
+extern bool may_try_tokens(Server *server, struct lws *wsi);
+extern void note_refused(Server *server, struct lws *wsi);
+
+/* The SHA-256 of the request's bearer token; false when there is none that could be one. */
+extern bool read_token(struct lws *wsi, uint8_t *hash);
+
+/* ---- http.c, channel.c ---- */
+
+/* One HTTP request and its answer; one WebSocket. Both are libwebsockets' "user". */
+typedef struct Exchange Exchange;
+typedef struct Channel Channel;
+extern const size_t exchange_size;
+extern const size_t channel_size;
+
+extern Server *server_of(struct lws *wsi);
+extern int http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in,
+						 size_t len);
+extern int channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in,
+							size_t len);
+
+/* What sessions.c tells a channel: its session has ended. */
+extern void channel_ended(void *attached);
+
+/* Close a channel, since the gateway is to end: another one will do. */
+extern void channel_drain(void *attached);
+
+#endif /* GATEWAY_SERVER_PRIVATE_H */

@@ -1,0 +1,666 @@
+/*-------------------------------------------------------------------------
+ *
+ * sessions.c
+ *		Who is who, and heartbeats: gathered, flushed in one call, then acknowledged.
+ *
+ * A session token's hash is looked up once and then remembered.  Heartbeats wait
+ * for at most FLUSH_MS, then go to the database in one statement that also reads
+ * the deadlines; only its result, which means that it has committed, is passed
+ * on.  A session that the result lacks has ended.
+ *
+ * Nothing here is needed to survive: what a gateway has forgotten it asks anew.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "sessions.h"
+
+#include <arpa/inet.h>
+#include <endian.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <uthash.h>
+#include <utlist.h>
+
+#include "log.h"
+
+#define FLUSH_MS 50			   /* gather heartbeats for so long */
+#define MAX_BATCH 2000		   /* heartbeats in one statement */
+#define REPORT_MS 10000		   /* an empty batch says that we listen */
+#define FORGET_MS (10 * 60000) /* of a session that nobody has mentioned since */
+#define UUID_LEN 16
+
+/* OIDs of PostgreSQL's built-in types, which never change (catalog/pg_type.dat) */
+#define BYTEA_OID 17
+#define TEXT_OID 25
+#define UUID_OID 2950
+#define UUID_ARRAY_OID 2951
+
+#define PG_EPOCH INT64_C(946684800) /* 2000-01-01 in seconds since 1970 */
+
+struct Session
+{
+	uint8_t hash[HASH_LEN]; /* key of by_hash */
+	uint8_t id[UUID_LEN];	/* key of by_id */
+	char id_text[37];
+	void *attached;
+	int users; /* requests and batches that point here */
+	bool has_ended;
+	uint64_t mentioned_at;
+	UT_hash_handle hh;	  /* by hash */
+	UT_hash_handle hh_id; /* by id */
+};
+
+struct Request
+{
+	Sessions *sessions;
+	RequestDone done; /* NULL: nobody waits any more */
+	void *arg;
+	uint8_t hash[HASH_LEN]; /* of the session token */
+	Session *session;
+	bool beats; /* goes on as a heartbeat once it is known who it is */
+	Request *prev, *next;
+};
+
+struct Sessions
+{
+	uv_loop_t *loop;
+	Database *database;
+	SessionEnded ended;
+	Session *by_hash;
+	Session *by_id;
+	Request *gathered; /* heartbeats for the next batch */
+	int gathered_count;
+	uint64_t last_batch_at;
+	uv_timer_t *flush;
+	uv_timer_t *tick;
+	SessionCounts counts;
+};
+
+/* Heartbeats on their way to the database. */
+typedef struct Batch
+{
+	Sessions *sessions;
+	Request *requests;
+} Batch;
+
+/* ---- sessions ---- */
+
+static void
+id_to_text(const uint8_t *id, char *text)
+{
+	int i;
+
+	for (i = 0; i < UUID_LEN; i++)
+	{
+		if (i == 4 || i == 6 || i == 8 || i == 10)
+			*text++ = '-';
+		text += sprintf(text, "%02x", id[i]);
+	}
+}
+
+/* The session of that id, made if it is new, known by this token from now on. */
+static Session *
+remember(Sessions *sessions, const uint8_t *id, const uint8_t *hash)
+{
+	Session *session;
+
+	HASH_FIND(hh_id, sessions->by_id, id, UUID_LEN, session);
+	if (session == NULL)
+	{
+		session = calloc(1, sizeof(Session));
+		memcpy(session->id, id, UUID_LEN);
+		memcpy(session->hash, hash, HASH_LEN);
+		id_to_text(id, session->id_text);
+		HASH_ADD(hh_id, sessions->by_id, id, UUID_LEN, session);
+		HASH_ADD(hh, sessions->by_hash, hash, HASH_LEN, session);
+	}
+	session->mentioned_at = uv_now(sessions->loop);
+	return session;
+}
+
+static Session *
+find(Sessions *sessions, const uint8_t *hash)
+{
+	Session *session;
+
+	HASH_FIND(hh, sessions->by_hash, hash, HASH_LEN, session);
+	if (session != NULL)
+		session->mentioned_at = uv_now(sessions->loop);
+	return session;
+}
+
+/* Take it out of the tables; it is freed when nobody points to it any more. */
+static void
+forget(Sessions *sessions, Session *session)
+{
+	HASH_DELETE(hh, sessions->by_hash, session);
+	HASH_DELETE(hh_id, sessions->by_id, session);
+	free(session);
+}
+
+/* The session has ended: whatever is attached hears of it. */
+static void
+end(Sessions *sessions, Session *session)
+{
+	void *attached = session->attached;
+
+	if (session->has_ended)
+		return;
+	session->has_ended = true;
+	session->attached = NULL;
+	sessions->counts.ended++;
+	log_line(LOG_LEVEL_INFO, "session has ended", "session", session->id_text, NULL);
+	if (attached != NULL)
+		sessions->ended(attached);
+}
+
+void *
+session_attach(Session *session, void *attached)
+{
+	void *before = session->attached;
+
+	session->attached = attached;
+	return before;
+}
+
+void
+session_detach(Session *session, void *attached)
+{
+	if (session->attached == attached)
+		session->attached = NULL;
+}
+
+void
+sessions_each_attached(Sessions *sessions, void (*tell)(void *attached))
+{
+	Session *session, *next;
+
+	HASH_ITER(hh, sessions->by_hash, session, next)
+	{
+		if (session->attached != NULL)
+			tell(session->attached);
+	}
+}
+
+const char *
+session_id_text(const Session *session)
+{
+	return session->id_text;
+}
+
+/* ---- requests ---- */
+
+static Request *
+make_request(Sessions *sessions, const uint8_t *hash, RequestDone done, void *arg)
+{
+	Request *request = calloc(1, sizeof(Request));
+
+	request->sessions = sessions;
+	request->done = done;
+	request->arg = arg;
+	memcpy(request->hash, hash, HASH_LEN);
+	sessions->counts.waiting++;
+	return request;
+}
+
+static void
+set_session(Request *request, Session *session)
+{
+	request->session = session;
+	session->users++;
+}
+
+static void
+finish(Request *request, Outcome outcome, const char *body)
+{
+	Session *session = request->session;
+
+	request->sessions->counts.waiting--;
+	if (request->done != NULL)
+		request->done(request->arg, outcome, session, body);
+	if (session != NULL)
+		session->users--;
+	free(request);
+}
+
+void
+request_forget(Request *request)
+{
+	request->done = NULL;
+}
+
+static const char *
+sqlstate(const PGresult *result)
+{
+	const char *state = PQresultErrorField(result, PG_DIAG_SQLSTATE);
+
+	return state ? state : "";
+}
+
+/* What a failed query means for the client; NULL is a lost connection. */
+static Outcome
+outcome_of(const PGresult *result)
+{
+	const char *state;
+
+	if (result == NULL)
+		return OUTCOME_AWAY;
+	if (PQresultStatus(result) == PGRES_TUPLES_OK)
+		return PQntuples(result) > 0 && !PQgetisnull(result, 0, 0) ? OUTCOME_OK : OUTCOME_UNKNOWN;
+	state = sqlstate(result);
+	if (strcmp(state, "AV006") == 0)
+		return OUTCOME_GONE;
+	if (strncmp(state, "22", 2) == 0 || strcmp(state, "AV012") == 0)
+		return OUTCOME_BAD;
+	log_line(LOG_LEVEL_WARNING, "database refuses a call", "sqlstate", state, "reason",
+			 PQresultErrorField(result, PG_DIAG_MESSAGE_PRIMARY), NULL);
+	return OUTCOME_AWAY;
+}
+
+/* ---- bootstrap ---- */
+
+static void
+bootstrap_answered(void *arg, const PGresult *result)
+{
+	Request *request = arg;
+	Outcome outcome = outcome_of(result);
+
+	if (outcome == OUTCOME_OK)
+	{
+		request->sessions->counts.bootstraps++;
+		set_session(request, remember(request->sessions, (const uint8_t *) PQgetvalue(result, 0, 1),
+									  request->hash));
+		log_line(LOG_LEVEL_INFO, "bootstrap", "session", request->session->id_text, NULL);
+		finish(request, OUTCOME_OK, PQgetvalue(result, 0, 0));
+	}
+	else
+		finish(request, outcome, NULL);
+}
+
+Request *
+sessions_bootstrap(Sessions *sessions, const uint8_t *token_hash, const uint8_t *session_hash,
+				   const char *boot_id, const char *info, RequestDone done, void *arg)
+{
+	static const Oid types[] = {BYTEA_OID, BYTEA_OID, TEXT_OID, TEXT_OID};
+	const char *values[] = {(const char *) token_hash, (const char *) session_hash, boot_id, info};
+	const int lengths[] = {HASH_LEN, HASH_LEN, (int) strlen(boot_id), (int) strlen(info)};
+	const int formats[] = {1, 1, 1, 1};
+	Request *request = make_request(sessions, session_hash, done, arg);
+
+	if (database_send(sessions->database,
+					  "SELECT a::text, (a->>'session_id')::uuid FROM "
+					  "agentvm.bootstrap($1, $2, $3, $4::jsonb) a",
+					  4, types, values, lengths, formats, bootstrap_answered, request))
+		return request;
+	finish(request, OUTCOME_AWAY, NULL);
+	return NULL;
+}
+
+/* ---- heartbeats ---- */
+
+static void
+put_int32(char **at, uint32_t value)
+{
+	value = htonl(value);
+	memcpy(*at, &value, 4);
+	*at += 4;
+}
+
+/* {"deadline": "2026-01-31T12:34:56.789Z"} from the microseconds since 2000 that PostgreSQL sends */
+static void
+deadline_body(const char *value, char *body, size_t size)
+{
+	uint64_t bits;
+	int64_t micros;
+	time_t seconds;
+	struct tm utc;
+	char stamp[32];
+
+	memcpy(&bits, value, 8);
+	micros = (int64_t) be64toh(bits);
+	seconds = PG_EPOCH + (micros >= 0 ? micros / 1000000 : -((-micros + 999999) / 1000000));
+	gmtime_r(&seconds, &utc);
+	strftime(stamp, sizeof(stamp), "%Y-%m-%dT%H:%M:%S", &utc);
+	snprintf(body, size, "{\"deadline\": \"%s.%03dZ\"}", stamp,
+			 (int) (((micros % 1000000) + 1000000) % 1000000 / 1000));
+}
+
+static int
+compare_ids(const Request *a, const Request *b)
+{
+	return memcmp(a->session->id, b->session->id, UUID_LEN);
+}
+
+/* The batch has committed (or not): the result has a row for each session that lives, sorted by id as the batch is. */
+static void
+batch_answered(void *arg, const PGresult *result)
+{
+	Batch *batch = arg;
+	Sessions *sessions = batch->sessions;
+	bool ok = result != NULL && PQresultStatus(result) == PGRES_TUPLES_OK;
+	int rows = ok ? PQntuples(result) : 0;
+	int row = 0;
+	Request *request, *next;
+
+	if (!ok)
+	{
+		sessions->counts.failed_batches++;
+		(void) outcome_of(result); /* tells why */
+	}
+	DL_FOREACH_SAFE(batch->requests, request, next)
+	{
+		char body[64];
+
+		DL_DELETE(batch->requests, request);
+		if (!ok)
+		{
+			finish(request, OUTCOME_AWAY, NULL);
+			continue;
+		}
+		while (row < rows && memcmp(PQgetvalue(result, row, 0), request->session->id, UUID_LEN) < 0)
+			row++;
+		if (row < rows && memcmp(PQgetvalue(result, row, 0), request->session->id, UUID_LEN) == 0)
+		{
+			sessions->counts.heartbeats++;
+			deadline_body(PQgetvalue(result, row, 1), body, sizeof(body));
+			finish(request, OUTCOME_OK, body);
+		}
+		else
+		{
+			end(sessions, request->session);
+			finish(request, OUTCOME_GONE, NULL);
+		}
+	}
+	free(batch);
+}
+
+/* Send what has been gathered, also if that is nothing. */
+static void
+flush_batch(Sessions *sessions)
+{
+	static const Oid types[] = {UUID_ARRAY_OID};
+	Batch *batch = calloc(1, sizeof(Batch));
+	Request *request, *previous = NULL;
+	const char *values[1];
+	int lengths[1];
+	const int formats[] = {1};
+	char *array, *at;
+	int count = 0;
+
+	uv_timer_stop(sessions->flush);
+	batch->sessions = sessions;
+	batch->requests = sessions->gathered;
+	sessions->gathered = NULL;
+	sessions->gathered_count = 0;
+	sessions->last_batch_at = uv_now(sessions->loop);
+	sessions->counts.batches++;
+	DL_SORT(batch->requests, compare_ids);
+
+	/* the binary form of uuid[]: dimensions, flags, element type, length and lower bound, elements */
+	DL_FOREACH(batch->requests, request)
+	count++;
+	array = at = calloc(1, 20 + (size_t) count * (4 + UUID_LEN));
+	at += 20;
+	count = 0;
+	DL_FOREACH(batch->requests, request)
+	{
+		if (previous != NULL && compare_ids(previous, request) == 0)
+			continue;
+		put_int32(&at, UUID_LEN);
+		memcpy(at, request->session->id, UUID_LEN);
+		at += UUID_LEN;
+		count++;
+		previous = request;
+	}
+	values[0] = array;
+	lengths[0] = (int) (at - array);
+	at = array;
+	put_int32(&at, count > 0 ? 1 : 0);
+	put_int32(&at, 0);
+	put_int32(&at, UUID_OID);
+	put_int32(&at, (uint32_t) count);
+	put_int32(&at, 1);
+	if (count == 0)
+		lengths[0] = 12;
+
+	/* NULL: the time is the server's, whatever our clock says */
+	if (!database_send(
+			sessions->database,
+			"WITH b AS MATERIALIZED (SELECT count(*) AS gone FROM agentvm.heartbeat_batch($1, "
+			"array_fill(NULL::timestamptz, ARRAY[cardinality($1)]))) "
+			"SELECT d.session_id, d.deadline_at FROM b, agentvm.deadlines($1) d "
+			"WHERE b.gone >= 0 ORDER BY d.session_id",
+			1, types, values, lengths, formats, batch_answered, batch))
+		batch_answered(batch, NULL);
+	free(array);
+}
+
+static void
+on_flush(uv_timer_t *timer)
+{
+	flush_batch(timer->data);
+}
+
+static void
+gather(Request *request)
+{
+	Sessions *sessions = request->sessions;
+
+	DL_APPEND(sessions->gathered, request);
+	if (++sessions->gathered_count >= MAX_BATCH)
+		flush_batch(sessions);
+	else if (sessions->gathered_count == 1)
+		uv_timer_start(sessions->flush, on_flush, FLUSH_MS, 0);
+}
+
+/* ---- who is it? ---- */
+
+static void
+authenticated(void *arg, const PGresult *result)
+{
+	Request *request = arg;
+	Outcome outcome = outcome_of(result);
+
+	if (outcome == OUTCOME_OK)
+		set_session(request, remember(request->sessions, (const uint8_t *) PQgetvalue(result, 0, 0),
+									  request->hash));
+	if (outcome == OUTCOME_OK && request->beats && request->done != NULL)
+		gather(request);
+	else
+		finish(request, outcome, NULL);
+}
+
+static Request *
+ask(Sessions *sessions, const uint8_t *hash, bool beats, RequestDone done, void *arg)
+{
+	static const Oid types[] = {BYTEA_OID};
+	const char *values[] = {(const char *) hash};
+	const int lengths[] = {HASH_LEN};
+	const int formats[] = {1};
+	Request *request = make_request(sessions, hash, done, arg);
+	Session *session = find(sessions, hash);
+
+	request->beats = beats;
+	if (!database_is_up(sessions->database))
+	{
+		finish(request, OUTCOME_AWAY, NULL);
+		return NULL;
+	}
+	if (session != NULL && session->has_ended)
+	{
+		finish(request, OUTCOME_GONE, NULL);
+		return NULL;
+	}
+	if (session != NULL)
+	{
+		set_session(request, session);
+		if (beats)
+		{
+			gather(request);
+			return request;
+		}
+		finish(request, OUTCOME_OK, NULL);
+		return NULL;
+	}
+	if (database_send(sessions->database, "SELECT agentvm.authenticate($1)", 1, types, values,
+					  lengths, formats, authenticated, request))
+		return request;
+	finish(request, OUTCOME_AWAY, NULL);
+	return NULL;
+}
+
+Request *
+sessions_authenticate(Sessions *sessions, const uint8_t *hash, RequestDone done, void *arg)
+{
+	return ask(sessions, hash, false, done, arg);
+}
+
+Request *
+sessions_heartbeat(Sessions *sessions, const uint8_t *hash, RequestDone done, void *arg)
+{
+	return ask(sessions, hash, true, done, arg);
+}
+
+/* ---- ends that the database tells of ---- */
+
+static void
+listening(void *arg, const PGresult *result)
+{
+	if (result != NULL && PQresultStatus(result) != PGRES_COMMAND_OK)
+		(void) outcome_of(result); /* tells why; ends are then noticed at the next heartbeat */
+}
+
+static void
+channel_answered(void *arg, const PGresult *result)
+{
+	Sessions *sessions = arg;
+	char listen[128];
+
+	if (outcome_of(result) != OUTCOME_OK)
+		return;
+	snprintf(listen, sizeof(listen), "LISTEN \"%.63s\"", PQgetvalue(result, 0, 0));
+	(void) database_send(sessions->database, listen, 0, NULL, NULL, NULL, NULL, listening, NULL);
+}
+
+/* Connected anew: notifications are asked for again, and that we listen is said at once. */
+static void
+on_up(void *arg)
+{
+	Sessions *sessions = arg;
+
+	(void) database_send(sessions->database, "SELECT agentvm.gateway_channel()", 0, NULL, NULL,
+						 NULL, NULL, channel_answered, sessions);
+	flush_batch(sessions);
+}
+
+/* The payload is the id of a session that has ended or is ending. */
+static void
+on_notified(void *arg, const char *channel, const char *payload)
+{
+	Sessions *sessions = arg;
+	uint8_t id[UUID_LEN];
+	Session *session;
+	const char *c = payload;
+	int i;
+
+	for (i = 0; i < UUID_LEN; i++)
+	{
+		unsigned byte;
+
+		while (*c == '-')
+			c++;
+		if (sscanf(c, "%2x", &byte) != 1)
+			return;
+		id[i] = (uint8_t) byte;
+		c += 2;
+	}
+	HASH_FIND(hh_id, sessions->by_id, id, UUID_LEN, session);
+	if (session != NULL)
+		end(sessions, session);
+}
+
+/* ---- life ---- */
+
+static void
+on_tick(uv_timer_t *timer)
+{
+	Sessions *sessions = timer->data;
+	Session *session, *next;
+	uint64_t now = uv_now(sessions->loop);
+
+	HASH_ITER(hh, sessions->by_hash, session, next)
+	{
+		if (session->users == 0 && session->attached == NULL &&
+			now - session->mentioned_at > FORGET_MS)
+			forget(sessions, session);
+	}
+	if (database_is_up(sessions->database) && now - sessions->last_batch_at >= REPORT_MS)
+		flush_batch(sessions);
+}
+
+static void
+free_handle(uv_handle_t *handle)
+{
+	free(handle);
+}
+
+static uv_timer_t *
+make_timer(Sessions *sessions)
+{
+	uv_timer_t *timer = calloc(1, sizeof(uv_timer_t));
+
+	timer->data = sessions;
+	uv_timer_init(sessions->loop, timer);
+	return timer;
+}
+
+Sessions *
+sessions_create(uv_loop_t *loop, const char *conninfo, const char *name, SessionEnded ended)
+{
+	Sessions *sessions = calloc(1, sizeof(Sessions));
+	DatabaseEvents events = {on_up, on_notified, sessions};
+
+	sessions->loop = loop;
+	sessions->ended = ended;
+	sessions->flush = make_timer(sessions);
+	sessions->tick = make_timer(sessions);
+	uv_timer_start(sessions->tick, on_tick, 1000, 1000);
+	sessions->database = database_open(loop, conninfo, name, &events);
+	return sessions;
+}
+
+void
+sessions_destroy(Sessions *sessions)
+{
+	Request *request, *next_request;
+	Session *session, *next;
+
+	database_close(sessions->database); /* answers all that is under way */
+	DL_FOREACH_SAFE(sessions->gathered, request, next_request)
+	{
+		DL_DELETE(sessions->gathered, request);
+		finish(request, OUTCOME_AWAY, NULL);
+	}
+	HASH_ITER(hh, sessions->by_hash, session, next)
+	forget(sessions, session);
+	uv_close((uv_handle_t *) sessions->flush, free_handle);
+	uv_close((uv_handle_t *) sessions->tick, free_handle);
+	free(sessions);
+}
+
+bool
+sessions_ready(const Sessions *sessions)
+{
+	return database_is_up(sessions->database);
+}
+
+SessionCounts
+sessions_counts(const Sessions *sessions)
+{
+	SessionCounts counts = sessions->counts;
+
+	counts.known = HASH_CNT(hh, sessions->by_hash);
+	return counts;
+}

@@ -1,0 +1,89 @@
+/*-------------------------------------------------------------------------
+ *
+ * sessions.h
+ *		Who is who, and heartbeats: gathered, flushed in one call, then acknowledged.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef GATEWAY_SESSIONS_H
+#define GATEWAY_SESSIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <uv.h>
+
+#include "database.h"
+
+#define HASH_LEN 32
+
+typedef struct Sessions Sessions;
+typedef struct Session Session;
+typedef struct Request Request;
+
+typedef enum Outcome
+{
+	OUTCOME_OK,
+	OUTCOME_UNKNOWN, /* no such token, or not this one's to use */
+	OUTCOME_GONE,	 /* the session has ended */
+	OUTCOME_BAD,	 /* the request makes no sense to the database */
+	OUTCOME_AWAY	 /* the database is away, or nobody knows: try again */
+} Outcome;
+
+/*
+ * What came of a request.  "session" is there with OUTCOME_OK and _GONE, valid
+ * during the call; "body" with OUTCOME_OK: JSON for the client, of a heartbeat
+ * {"deadline"}, of a bootstrap the database's answer.
+ */
+typedef void (*RequestDone)(void *arg, Outcome outcome, Session *session, const char *body);
+
+/* A session has ended while something is attached to it. */
+typedef void (*SessionEnded)(void *attached);
+
+extern Sessions *sessions_create(uv_loop_t *loop, const char *conninfo, const char *name,
+								 SessionEnded ended);
+extern void sessions_destroy(Sessions *sessions);
+
+/* Whether the database can be asked now. */
+extern bool sessions_ready(const Sessions *sessions);
+
+/*
+ * Ask the database; "done" is called once, later or before this returns, unless
+ * request_forget() is called first.  Returns NULL if it has been called already.
+ */
+extern Request *sessions_bootstrap(Sessions *sessions, const uint8_t *token_hash,
+								   const uint8_t *session_hash, const char *boot_id,
+								   const char *info, RequestDone done, void *arg);
+extern Request *sessions_authenticate(Sessions *sessions, const uint8_t *hash, RequestDone done,
+									  void *arg);
+
+/* A sign of life: "done" follows when it has been committed. */
+extern Request *sessions_heartbeat(Sessions *sessions, const uint8_t *hash, RequestDone done,
+								   void *arg);
+
+/* Nobody waits for the answer any more; what was asked may still take effect. */
+extern void request_forget(Request *request);
+
+/*
+ * Attach something (a channel) to a session; returns what was attached before,
+ * or NULL.  It is told of the session's end through SessionEnded.
+ */
+extern void *session_attach(Session *session, void *attached);
+
+/* Detach it, if it is still what is attached. */
+extern void session_detach(Session *session, void *attached);
+
+/* Call "tell" for everything that is attached. */
+extern void sessions_each_attached(Sessions *sessions, void (*tell)(void *attached));
+
+/* The session's id as text, 36 characters. */
+extern const char *session_id_text(const Session *session);
+
+typedef struct SessionCounts
+{
+	uint64_t bootstraps, heartbeats, batches, failed_batches, ended;
+	unsigned known, waiting;
+} SessionCounts;
+
+extern SessionCounts sessions_counts(const Sessions *sessions);
+
+#endif /* GATEWAY_SESSIONS_H */

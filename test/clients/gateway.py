@@ -1,0 +1,506 @@
+"""The gateway, as VMs and operators see it: gateway.py CONNSTR KEYFILE GATEWAY DIR PART...
+
+Plays the runtimes of noop sessions. Each part prints its name when all of it was so. The database is reached as the
+superuser (to look) and by the gateway as role gw.
+"""
+import asyncio
+import base64
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+
+import psycopg
+import websockets
+
+CONNSTR, KEYFILE, GATEWAY, DIR, *PARTS = sys.argv[1:]
+KEY = base64.b64decode(open(KEYFILE, encoding="ascii").read().strip().split(":", 1)[1])
+TIMEOUT = int(os.environ.get("PG_TEST_TIMEOUT_DEFAULT", "60"))
+
+
+def db():
+    return psycopg.connect(CONNSTR, autocommit=True)
+
+
+def sql(query, *values):
+    with db() as connection:
+        cursor = connection.execute(query, values)
+        return cursor.fetchall() if cursor.description else None
+
+
+def value(query, *values):
+    return sql(query, *values)[0][0]
+
+
+def until(condition, what, timeout=None):
+    end = time.time() + (timeout or TIMEOUT)
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.time() < end, f"never: {what}"
+        time.sleep(0.02)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Gateway:
+    """A running gateway on a port of its own; its log is a file."""
+
+    def __init__(self, *options, name="gw1", port=None, wait=True, tls=None, environment=None):
+        self.port = port or free_port()
+        self.tls = tls
+        self.log_path = os.path.join(DIR, f"gateway_{self.port}_{time.time_ns()}.log")
+        self.log = open(self.log_path, "w+", encoding="utf-8")
+        database = next((o.split("=", 1)[1] for o in options if o.startswith("--database=")), CONNSTR + " user=gw")
+        options = [o for o in options if not o.startswith("--database=")]
+        self.process = subprocess.Popen(
+            [GATEWAY, f"--database={database}", f"--name={name}", f"--port={self.port}", *options],
+            stderr=self.log, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+        until(lambda: self.knock() or self.process.poll() is not None, "the gateway listens")
+        assert self.process.poll() is None, self.text()
+        if wait:
+            until(lambda: self.get("/readyz")[0] == 200, "the gateway has its database")
+
+    def text(self):
+        with open(self.log_path, encoding="utf-8") as log:
+            return log.read()
+
+    def knock(self):
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            return True
+        except OSError:
+            return False
+
+    def connection(self):
+        if self.tls:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=self.tls)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+    def request(self, method, path, token=None, body=None, headers=None, connection=None):
+        """(status, body or decoded JSON, headers)"""
+        one = connection or self.connection()
+        headers = dict(headers or {})
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        one.request(method, path, body=json.dumps(body) if isinstance(body, dict) else body, headers=headers)
+        response = one.getresponse()
+        text = response.read().decode()
+        if connection is None:
+            one.close()
+        parsed = json.loads(text) if response.headers["content-type"] == "application/json" else text
+        return response.status, parsed, response.headers
+
+    def get(self, path):
+        return self.request("GET", path)
+
+    def beat(self, vm, **more):
+        return self.request("POST", "/v1/heartbeat", vm.session_token, {}, **more)
+
+    def metric(self, name):
+        text = self.get("/metrics")[1]
+        lines = [line.split()[-1] for line in text.splitlines() if line.startswith(name)]
+        return sum(float(line) for line in lines)
+
+    def channel(self, token):
+        return websockets.connect(
+            f"{'wss' if self.tls else 'ws'}://127.0.0.1:{self.port}/v1/channel", subprotocols=["agentvm.v1"], ssl=self.tls,
+            additional_headers={"Authorization": f"Bearer {token}"}, ping_interval=None, proxy=None)
+
+    def end(self, number=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(TIMEOUT)
+        self.log.close()
+        return status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *problem):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class VM:
+    """A session whose VM is us."""
+
+    def __init__(self, gateway=None, boots=True, team="acme"):
+        self.id = str(value("SELECT agentvm.provision(%s, profile => 'rt', env => '{\"A\": \"b\"}')", team))
+        until(lambda: value("SELECT launched_at IS NOT NULL AND lease IS NULL FROM agentvm.session WHERE session_id = %s", self.id), "launched")
+        self.bootstrap_token = hmac.new(KEY, f"{self.id}:1".encode(), hashlib.sha256).hexdigest()
+        self.session_token = os.urandom(32).hex()
+        if gateway and boots:
+            status, answer, _ = self.bootstrap(gateway)
+            assert status == 200, answer
+
+    def bootstrap(self, gateway, token=None, boot_id="boot-1", session_token=None, **more):
+        return gateway.request("POST", "/v1/bootstrap", token or self.bootstrap_token, {
+            "session_token_sha256": sha256(session_token or self.session_token), "boot_id": boot_id,
+            "runtime_version": "0", "hostname": "vm", **more})
+
+    def state(self):
+        return value("SELECT state FROM agentvm.session WHERE session_id = %s", self.id)
+
+    def last_beat(self):
+        return value("SELECT last_heartbeat_at FROM agentvm.session_heartbeat WHERE session_id = %s", self.id)
+
+    def terminate(self):
+        sql("SELECT agentvm.terminate(%s)", self.id)
+
+
+def part_bootstrap():
+    with Gateway() as gateway:
+        vm = VM(gateway, boots=False)
+        assert vm.bootstrap(gateway, token="0" * 64)[0] == 401
+        assert vm.state() == "provisioning"
+        status, answer, headers = vm.bootstrap(gateway)
+        assert status == 200 and headers["cache-control"] == "no-store", (status, answer)
+        assert answer["session_id"] == vm.id and answer["env"] == {"A": "b"} and answer["channel"] == "/v1/channel"
+        assert vm.state() == "ready"
+        assert value("SELECT boot_info FROM agentvm.session WHERE session_id = %s", vm.id) == {"runtime_version": "0", "hostname": "vm"}
+        # a lost reply is no lockout; another runtime with the same token is turned away
+        assert vm.bootstrap(gateway)[1] == answer
+        assert vm.bootstrap(gateway, session_token="another" * 8)[0] == 401
+        assert vm.bootstrap(gateway, boot_id="boot-2")[0] == 401
+        for body in (b"", b"{", b"[]", b'{"boot_id": "b"}', b'{"boot_id": "", "session_token_sha256": "' + b"0" * 64 + b'"}',
+                     b'{"boot_id": "b", "session_token_sha256": "zz"}', b'{"boot_id": 5, "session_token_sha256": "' + b"0" * 64 + b'"}',
+                     b'{"boot_id": "\\u0000", "session_token_sha256": "' + b"0" * 64 + b'"}', b'{"a": 1, "a": 2}', b"\xff\xfe"):
+            assert gateway.request("POST", "/v1/bootstrap", vm.bootstrap_token, body)[0] == 400, body
+        vm.terminate()
+        assert vm.bootstrap(gateway)[0] == 410
+
+
+def part_heartbeat():
+    with Gateway() as gateway:
+        vm = VM(gateway)
+        before = vm.last_beat()
+        status, answer, _ = gateway.beat(vm)
+        assert status == 200
+        deadline = value("SELECT deadline_at FROM agentvm.session WHERE session_id = %s", vm.id)
+        assert answer["deadline"] == deadline.astimezone().astimezone(tz=__import__("datetime").timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.") + f"{deadline.microsecond // 1000:03d}Z"
+        assert before is None and vm.last_beat() is not None, "it was committed before it was acknowledged"
+        sql("SELECT agentvm.extend(%s, '1 hour')", vm.id)
+        assert gateway.beat(vm)[1]["deadline"] > answer["deadline"], "the deadline in force"
+        assert gateway.request("POST", "/v1/heartbeat", "0" * 64, {})[0] == 401
+        assert gateway.request("POST", "/v1/heartbeat", None, {})[0] == 401
+        assert gateway.request("GET", "/v1/heartbeat", vm.session_token)[0] == 405
+        assert gateway.request("POST", "/v1/nothing", vm.session_token, {})[0] == 404
+        # the bootstrap token is no session token
+        assert gateway.request("POST", "/v1/heartbeat", vm.bootstrap_token, {})[0] == 401
+        # another gateway has never seen it, and asks
+        with Gateway(name="gw2") as other:
+            assert other.beat(vm)[0] == 200
+        # many on one connection, and many at once: one statement for them all
+        vms = [VM(gateway) for _ in range(20)]
+        connections = [gateway.connection() for _ in vms]
+        batches = gateway.metric("agentvm_gateway_batches_total")
+        for connection, one in zip(connections, vms):
+            connection.request("POST", "/v1/heartbeat", body="{}", headers={"Authorization": f"Bearer {one.session_token}"})
+        assert [connection.getresponse().status for connection in connections] == [200] * 20
+        assert gateway.metric("agentvm_gateway_batches_total") - batches <= 5
+        vm.terminate()
+        assert gateway.beat(vm)[0] == 410
+        assert gateway.beat(vm)[0] == 410
+        assert gateway.beat(vms[0])[0] == 200, "the others live"
+        # an idle gateway says that it listens
+        sql("INSERT INTO agentvm.gateway (gateway_id) VALUES ('gw1')")
+        until(lambda: value("SELECT last_report_at FROM agentvm.gateway"), "an empty batch is reported")
+        sql("DELETE FROM agentvm.gateway")
+
+
+async def receive(channel):
+    return json.loads(await asyncio.wait_for(channel.recv(), TIMEOUT))
+
+
+async def closed(channel):
+    try:
+        while True:
+            await asyncio.wait_for(channel.recv(), TIMEOUT)
+    except websockets.ConnectionClosed as problem:
+        return problem.rcvd.code if problem.rcvd else None
+
+
+def part_channel():
+    async def story(gateway):
+        vm = VM(gateway)
+        async with gateway.channel(vm.session_token) as channel:
+            assert channel.subprotocol == "agentvm.v1"
+            assert (await receive(channel))["type"] == "hello"
+            await channel.send('{"type": "heartbeat"}')
+            answer = await receive(channel)
+            assert answer["type"] == "deadline" and answer["deadline"].endswith("Z"), answer
+            assert vm.last_beat() is not None
+            await channel.send('{"type": "of a later version", "x": [1]}')
+            # a second channel of the same session takes over
+            async with gateway.channel(vm.session_token) as second:
+                assert (await receive(second))["type"] == "hello"
+                assert await closed(channel) == 4409
+                # the session ends: the channel is closed within a second of the commit, without a heartbeat
+                vm.terminate()
+                ended = time.time()
+                assert (await receive(second))["type"] == "gone"
+                assert await closed(second) == 4410
+                assert time.time() - ended < 1, time.time() - ended
+        for token, code in ((vm.session_token, 4410), ("0" * 64, 4401)):
+            async with gateway.channel(token) as channel:
+                assert await closed(channel) == code
+        vm = VM(gateway)
+        for bad in ("{", "[]", '{"type": 5}', "\x00"):
+            async with gateway.channel(vm.session_token) as channel:
+                await receive(channel)
+                await channel.send(bad)
+                assert await closed(channel) == 1007, bad
+        async with gateway.channel(vm.session_token) as channel:
+            await receive(channel)
+            await channel.send("x" * 100000)
+            assert await closed(channel) == 1009
+        async with gateway.channel(vm.session_token) as channel:
+            await receive(channel)
+            for _ in range(200):
+                await channel.send('{"type": "x"}')
+            assert await closed(channel) == 1008, "a flood"
+        try:
+            async with websockets.connect(f"ws://127.0.0.1:{gateway.port}/v1/channel", subprotocols=["agentvm.v1"], proxy=None):
+                assert False, "without a token"
+        except websockets.InvalidStatus as problem:
+            assert problem.response.status_code == 401
+    with Gateway() as gateway:
+        asyncio.run(story(gateway))
+        until(lambda: gateway.metric("agentvm_gateway_channels") == 0, "no channel is left")
+
+
+def part_database():
+    """The database goes and comes: nothing that was acknowledged is lost, connections stay."""
+    pg_ctl = os.environ["PG_CTL"].split()
+
+    async def story(gateway):
+        vm = VM(gateway)
+        connection = gateway.connection()
+        assert gateway.beat(vm, connection=connection)[0] == 200
+        async with gateway.channel(vm.session_token) as channel:
+            await receive(channel)
+            subprocess.run([*pg_ctl, "stop", "-m", "fast"], check=True, stdout=subprocess.DEVNULL)
+            status, _, headers = gateway.beat(vm, connection=connection)
+            assert status == 503 and int(headers["retry-after"]) >= 1, status
+            assert gateway.get("/readyz")[0] == 503 and gateway.get("/healthz")[0] == 200
+            assert VM.bootstrap(vm, gateway)[0] == 503
+            await channel.send('{"type": "heartbeat"}')
+            subprocess.run([*pg_ctl, "start"], check=True, stdout=subprocess.DEVNULL)
+            await asyncio.to_thread(until, lambda: gateway.get("/readyz")[0] == 200, "it connects again by itself")
+            status, _, _ = gateway.beat(vm, connection=connection)
+            assert status == 200, "on the same connection"
+            acknowledged = vm.last_beat()
+            assert acknowledged is not None
+            await channel.send('{"type": "heartbeat"}')
+            assert (await receive(channel))["type"] == "deadline", "and the channel has stayed"
+            # killed in mid-flight: whatever was acknowledged is in the table
+            subprocess.run([*pg_ctl, "stop", "-m", "immediate"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([*pg_ctl, "start"], check=True, stdout=subprocess.DEVNULL)
+            assert vm.last_beat() >= acknowledged
+        # ends are noticed also after a reconnect
+        await asyncio.to_thread(until, lambda: gateway.get("/readyz")[0] == 200, "again")
+        async with gateway.channel(vm.session_token) as channel:
+            await receive(channel)
+            await asyncio.to_thread(until, lambda: value("SELECT count(*) FROM agentvm.stat_dispatcher") > 0, "a dispatcher")
+            vm.terminate()
+            assert await closed(channel) == 4410
+    with Gateway() as gateway:
+        asyncio.run(story(gateway))
+    # it starts without a database, too
+    with Gateway("--database=host=/nonexistent user=gw", wait=False) as gateway:
+        assert gateway.get("/healthz")[0] == 200 and gateway.get("/readyz")[0] == 503
+        assert gateway.request("POST", "/v1/heartbeat", "0" * 64, {})[0] == 503
+        assert gateway.text().count("database is away") == 1, "said once"
+
+
+def part_limits():
+    def raw(gateway, data, wait=15):
+        with socket.create_connection(("127.0.0.1", gateway.port), wait) as one:
+            one.sendall(data)
+            answer = b""
+            try:
+                while chunk := one.recv(65536):
+                    answer += chunk
+            except OSError:
+                pass
+            return answer
+    with Gateway("--request-timeout=1", "--max-per-address=40", "--unauthenticated-rate=30") as gateway:
+        vm = VM(gateway)
+        auth = f"Authorization: Bearer {vm.session_token}\r\n".encode()
+        head = b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\n" + auth
+        assert b" 413 " in raw(gateway, head + b"Content-Length: 999999\r\n\r\n").split(b"\r\n")[0]
+        assert b" 200 " not in raw(gateway, head + b"X: " + b"x" * 20000 + b"\r\n\r\n").split(b"\r\n")[0]
+        # slow headers, a slow body, an answer that nobody reads: all end in time
+        for slow in (b"POST /v1/heart", head, head + b"Content-Length: 100\r\n\r\n{"):
+            began = time.time()
+            with socket.create_connection(("127.0.0.1", gateway.port), 20) as one:
+                one.sendall(slow)
+                while one.recv(4096):
+                    pass
+            assert time.time() - began < 10, slow
+        # so many connections of one address, and no more; a slot comes free again
+        many = [socket.create_connection(("127.0.0.1", gateway.port), 10) for _ in range(60)]
+        until(lambda: refused_total(many) >= 20, "the surplus is closed")
+        for one in many:
+            one.close()
+        until(lambda: gateway.metric("agentvm_gateway_connections ") <= 2, "they are gone")
+        assert gateway.beat(vm)[0] == 200
+        # guessing tokens
+        statuses = [gateway.request("POST", "/v1/heartbeat", os.urandom(32).hex(), {})[0] for _ in range(40)]
+        assert statuses.count(401) == 30 and statuses[-1] == 429, statuses
+        assert gateway.metric("agentvm_gateway_http_responses_total{status=\"429\"}") == 10
+        # garbage
+        for garbage in (b"\x00" * 100, b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + os.urandom(200), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", os.urandom(5000)):
+            raw(gateway, garbage)
+        assert gateway.get("/healthz")[0] == 200
+        assert gateway.process.poll() is None
+        log = gateway.text()
+        for secret in (vm.session_token, vm.bootstrap_token):
+            assert secret not in log
+
+
+def refused_total(sockets):
+    count = 0
+    for one in sockets:
+        one.setblocking(False)
+        try:
+            count += one.recv(1) == b""
+        except (BlockingIOError, OSError) as problem:
+            count += not isinstance(problem, BlockingIOError)
+    return count
+
+
+def part_log():
+    with Gateway("--log-level=debug") as gateway:
+        vm = VM(gateway)
+        gateway.beat(vm)
+        gateway.request("POST", "/v1/heartbeat", 'abc" level=error msg="forged 0123456789', {})
+        log = gateway.text()
+        assert f"{vm.session_token[:4]}...{vm.session_token[-4:]}" in log
+        assert vm.session_token not in log and vm.bootstrap_token not in log
+        assert "level=error" not in log
+        assert all(line.startswith("time=20") and " level=" in line and " msg=" in line for line in log.splitlines()), log
+        metrics = gateway.get("/metrics")
+        assert metrics[2]["content-type"].startswith("text/plain; version=0.0.4")
+        names = [line.split()[2] for line in metrics[1].splitlines() if line.startswith("# TYPE")]
+        assert len(names) == len(set(names)) and "agentvm_gateway_heartbeats_total" in names
+        assert gateway.metric("agentvm_gateway_heartbeats_total") == 1
+        arguments = open(f"/proc/{gateway.process.pid}/cmdline", "rb").read()
+        assert vm.session_token.encode() not in arguments
+
+
+def certificate(name):
+    files = os.path.join(DIR, name + ".crt"), os.path.join(DIR, name + ".key")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", files[1], "-out", files[0]], check=True, stderr=subprocess.DEVNULL)
+    return files
+
+
+def part_tls():
+    cert, key = certificate("one")
+    context = ssl.create_default_context(cafile=cert)
+    options = (f"--tls-cert={cert}", f"--tls-key={key}")
+    with Gateway(*options, tls=context) as gateway:
+        vm = VM(gateway)
+        assert gateway.beat(vm)[0] == 200
+
+        async def story():
+            async with gateway.channel(vm.session_token) as channel:
+                assert (await receive(channel))["type"] == "hello"
+        asyncio.run(story())
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.load_verify_locations(cert)
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+        try:
+            http.client.HTTPSConnection("127.0.0.1", gateway.port, timeout=5, context=old).request("GET", "/healthz")
+            assert False, "TLS 1.1"
+        except (ssl.SSLError, OSError):
+            pass
+        assert b"HTTP/1.1 200" not in subprocess.run(["curl", "-si", "-m", "5", f"http://127.0.0.1:{gateway.port}/healthz"], capture_output=True, check=False).stdout
+        # a new certificate is read on SIGHUP; a broken one leaves the old one in place
+        replacement = certificate("two")
+        for source, target in zip(replacement, (cert, key)):
+            os.replace(source, target)
+        gateway.process.send_signal(signal.SIGHUP)
+        gateway.tls = ssl.create_default_context(cafile=cert)
+
+        def works():
+            try:
+                return gateway.beat(vm)[0] == 200
+            except ssl.SSLError:
+                return False
+        until(works, "the new certificate")
+        with open(cert, "w", encoding="ascii") as broken:
+            broken.write("no certificate\n")
+        gateway.process.send_signal(signal.SIGHUP)
+        until(lambda: "certificate not read" in gateway.text(), "a broken one is refused")
+        assert works()
+
+
+def part_options():
+    def run(*arguments, environment=None):
+        done = subprocess.run([GATEWAY, *arguments], capture_output=True, text=True, check=False, timeout=TIMEOUT, env={**os.environ, **(environment or {})})
+        return done.returncode, done.stdout + done.stderr
+    status, text = run("--help")
+    assert status == 0 and all(f"--{o}" in text for o in ("database", "name", "listen", "port", "tls-cert", "tls-key", "allow-plaintext",
+        "max-connections", "max-per-address", "request-timeout", "unauthenticated-rate", "drain", "log-level", "check"))
+    good = f"--database={CONNSTR} user=gw"
+    assert run(good, "--check") == (0, "ok\n"), run(good, "--check")
+    assert run("--check", environment={"AGENTVM_GATEWAY_DATABASE": f"{CONNSTR} user=gw"}) == (0, "ok\n")
+    for bad, why in ((("--port=0",), "from 1 to 65535"), (("--port=x",), "from 1"), (("--nonsense",), "Try --help"), (("word",), "not an option"),
+                     (("--listen=localhost",), "not an IP address"), (("--listen=0.0.0.0",), "without TLS"), (("--tls-cert=/x",), "together"),
+                     (("--tls-cert=/nonexistent", "--tls-key=/nonexistent"), "--tls-cert=/nonexistent"), (("--log-level=loud",), "debug, info")):
+        status, text = run(good, "--check", *bad)
+        assert status == 2 and why in text, (bad, status, text)
+    status, text = run(f"--database={CONNSTR} user=nobody_there", "--check")
+    assert status == 1 and "nobody_there" in text
+    status, text = run(f"--database={CONNSTR} user=stranger", "--check")
+    assert status == 1 and "agentvm_gateway" in text, text
+    # it listens where it was told to, and nowhere else; a taken port is an error
+    with Gateway() as gateway:
+        with socket.socket() as elsewhere:
+            assert elsewhere.connect_ex(("127.0.0.2", gateway.port)) != 0
+        assert run(good, f"--port={gateway.port}")[0] == 1
+
+
+def part_drain():
+    with Gateway() as gateway:
+        vm = VM(gateway)
+
+        async def story():
+            async with gateway.channel(vm.session_token) as channel:
+                await receive(channel)
+                gateway.process.send_signal(signal.SIGTERM)
+                assert await closed(channel) == 4503
+        asyncio.run(story())
+        assert gateway.process.wait(TIMEOUT) == 0
+        assert "msg=ended" in gateway.text()
+    # a gateway that dies loses nothing: the next one takes over
+    with Gateway() as gateway:
+        port = gateway.port
+        gateway.end(signal.SIGKILL)
+        with Gateway(port=port) as next_one:
+            assert next_one.beat(vm)[0] == 200
+
+
+for part in PARTS:
+    globals()[f"part_{part}"]()
+    print(part, flush=True)
