@@ -144,21 +144,26 @@ write_restore_file(void)
 {
 	const char *temporary = RESTORE_FILE ".tmp";
 	char line[UUID_TEXT_LEN + 2];
+	bool written = false;
 	int fd;
 
 	snprintf(line, sizeof(line), "%s\n", restore_id);
 	fd = OpenTransientFilePerm(temporary, O_CREAT | O_TRUNC | O_WRONLY | PG_BINARY,
 							   pg_file_create_mode);
-	errno = fd < 0 ? errno : 0;
-	if (fd < 0 || write(fd, line, strlen(line)) != strlen(line) || pg_fsync(fd) != 0 ||
-		CloseTransientFile(fd) != 0)
+	if (fd >= 0)
 	{
-		if (errno == 0)
-			errno = ENOSPC;
-		ereport(LOG, (errcode_for_file_access(),
-					  errmsg("agentvm: could not write file \"%s\": %m", temporary)));
-		return false;
+		errno = ENOSPC; /* what a short write means */
+		written = write(fd, line, strlen(line)) == strlen(line) && pg_fsync(fd) == 0;
+		if (!written)
+			ereport(LOG, (errcode_for_file_access(),
+						  errmsg("agentvm: could not write file \"%s\": %m", temporary)));
+		CloseTransientFile(fd);
 	}
+	else
+		ereport(LOG, (errcode_for_file_access(),
+					  errmsg("agentvm: could not create file \"%s\": %m", temporary)));
+	if (!written)
+		return false;
 	return durable_rename(temporary, RESTORE_FILE, LOG) == 0;
 }
 
