@@ -31,7 +31,7 @@ packages() {
 			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron) ;;
 		esac
 	done
-	missing=$(comm -23 <(printf '%s\n' "${names[@]}" | sort) <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort))
+	missing=$(comm -23 <(printf '%s\n' "${names[@]}" | sort -u) <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort))
 	[[ $missing ]] || return 0
 	say "installing: ${missing//$'\n'/ }"
 	as_root apt-get -qq update
