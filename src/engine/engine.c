@@ -20,7 +20,8 @@
  * where the first one was; when the team has room again its rows are read from
  * there.  A row that a user has locked, or whose turn has raised an error, is
  * passed by.  All these marks are only hints: a commit below them lowers them
- * (wake.c), and a full pass every sweep_interval heals the rest.
+ * (wake.c), and a full pass every sweep_interval heals the rest, beside what
+ * becomes due meanwhile.
  *
  * Where room is scarce, what is newly due and what is parked come first in turn,
  * and of parked teams that one which was served the longest ago: no number of
@@ -51,8 +52,7 @@
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
 
-#define SCAN_CHUNK                                                                                 \
-	900 /* rows, or buffers, that a claim reads of what is due, and as many of what is parked */
+#define SCAN_CHUNK 600 /* rows or buffers that a claim reads, each of due, overlooked and parked */
 #define RECORD_BATCH 128		 /* replies recorded in one transaction */
 #define LOCKED_RETRY_US 100000	 /* how soon a record is tried again whose row a user has locked */
 #define RAISED_RETRY_US 1000000	 /* the same after an error, twice as long each time */
@@ -136,6 +136,7 @@ struct Engine
 	dlist_head answered;
 	int in_flight;
 	TimestampTz low;	  /* low-water mark: nothing older is due that is not parked */
+	TimestampTz behind;	  /* a pass over all below it has come so far; DT_NOEND: there is none */
 	TimestampTz next_due; /* no next_check_at ahead is earlier; DT_NOBEGIN: not known */
 	uint64 looks;		  /* at parked rows so far */
 	bool due_first;		  /* the next claim begins with what is due, not with what is parked */
@@ -212,6 +213,7 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
 	engine->host = host;
 	engine->peers = 1;
 	engine->low = DT_NOBEGIN;
+	engine->behind = DT_NOEND;
 	engine->next_due = DT_NOBEGIN;
 	dlist_init(&engine->under_way);
 	dlist_init(&engine->answered);
@@ -638,7 +640,7 @@ static TimestampTz
 stop_passing_by(Engine *engine, TimestampTz lowest)
 {
 	TimestampTz now = GetCurrentTimestamp();
-	TimestampTz floor = engine->low;
+	TimestampTz floor = Min(engine->low, engine->behind);
 	HASH_SEQ_STATUS scan;
 	TeamLoad *team;
 	PassedBy *entry;
@@ -766,21 +768,25 @@ choose_parked(Engine *engine, Candidates *chosen, TimestampTz now)
 	}
 }
 
-/* Choose from what is due above the low-water mark, in order, parking teams that have no room. */
-static void
-choose_due(Engine *engine, Candidates *chosen, TimestampTz now)
+/*
+ * Choose from what is due after *from and up to "to", in order, parking teams
+ * that have no room.  Moves *from; returns whether there is more.
+ */
+static bool
+choose_between(Engine *engine, Candidates *chosen, TimestampTz *from, TimestampTz to,
+			   TimestampTz now)
 {
 	Datum values[4];
 	TimestampTz first = DT_NOEND;
-	TimestampTz at = engine->low;
+	TimestampTz at = *from;
+	bool more;
 	uint64 i;
 
-	engine->more = true;
 	if (chosen->count >= chosen->limit)
-		return;
+		return true;
 	values[0] = Int16GetDatum(engine->lane);
-	values[1] = TimestampTzGetDatum(engine->low);
-	values[2] = TimestampTzGetDatum(now);
+	values[1] = TimestampTzGetDatum(*from);
+	values[2] = TimestampTzGetDatum(to);
 	values[3] = Int32GetDatum(SCAN_CHUNK);
 	db_run(&scan_query, values, NULL);
 	for (i = 0; i < SPI_processed; i++)
@@ -802,20 +808,34 @@ choose_due(Engine *engine, Candidates *chosen, TimestampTz now)
 		}
 		if (chosen->count >= chosen->limit)
 		{
-			engine->low = at - 1;
+			*from = at - 1;
 			SPI_freetuptable(SPI_tuptable);
-			return;
+			return true;
 		}
 		choose(chosen, team, id, at);
 	}
-	if (SPI_processed < SCAN_CHUNK)
-	{
-		engine->low = now;
-		engine->more = false;
-	}
+	more = SPI_processed >= SCAN_CHUNK;
+	if (!more)
+		*from = to;
 	else /* look again at the last microsecond, which may go on, unless that were all we saw */
-		engine->low = first < at ? at - 1 : at;
+		*from = first < at ? at - 1 : at;
 	SPI_freetuptable(SPI_tuptable);
+	return more;
+}
+
+/* Choose from what is due above the low-water mark, then from what a pass over all finds below it. */
+static void
+choose_due(Engine *engine, Candidates *chosen, TimestampTz now)
+{
+	TimestampTz low = engine->low;
+
+	engine->more = choose_between(engine, chosen, &engine->low, now, now);
+	if (engine->behind == DT_NOEND)
+		return;
+	if (choose_between(engine, chosen, &engine->behind, low, now))
+		engine->more = true;
+	else
+		engine->behind = DT_NOEND;
 }
 
 /* When the next row is due, so that we know how long to sleep. */
@@ -840,7 +860,10 @@ begin_choosing(Engine *engine, TimestampTz lowest)
 	TeamLoad *team;
 
 	lowest = stop_passing_by(engine, lowest);
-	engine->low = Min(engine->low, lowest == DT_NOBEGIN ? lowest : lowest - 1);
+	if (lowest == DT_NOBEGIN)
+		engine->behind = DT_NOBEGIN;
+	else
+		engine->low = Min(engine->low, lowest - 1);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
 	{
@@ -1077,7 +1100,7 @@ engine_look_at_everything(Engine *engine)
 	HASH_SEQ_STATUS scan;
 	TeamLoad *team;
 
-	engine->low = DT_NOBEGIN;
+	engine->behind = DT_NOBEGIN;
 	engine->next_due = DT_NOBEGIN;
 	(void) stop_passing_by(engine, DT_NOBEGIN);
 	hash_seq_init(&scan, engine->teams);
