@@ -65,7 +65,7 @@ GATEWAY = src/gateway/agentvm-gateway
 gateway_flags = $(shell pkg-config --cflags --libs libwebsockets libuv libpq jansson libssl libcrypto libsystemd)
 .PHONY: gateway install-gateway
 gateway: $(GATEWAY)
-$(GATEWAY): $(wildcard src/gateway/*.c src/gateway/*.h) src/protocol.h src/agentvm.h
+$(GATEWAY): $(wildcard src/gateway/*.[ch] src/common/*.[ch]) src/protocol.h src/agentvm.h
 	$(CC) -std=gnu11 -O2 -g $(warnings) $(GATEWAY_CFLAGS) -DAGENTVM_VERSION='$(shell sed -n 's/^\#define AGENTVM_VERSION //p' src/agentvm.h)' \
 		-o $@ $(filter %.c,$^) $(gateway_flags)
 install-gateway: gateway

@@ -9,7 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "log.h"
+#include "../common/log.h"
 #include "server_private.h"
 
 #define CLOSE_WAIT_S 3							  /* for the other side to hang up */
@@ -217,6 +217,17 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 			server->counts.answers[status]++;
 			write_refusal(wsi, status);
 			return -1;
+		}
+
+		case LWS_CALLBACK_ADD_HEADERS:
+		{
+			struct lws_process_html_args *headers = in;
+			unsigned char *at = (unsigned char *) headers->p;
+			int failed = add_date(wsi, &at, at + headers->max_len);
+
+			headers->max_len -= (int) (at - (unsigned char *) headers->p);
+			headers->p = (char *) at;
+			return failed;
 		}
 
 		case LWS_CALLBACK_ESTABLISHED:

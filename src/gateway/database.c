@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "log.h"
+#include "../common/log.h"
 
 #define CONNECT_S 10
 #define ANSWER_S 15

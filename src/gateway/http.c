@@ -12,8 +12,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
-#include "log.h"
+#include "../common/log.h"
 #include "server_private.h"
 
 #define MAX_BOOT_ID 128
@@ -333,6 +334,18 @@ end_exchange(Exchange *exchange)
 	exchange->answer = exchange->body = NULL;
 }
 
+int
+add_date(struct lws *wsi, unsigned char **at, unsigned char *end)
+{
+	char date[40];
+	time_t now = time(NULL);
+	struct tm utc;
+	int len = (int) strftime(date, sizeof(date), "%a, %d %b %Y %H:%M:%S GMT", gmtime_r(&now, &utc));
+
+	return lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_DATE, (unsigned char *) date, len, at,
+										end);
+}
+
 /* Returns nonzero where libwebsockets should close the connection. */
 static int
 write_answer(Exchange *exchange)
@@ -370,6 +383,7 @@ write_answer(Exchange *exchange)
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
 										  (const unsigned char *) "close", 5, &at, end)) ||
 			lws_add_http_header_content_length(wsi, exchange->answer_len, &at, end) ||
+			add_date(wsi, &at, end) ||
 			lws_finalize_write_http_header(wsi, buffer + LWS_PRE, &at, end))
 			return 1;
 		exchange->body_len = (size_t) -1; /* the headers have gone */

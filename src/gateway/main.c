@@ -20,7 +20,7 @@
 #include <uv.h>
 
 #include "database.h"
-#include "log.h"
+#include "../common/log.h"
 #include "options.h"
 #include "server.h"
 

@@ -20,7 +20,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "log.h"
+#include "../common/log.h"
 
 #ifndef AGENTVM_VERSION
 #define AGENTVM_VERSION "unknown"

@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#include "log.h"
+#include "../common/log.h"
 #include "server_private.h"
 
 #define LINGER_MS 60000 /* an address's counters are kept so long */

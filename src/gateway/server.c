@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "log.h"
+#include "../common/log.h"
 #include "server_private.h"
 
 #define MAX_HEADERS 8192

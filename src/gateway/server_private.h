@@ -76,6 +76,13 @@ extern const size_t exchange_size;
 extern const size_t channel_size;
 
 extern Server *server_of(struct lws *wsi);
+
+/*
+ * Add the header Date: deadlines are meant by our clock, since that of a VM may be
+ * anything.  Returns nonzero when there is no room.
+ */
+extern int add_date(struct lws *wsi, unsigned char **at, unsigned char *end);
+
 extern int http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in,
 						 size_t len);
 extern int channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in,

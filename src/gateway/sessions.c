@@ -23,7 +23,7 @@
 #include <uthash.h>
 #include <utlist.h>
 
-#include "log.h"
+#include "../common/log.h"
 
 #define FLUSH_MS 50			   /* gather heartbeats for so long */
 #define MAX_BATCH 2000		   /* heartbeats in one statement */

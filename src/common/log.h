@@ -5,8 +5,8 @@
  *
  *-------------------------------------------------------------------------
  */
-#ifndef GATEWAY_LOG_H
-#define GATEWAY_LOG_H
+#ifndef COMMON_LOG_H
+#define COMMON_LOG_H
 
 typedef enum LogLevel
 {
@@ -32,4 +32,4 @@ extern void log_line(LogLevel level, const char *message, ...) __attribute__((se
 /* "abcd...wxyz" for a token, in a static buffer; never more of it than that. */
 extern const char *log_token(const char *token);
 
-#endif /* GATEWAY_LOG_H */
+#endif /* COMMON_LOG_H */
