@@ -2,6 +2,7 @@
 #
 #   make, make install, make clean    as with any PGXS extension (PG_CONFIG=... names the server)
 #   make gateway, install-gateway     the program that VMs knock at, into the server's bindir
+#   make runtime, install-runtime     the program inside the VMs: one static binary, into the server's bindir
 #   make check                        regress, isolation and TAP against this build, as an ordinary user: the extension
 #                                     is installed into a private copy of the server (tmp_install), nowhere else
 #   make check-regress REGRESS=name, check-isolation ISOLATION=name, check-tap PROVE_TESTS=test/t/x.pl   some of them
@@ -48,8 +49,8 @@ PROVE_TESTS = $(sort $(wildcard test/t/*.pl))
 
 # one file tree of sources, objects and dependencies; test outputs
 dependencies = $(OBJS:.o=.d) $(TEST_MODULES:.so=.d)
-EXTRA_CLEAN = $(dependencies) src/gateway/agentvm-gateway $(TEST_MODULES) tmp_install tmp_check tmp_check_regress tmp_check_iso output_iso results \
-	regression.diffs regression.out
+EXTRA_CLEAN = $(dependencies) $(GATEWAY) $(RUNTIME) $(TEST_MODULES) tmp_install tmp_check tmp_check_regress tmp_check_iso output_iso results \
+	regression.diffs regression.out tmp_fuzz
 
 # no bitcode: nothing in here is worth inlining into a query, and it would need clang with the same flags
 override with_llvm = no
@@ -71,6 +72,29 @@ $(GATEWAY): $(wildcard src/gateway/*.[ch] src/common/*.[ch]) src/protocol.h src/
 install-gateway: gateway
 	$(MKDIR_P) '$(DESTDIR)$(bindir)'
 	$(INSTALL_PROGRAM) $(GATEWAY) '$(DESTDIR)$(bindir)/'
+
+# The runtime: a static program, so that it runs in any image. It calls nothing of what libc.c stands in for
+RUNTIME = src/runtime/agentvm-runtime
+runtime_libraries = -lwebsockets -lcares -ljansson -lssl -lcrypto -lcap -lz
+.PHONY: runtime install-runtime
+runtime: $(RUNTIME)
+$(RUNTIME): $(wildcard src/runtime/*.[ch] src/common/*.[ch]) src/protocol.h src/agentvm.h
+	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -g $(warnings) $(RUNTIME_CFLAGS) -DAGENTVM_VERSION='$(shell sed -n 's/^\#define AGENTVM_VERSION //p' src/agentvm.h)' \
+		-static -Wl,--gc-sections -Wl,--wrap=dlopen -o $@ $(filter %.c,$^) $(runtime_libraries)
+install-runtime: runtime
+	$(MKDIR_P) '$(DESTDIR)$(bindir)'
+	$(INSTALL) -s -m 755 $(RUNTIME) '$(DESTDIR)$(bindir)/'
+
+# what it reads of a gateway, for SECONDS; what was found is in tmp_fuzz
+.PHONY: fuzz-runtime
+fuzz-runtime:
+	@mkdir -p tmp_fuzz/runtime
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o tmp_fuzz/runtime_answer test/fuzz/runtime_answer.c src/runtime/answer.c -ljansson
+	printf '\0{"session_id": "0a", "heartbeat_interval_s": 1, "deadline": "2026-01-31T12:34:56.789+01:30", "deadline_grace_s": 0, "deadman_allowance_s": 1, "env": {"A": "b"}, "repos": [{"url": "u", "ref": "r", "path": "p"}], "files": [], "channel": "/v1/channel"}' >tmp_fuzz/runtime/boot
+	printf '\1{"type": "deadline", "deadline": "2026-01-31T12:34:56.789Z"}' >tmp_fuzz/runtime/frame
+	printf '\2{"deadline": "2026-01-31T12:34:56Z"}' >tmp_fuzz/runtime/deadline
+	printf '\4Sat, 31 Jan 2026 12:34:56 GMT' >tmp_fuzz/runtime/date
+	cd tmp_fuzz && ./runtime_answer -max_total_time=$(or $(SECONDS),60) -max_len=4096 -print_final_stats=1 runtime
 
 # Tests. The databases' name is fixed, since agentvm.databases in test/temp.conf names it.
 TREE = $(CURDIR)/tmp_install

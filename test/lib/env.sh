@@ -16,7 +16,7 @@ pg_version() {
 
 as_root() { if ((EUID)); then sudo "$@"; else "$@"; fi; }
 
-# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, try, test or check
+# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, runtime, try, test or check
 packages() {
 	command -v dpkg-query >/dev/null || { say 'no dpkg here: taking for granted that everything needed is installed'; return; }
 	local version names=() missing kind status=0 log own_policy='' policy=/usr/sbin/policy-rc.d
@@ -26,9 +26,10 @@ packages() {
 		case $kind in
 			build) names+=(make gcc libc6-dev pkg-config postgresql-"$version" postgresql-server-dev-"$version" libcurl4-openssl-dev libxml2-dev libssl-dev) ;;
 			gateway) names+=(libwebsockets-dev libwebsockets-evlib-uv libuv1-dev libpq-dev libjansson-dev libssl-dev libsystemd-dev uthash-dev) ;;
+			runtime) names+=(libwebsockets-dev libc-ares-dev libjansson-dev libssl-dev libcap-dev zlib1g-dev) ;;
 			try) names+=(python3-venv) ;;
 			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
-			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron) ;;
+			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl git) ;;
 		esac
 	done
 	missing=$(comm -23 <(printf '%s\n' "${names[@]}" | sort -u) <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort))
@@ -104,7 +105,7 @@ key_file() { (umask 077 && printf 'k1:%s\n' "$(head -c 32 /dev/urandom | base64 
 # Copy the sources to DIR, readable by the unprivileged user, who builds and runs there
 stage() { # DIR
 	mkdir -p "$1"
-	tar -C "$root" --exclude-vcs --exclude='./tmp_*' --exclude='./output_iso' --exclude='./results' --exclude='*.o' --exclude='*.d' --exclude='*.so' \
+	tar -C "$root" --exclude-vcs --exclude='./tmp_*' --exclude='./output_iso' --exclude='./results' --exclude='*.o' --exclude='*.d' --exclude='*.so' --exclude=agentvm-gateway --exclude=agentvm-runtime \
 		--warning=no-file-changed -cf - . | tar -C "$1" --no-same-owner -xf -
 	((EUID)) || chown -R postgres: "$1"
 }

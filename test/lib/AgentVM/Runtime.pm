@@ -3,6 +3,7 @@
 #	bootstrap($node, $session);          # report for duty with the session's bootstrap token
 #	heartbeat($node, $session);
 #	bootstrap(..., fails => 'AV006'), heartbeat(..., fails => 'AV006');      # a check that it is refused so
+#	bootstrap_token($node, $session);    # what its boot payload would hold
 #	report($node, 'gateway-1');          # a gateway says that it listens
 package AgentVM::Runtime;
 
@@ -14,14 +15,14 @@ use Exporter 'import';
 use MIME::Base64 qw(decode_base64);
 use PostgreSQL::Test::Utils;
 
-our @EXPORT = qw(bootstrap heartbeat report);
+our @EXPORT = qw(bootstrap bootstrap_token heartbeat report);
 
-# HMAC-SHA256(master key, session id and attempt), as in src/secret/keyring.c; its hash as a literal
-sub token_hash
+# HMAC-SHA256(master key, session id and attempt), as in src/secret/keyring.c
+sub bootstrap_token
 {
 	my ($node, $session, $attempt) = @_;
 	my ($key) = slurp_file($node->basedir . '/keys') =~ /^k1:(.*)$/m;
-	return bytea(hmac_sha256_hex("$session:$attempt", decode_base64($key)));
+	return hmac_sha256_hex("$session:" . ($attempt // 1), decode_base64($key));
 }
 
 # The session token's hash: any random text would do
@@ -41,7 +42,7 @@ sub call
 sub bootstrap
 {
 	my ($node, $session, %opt) = @_;
-	return call($node, 'SELECT agentvm.bootstrap(' . token_hash($node, $session, $opt{attempt} // 1) . ', ' . session_hash($session) . ", 'boot-1')", %opt);
+	return call($node, 'SELECT agentvm.bootstrap(' . bytea(bootstrap_token($node, $session, $opt{attempt})) . ', ' . session_hash($session) . ", 'boot-1')", %opt);
 }
 
 sub heartbeat

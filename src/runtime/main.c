@@ -1,0 +1,142 @@
+/*-------------------------------------------------------------------------
+ *
+ * main.c
+ *		agentvm-runtime: what speaks for a VM, from inside it.
+ *
+ * One static binary, one thread, one loop.  It reports for duty, gives signs of
+ * life, and powers the machine off when its time has come or nobody answers any
+ * more.  It may be the machine's PID 1.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "../common/log.h"
+#include "child.h"
+#include "deadman.h"
+#include "link.h"
+#include "loop.h"
+#include "power.h"
+#include "session.h"
+#include "settings.h"
+#include "state.h"
+
+#ifndef AGENTVM_VERSION
+#define AGENTVM_VERSION "unknown"
+#endif
+
+#define DEFAULT_CONFIG "/etc/agentvm/runtime.env"
+
+static void
+print_help(void)
+{
+	printf("agentvm-runtime speaks for a VM from inside it: it reports for duty, sends heartbeats, "
+		   "and "
+		   "powers\nthe VM off after its deadline or without control plane.\n\n"
+		   "Usage: agentvm-runtime [OPTION]...\n\n"
+		   "  --config=FILE\n        the settings (default: " DEFAULT_CONFIG ")\n"
+		   "  --check\n        verify the settings, say what is wrong, and exit\n"
+		   "  --help\n        this text\n"
+		   "  --version\n        the version\n\n"
+		   "The file of settings has lines KEY=VALUE, nothing quoted, and mode 0600:\n\n");
+	settings_help();
+	printf("\nExit codes: 0 the session has ended, or SIGTERM; 1 it could not bootstrap; 2 bad "
+		   "settings.\nAs PID 1 it mounts /proc, /sys, /dev and /run, and powers off in place of "
+		   "exiting.\n");
+}
+
+/* As PID 1 there is nowhere to return to. */
+static int
+leave(int code)
+{
+	if (getpid() == 1)
+		power_off_now();
+	return code;
+}
+
+static int
+refuse(const char *problem)
+{
+	fprintf(stderr, "agentvm-runtime: %s\n", problem);
+	return leave(2);
+}
+
+static void
+terminate(void)
+{
+	log_line(LOG_LEVEL_INFO, "ending, as asked", NULL);
+	loop_stop(0);
+}
+
+int
+main(int argc, char **argv)
+{
+	static const struct option longs[] = {{"config", required_argument, NULL, 'c'},
+										  {"check", no_argument, NULL, 'k'},
+										  {"help", no_argument, NULL, 'h'},
+										  {"version", no_argument, NULL, 'v'},
+										  {NULL, 0, NULL, 0}};
+	static Settings settings;
+	static State state;
+	const struct rlimit no_core = {0, 0};
+	const char *config = DEFAULT_CONFIG;
+	const char *problem;
+	bool check = false;
+	int found, code;
+
+	/* the kernel hands PID 1 whatever it does not understand itself */
+	opterr = getpid() != 1;
+	while ((found = getopt_long(argc, argv, "", longs, NULL)) != -1)
+	{
+		switch (found)
+		{
+			case 'c':
+				config = optarg;
+				break;
+			case 'k':
+				check = true;
+				break;
+			case 'h':
+				print_help();
+				return 0;
+			case 'v':
+				printf("agentvm-runtime %s\n", AGENTVM_VERSION);
+				return 0;
+			default:
+				if (getpid() != 1)
+					return refuse("try --help");
+		}
+	}
+	if (optind < argc && getpid() != 1)
+		return refuse("there are no arguments but options; try --help");
+
+	(void) setrlimit(RLIMIT_CORE, &no_core); /* it would hold the tokens */
+	if (getpid() == 1)
+		power_setup_init();
+	problem = settings_read(&settings, config);
+	if (problem == NULL)
+		problem = link_setup(&settings);
+	if (problem != NULL)
+		return refuse(problem);
+	if (check)
+	{
+		printf("ok\n");
+		return 0;
+	}
+	problem = state_open(&state, &settings);
+	if (problem != NULL)
+		return refuse(problem);
+	if (!child_setup(terminate) || !deadman_start(&settings, &state))
+		return leave(1);
+	session_start(&settings, &state);
+	code = loop_run();
+	child_kill_all();
+	loop_destroy();
+	log_line(LOG_LEVEL_INFO, "ended", NULL);
+	return leave(code);
+}

@@ -1,0 +1,92 @@
+# A program that runs beside the test: its output in a file, killed when the test ends.
+#
+#	my $process = AgentVM::Process->new($name, @command);
+#	$process->start;                       # or start(KEY => 'value') with changes of the environment
+#	$process->signal('TERM');
+#	$process->exits(0, 'what it shows');   # a check: waits until it has ended, with this exit code
+#	$process->says(qr/ready/, 'what it shows');   # a check: waits until its output has that
+package AgentVM::Process;
+
+use strict;
+use warnings;
+use POSIX qw(:sys_wait_h);
+use PostgreSQL::Test::Utils ();
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my @all;
+
+sub new
+{
+	my ($class, $name, @command) = @_;
+	my $self = bless { name => $name, command => [@command], log => PostgreSQL::Test::Utils::tempdir($name) . '/log' }, $class;
+	push @all, $self;
+	return $self;
+}
+
+sub timeout { return $PostgreSQL::Test::Utils::timeout_default // 180; }
+
+sub start
+{
+	my ($self, %environment) = @_;
+	die "$self->{name} is running" if $self->{pid};
+	$self->{from} = -s $self->{log} // 0;
+	$self->{pid} = fork // die "could not fork: $!";
+	return $self if $self->{pid};
+	delete @ENV{ grep { /^AGENTVM_/ } keys %ENV };
+	@ENV{ keys %environment } = values %environment;
+	open(STDIN, '<', '/dev/null') and open(STDOUT, '>>', $self->{log}) and open(STDERR, '>&', \*STDOUT) or POSIX::_exit(126);
+	exec { $self->{command}[0] } @{ $self->{command} } or POSIX::_exit(127);
+}
+
+sub pid { return $_[0]{pid}; }
+sub signal { my ($self, $signal) = @_; kill $signal, $self->{pid} if $self->{pid}; return $self; }
+
+# All that it has printed; with from_start, since its last start
+sub output
+{
+	my ($self, %opt) = @_;
+	return '' unless -e $self->{log};
+	my $text = PostgreSQL::Test::Utils::slurp_file($self->{log});
+	return $opt{from_start} ? substr($text, $self->{from}) : $text;
+}
+
+sub is_running { my ($self) = @_; return $self->{pid} && !defined $self->code(0); }
+
+# Its exit code (128 + signal), or undef while it runs for longer than that many seconds
+sub code
+{
+	my ($self, $seconds) = @_;
+	my $end = time + $seconds;
+	return $self->{code} unless $self->{pid};
+	while (waitpid($self->{pid}, WNOHANG) == 0)
+	{
+		return undef if time >= $end;
+		sleep 0.02;
+	}
+	$self->{code} = $? & 127 ? 128 + ($? & 127) : $? >> 8;
+	$self->{pid} = undef;
+	return $self->{code};
+}
+
+sub exits
+{
+	my ($self, $expected, $name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return is($self->code(timeout()), $expected, $name // "$self->{name} exits with $expected") || diag($self->output);
+}
+
+sub says
+{
+	my ($self, $like, $name, %opt) = @_;
+	my $end = time + timeout();
+	sleep 0.02 while $self->output(from_start => 1) !~ $like && time < $end && (!$opt{while_running} || $self->is_running);
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return like($self->output(from_start => 1), $like, $name // "$self->{name} says $like");
+}
+
+sub stop { my ($self, $signal) = @_; $self->signal($signal // 'TERM'); return $self->code(timeout()) // $self->signal('KILL')->code(10); }
+
+END { my $code = $?; $_->signal('KILL') for @all; $? = $code; }
+
+1;
