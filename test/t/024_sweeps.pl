@@ -16,14 +16,14 @@ SELECT agentvm.create_profile('patient', 'noop', runtime => true, heartbeat_time
 SQL
 
 sub sql  { return $node->safe_psql('postgres', $_[0]); }
-sub pass { return sql('SET client_min_messages = error; CALL agentvm.dispatch()'); }
+sub dispatch { return sql('SET client_min_messages = error; CALL agentvm.dispatch()'); }
 
 # A session with a runtime, launched
 sub launched
 {
 	my ($profile, @arguments) = @_;
 	my $session = sql("SET client_min_messages = error; SELECT agentvm.provision('acme', profile => '$profile'" . join('', map { ", $_" } @arguments) . ')');
-	pass();
+	dispatch();
 	is(state_of($node, $session), 'provisioning', 'launched, but its runtime has not reported');
 	return $session;
 }
@@ -54,7 +54,7 @@ is(sql('SELECT agentvm.sweep_bootstrap()'), 1, 'one is late');
 is(sql('SELECT agentvm.sweep_bootstrap()'), 0, 'once');
 is(state_of($node, $session), 'terminating bootstrap_timeout', 'and is to end');
 is(bootstrap($node, $session, fails => 'AV006'), 1, 'too late');
-pass();
+dispatch();
 is(state_of($node, $session), 'failed bootstrap_timeout', 'it has failed');
 is(state_of($node, $patient), 'provisioning', 'the other one has time');
 
@@ -73,7 +73,7 @@ is(sql('SELECT agentvm.sweep_heartbeat(0)'), 0, 'a limit of none');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 1, 'until it falls silent, too');
 like(state_of($node, $beaten), qr/^terminating heartbeat_timeout last heartbeat \d+ s ago$/, 'the log says since when');
 heartbeat($node, $beaten, fails => 'AV006');
-pass();
+dispatch();
 is(sql("SELECT count(*) FROM agentvm.sessions WHERE state = 'terminated' AND end_reason = 'heartbeat_timeout' AND last_heartbeat_at IS NOT NULL"), 1, 'the last beat is kept with the tombstone');
 is(sql('SELECT count(*) FROM agentvm.session_heartbeat'), 0, 'and no row of heartbeats is left');
 
@@ -87,7 +87,7 @@ is(sql('SELECT agentvm.sweep_heartbeat()'), 1, 'and then no more');
 
 # Lifetime, limits, and locks of users
 my @old = split /\n/, sql("SET client_min_messages = error; SELECT agentvm.provision('acme', max_lifetime => '4 s') FROM generate_series(1, 4)");
-pass();
+dispatch();
 is(sql('SELECT agentvm.sweep_lifetime()'), 0, 'nobody is too old yet');
 await($node, "SELECT bool_and(deadline_at < clock_timestamp()) FROM agentvm.sessions WHERE state = 'ready'");
 my $user = AgentVM::Client->new($node);
@@ -98,7 +98,7 @@ is(state_of($node, $old[0]), 'terminating max_lifetime', 'the oldest first');
 is(sql(q(SET statement_timeout = '10 s'; SELECT agentvm.sweep())), 2, 'all sweeps, all that are due; nobody waits for a lock');
 $user->run('COMMIT');
 is(state_of($node, $old[2]), 'terminating requested done with it', 'who was first keeps his reason');
-pass();
+dispatch();
 is(sql("SELECT count(*) FROM agentvm.sessions WHERE session_id IN ('" . join("', '", @old) . "') AND state = 'terminated'"), 4, 'all have ended');
 fails_with($node, 'SELECT agentvm.sweep(-1)', '22023', qr/max_sessions/, 'a negative limit');
 make_role($node, 'alice', teams => ['acme']);
@@ -115,7 +115,7 @@ is(sql('SELECT agentvm.sweep_heartbeat(4)'), 4, 'one timeout later it goes on');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 7, 'with all of them');
 sql('SELECT agentvm.sweep_heartbeat()');
 is(sql("SELECT ok FROM agentvm.health WHERE name = 'sweep_hold'"), 't', 'and holds no more');
-pass();
+dispatch();
 
 # While a gateway is registered, silence counts only from when it listens
 sql("INSERT INTO agentvm.gateway (gateway_id) VALUES ('gw1'), ('gw2')");
