@@ -2,6 +2,7 @@
 SET client_min_messages = error;
 CREATE EXTENSION agentvm CASCADE;
 CREATE ROLE app LOGIN IN ROLE agentvm_user;
+CREATE ROLE gw LOGIN IN ROLE agentvm_gateway;
 -- that nobody dispatches is not to be told to the client and the log with every call
 ALTER ROLE app SET client_min_messages = error;
 ALTER ROLE app SET log_min_messages = fatal;
