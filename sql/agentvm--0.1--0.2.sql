@@ -17,6 +17,15 @@ ALTER TABLE agentvm.team ADD COLUMN channel text NOT NULL DEFAULT 'agentvm_' || 
 -- of payload_enc, where that is not key_id any more: rotate_keys(); key_id stays that of the bootstrap token
 ALTER TABLE agentvm.session ADD COLUMN payload_key_id text;
 
+CREATE TABLE agentvm.session_ending (
+	session_id uuid PRIMARY KEY
+);
+COMMENT ON TABLE agentvm.session_ending IS 'sessions with a runtime that are terminating: heartbeats look here, not into the wide rows';
+INSERT INTO agentvm.session_ending SELECT session_id FROM agentvm.session WHERE state = 'terminating' AND runtime;
+SELECT pg_catalog.pg_extension_config_dump('agentvm.session_ending', '');
+ALTER TABLE agentvm.session_ending ENABLE ROW LEVEL SECURITY;
+REVOKE ALL ON agentvm.session_ending FROM PUBLIC;
+
 CREATE TABLE agentvm.event_seal (
 	team_id text NOT NULL,
 	seal_id bigint NOT NULL,

@@ -202,6 +202,11 @@ CREATE TABLE agentvm.session_heartbeat (
 ) WITH (fillfactor = 70);
 COMMENT ON TABLE agentvm.session_heartbeat IS 'the last sign of life of each session that has a runtime; narrow, so that beats stay HOT';
 
+CREATE TABLE agentvm.session_ending (
+	session_id uuid PRIMARY KEY
+);
+COMMENT ON TABLE agentvm.session_ending IS 'sessions with a runtime that are terminating: heartbeats look here, not into the wide rows';
+
 CREATE TABLE agentvm.session_token (
 	token_sha256 bytea PRIMARY KEY CHECK (octet_length(token_sha256) = 32),
 	session_id uuid NOT NULL,
@@ -270,7 +275,7 @@ DECLARE
 	t text;
 BEGIN
 	FOREACH t IN ARRAY ARRAY['agentvm.team', 'agentvm.team_member', 'agentvm.former_team', 'agentvm.provider_config', 'agentvm.provider_secret',
-							 'agentvm.profile', 'agentvm.session', 'agentvm.session_heartbeat', 'agentvm.session_token', 'agentvm.session_event',
+							 'agentvm.profile', 'agentvm.session', 'agentvm.session_heartbeat', 'agentvm.session_ending', 'agentvm.session_token', 'agentvm.session_event',
 							 'agentvm.session_event_event_id_seq', 'agentvm.event_seal', 'agentvm.event_seal_mark', 'agentvm.gateway', 'agentvm.installation'] LOOP
 		PERFORM pg_catalog.pg_extension_config_dump(t::pg_catalog.regclass, CASE t
 			-- a dropped role has but its number, which may be another role's elsewhere
@@ -298,7 +303,7 @@ DECLARE
 	t text;
 BEGIN
 	FOREACH t IN ARRAY ARRAY['installation', 'team', 'team_member', 'former_team', 'provider_config', 'provider_secret', 'profile', 'session',
-							 'session_heartbeat', 'session_token', 'session_event', 'event_seal', 'event_seal_mark', 'gateway', 'sweep_hold'] LOOP
+							 'session_heartbeat', 'session_ending', 'session_token', 'session_event', 'event_seal', 'event_seal_mark', 'gateway', 'sweep_hold'] LOOP
 		EXECUTE format('ALTER TABLE agentvm.%I ENABLE ROW LEVEL SECURITY', t);
 		EXECUTE format('REVOKE ALL ON agentvm.%I FROM PUBLIC', t);
 	END LOOP;

@@ -15,7 +15,7 @@
 #include <stdbool.h>
 #include <uv.h>
 
-#define DATABASE_MAX_PENDING 4096 /* queries under way at once */
+#define DATABASE_MAX_PENDING 32768 /* queries under way at once; more than there are connections */
 
 typedef struct Database Database;
 

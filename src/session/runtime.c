@@ -107,6 +107,13 @@ static DbQuery beats_query = {
 static const char *const beats_without[] = {"enable_seqscan", "enable_bitmapscan",
 											"enable_hashjoin", "enable_mergejoin", "jit"};
 
+/*
+ * Who is ending, in a table of hardly any rows; the wide rows of sessions are
+ * read only where an id has no heartbeat of its own.
+ */
+static DbQuery ending_query = {
+	"SELECT session_id FROM agentvm.session_ending WHERE session_id = ANY ($1)", 1, {UUIDARRAYOID}};
+
 static DbQuery gone_query = {
 	"SELECT b.id FROM (SELECT DISTINCT id FROM unnest($1) AS u (id) WHERE id IS NOT NULL) b "
 	"LEFT JOIN agentvm.session s ON s.session_id = b.id "
@@ -392,20 +399,32 @@ agentvm_heartbeat_batch(PG_FUNCTION_ARGS)
 
 	begin_set(fcinfo);
 	db_enter(&scope);
-	db_plan_without(beats_without, lengthof(beats_without));
 	values[0] = Int32GetDatum(REPORT_EVERY_S);
 	values[1] = Int32GetDatum(GATEWAY_SILENT_S);
 	db_run(&report_query, values, NULL);
 	if (count > 0)
 	{
+		SPITupleTable *gone;
+		uint64 ngone;
+
 		values[0] = PointerGetDatum(ids);
 		values[1] = PointerGetDatum(seen);
+		db_run(&ending_query, values, NULL);
+		gone = SPI_tuptable;
+		ngone = SPI_processed;
+		db_plan_without(beats_without, lengthof(beats_without));
 		db_run(&beats_query, values, NULL);
-		db_run(&gone_query, values, NULL);
-		for (i = 0; i < SPI_processed; i++)
+		if (SPI_processed < count)
+		{
+			/* some have no heartbeat, or are named twice */
+			db_run(&gone_query, values, NULL);
+			gone = SPI_tuptable;
+			ngone = SPI_processed;
+		}
+		for (i = 0; i < ngone; i++)
 		{
 			bool isnull;
-			Datum id = db_value(i, 1, &isnull);
+			Datum id = SPI_getbinval(gone->vals[i], gone->tupdesc, 1, &isnull);
 
 			tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, &id, &isnull);
 		}

@@ -64,6 +64,14 @@ static DbQuery extend_query = {
 	2,
 	{UUIDOID, INTERVALOID}};
 
+static DbQuery begin_end_query = {
+	"INSERT INTO agentvm.session_ending (session_id) VALUES ($1) ON CONFLICT DO NOTHING",
+	1,
+	{UUIDOID}};
+
+static DbQuery has_ended_query = {
+	"DELETE FROM agentvm.session_ending WHERE session_id = $1", 1, {UUIDOID}};
+
 static DbQuery ceiling_query = {
 	"SELECT ceiling_at::text FROM agentvm.session WHERE session_id = $1", 1, {UUIDOID}};
 
@@ -326,6 +334,7 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	SessionState from;
 	SessionState to;
 	pg_uuid_t *id;
+	Datum values[1];
 	bool isnull;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BY_UPDATE(trigger->tg_event))
@@ -351,6 +360,11 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	event_add(id, text_column(row, desc, "team_id"), "state", old_state, new_state,
 			  text_column(row, desc, "end_reason"),
 			  detail ? handle_set_text(NULL, "detail", detail) : NULL);
+	/* where heartbeats look */
+	values[0] = UUIDPGetDatum(id);
+	if (DatumGetBool(heap_getattr(row, SPI_fnumber(desc, "runtime"), desc, &isnull)) &&
+		(to == STATE_TERMINATING || state_is_ended(to)))
+		db_run(to == STATE_TERMINATING ? &begin_end_query : &has_ended_query, values, NULL);
 	db_leave(&scope);
 	wake_waiters(id);
 	return PointerGetDatum(NULL);

@@ -21,7 +21,7 @@ await($node, "SELECT running FROM agentvm.session WHERE session_id = '$live'");
 psql_ok($node, "SELECT agentvm.bootstrap(token_sha256, sha256('x'), 'boot') FROM agentvm.session_token WHERE session_id = '$live'", 'bootstrap');
 await_state($node, $live, 'ready');
 
-my @tables = qw(team team_member former_team provider_config provider_secret profile session session_heartbeat session_token session_event gateway);
+my @tables = qw(team team_member former_team provider_config provider_secret profile session session_heartbeat session_ending session_token session_event gateway);
 my $all = join(' UNION ALL ', map { "SELECT '$_', count(*), md5(string_agg(t::text, E'\\n' ORDER BY t::text)) FROM agentvm.$_ t" } @tables);
 for my $format (qw(plain custom inserts))
 {

@@ -25,6 +25,9 @@ sub bootstrap_token
 	return hmac_sha256_hex("$session:" . ($attempt // 1), decode_base64($key));
 }
 
+# Its hash as a literal
+sub token_hash { return bytea(bootstrap_token(@_)); }
+
 # The session token's hash: any random text would do
 sub session_hash { return bytea("token of $_[0]"); }
 
@@ -42,7 +45,7 @@ sub call
 sub bootstrap
 {
 	my ($node, $session, %opt) = @_;
-	return call($node, 'SELECT agentvm.bootstrap(' . bytea(bootstrap_token($node, $session, $opt{attempt})) . ', ' . session_hash($session) . ", 'boot-1')", %opt);
+	return call($node, 'SELECT agentvm.bootstrap(' . token_hash($node, $session, $opt{attempt}) . ', ' . session_hash($session) . ", 'boot-1')", %opt);
 }
 
 sub heartbeat
