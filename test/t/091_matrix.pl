@@ -37,7 +37,7 @@ for my $team (qw(acme globex initech))
 }
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$session{initech}')");
 await_state($node, $session{initech}, 'terminated');
-$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0)});
+$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0); INSERT INTO agentvm.session_ending VALUES (gen_random_uuid())});
 
 await($node, $settled, 't', name => 'their history is sealed');
 
@@ -138,7 +138,7 @@ my @readable = grep { $relation{$_} ne 'S' } sort keys %relation;
 my @functions = grep { $routine{$_} eq 'f' } sort keys %routine;
 my @privileges = qw(SELECT INSERT UPDATE DELETE TRUNCATE REFERENCES TRIGGER);
 push @privileges, 'MAINTAIN' if $node->safe_psql('postgres', 'SHOW server_version_num') >= 170000;
-my %column = map { split /\|/ } split /\n/, $node->safe_psql('postgres', q{SELECT relname, attname FROM pg_class c JOIN pg_attribute a ON attrelid = c.oid AND attnum = 2 WHERE relnamespace = 'agentvm'::regnamespace AND relkind = 'r'});
+my %column = map { split /\|/ } split /\n/, $node->safe_psql('postgres', q{SELECT DISTINCT ON (relname) relname, attname FROM pg_class c JOIN pg_attribute a ON attrelid = c.oid AND attnum > 0 AND NOT attisdropped WHERE relnamespace = 'agentvm'::regnamespace AND relkind = 'r' ORDER BY relname, attnum DESC});
 my %everything;    # relation => how many rows the superuser sees there, of which teams
 
 # role => { object => what it may do }
