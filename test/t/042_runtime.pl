@@ -125,9 +125,15 @@ psql_ok($node, "UPDATE agentvm.session_heartbeat SET last_heartbeat_at = NULL", 
 psql_ok($node, batch("'{$id}'", "'{NULL}'"), 'NULL');
 is($node->safe_psql('postgres', "SELECT now() - last_heartbeat_at < '1 minute' FROM agentvm.session_heartbeat WHERE session_id = '$id'"), 't', 'is now, too');
 
+# ---- ending: the VM may run on and beat, and is told ----
+my $both = "SELECT string_agg(g::text, ' ') FROM agentvm.heartbeat_batch('{$second, $id}', array_fill(now(), ARRAY[2])) g";
+is($node->safe_psql('postgres', "BEGIN; DO \$\$ BEGIN PERFORM agentvm.terminate('$id'); END \$\$; $both; ROLLBACK"), $id, 'a batch names who is terminating');
+is($node->safe_psql('postgres', $both), '', 'and nobody else');
+
 # ---- ended ----
 psql_ok($node, "SELECT agentvm.terminate('$id')", 'terminate');
 await_state($node, $id, 'terminated');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_ending'), 0, 'nobody is ending any more');
 fails_with($node, gate("$_(" . hash('session token') . ')'), 'AV006', qr/has ended/, "$_ of an ended session") for 'authenticate', 'heartbeat';
 fails_with($node, gate($boot), 'AV006', qr/has ended/, 'bootstrap of an ended session');
 is(join(' ', sort split(/\s+/, psql_ok($node, batch("'{$second, $id, $id, 00000000-0000-7000-8000-000000000000}'", 'array_fill(now(), ARRAY[4])')))), "00000000-0000-7000-8000-000000000000 $id", 'a batch names those that are gone, once');
