@@ -103,7 +103,7 @@ cmp_ok(passes_for_dozen(), '<', 8, 'all at once');
 
 # how long it sleeps, once all there was to do has been done
 my $passes;
-my $end = time + $PostgreSQL::Test::Utils::timeout_default;
+$end = time + $PostgreSQL::Test::Utils::timeout_default;
 do { $passes = dispatcher('passes'); sleep 0.7; } until dispatcher('passes') == $passes || time > $end;
 is(dispatcher('passes'), $passes, 'an hour of sleep');
 set('sweep_interval', '100ms');
