@@ -53,7 +53,7 @@ SELECT count(agentvm.terminate(session_id)) FROM agentvm.session JOIN public.mad
 DELETE FROM public.made m USING agentvm.session s WHERE s.session_id = m.session_id AND s.ended_at IS NOT NULL;
 SQL
 
-# KiB of memory that only this process has, and how many files it has open
+# KiB of memory that only this process has, and how many descriptors, but for the tables' files, which the server opens and closes as it likes
 sub private_kb
 {
 	my ($pid) = @_;
@@ -61,7 +61,7 @@ sub private_kb
 	$kb += $_ for slurp_file("/proc/$pid/smaps_rollup") =~ /^Private_\w+: +(\d+) kB/mg;
 	return $kb;
 }
-sub fds { my ($pid) = @_; opendir(my $dir, "/proc/$pid/fd") or die "/proc/$pid/fd: $!"; return scalar grep { !/^\./ } readdir($dir); }
+sub fds { my ($pid) = @_; opendir(my $dir, "/proc/$pid/fd") or die "/proc/$pid/fd: $!"; return scalar grep { !/^\./ && (readlink("/proc/$pid/fd/$_") // '') !~ m{/pgdata/} } readdir($dir); }
 
 sub soak
 {
@@ -118,7 +118,7 @@ SQL
 	is($query->($workers), $pids, 'the same processes as at the start');
 	is($query->($clients), 1, 'and no connection but ours');
 
-	# from when all have warmed up to the end: the last quarter against the second; the server keeps some files of tables open as it likes
+	# from when all have warmed up to the end: the last quarter against the second
 	my $quarter = int(@samples / 4);
 	foreach my $worker (split /\n/, $pids)
 	{
@@ -129,7 +129,7 @@ SQL
 		note("$name: KiB @kb; files @fds");
 		diag("$name: $kb[0] KiB at the start, $before KiB after a quarter, $after KiB at the end") if $opt{figures};
 		cmp_ok($after, '<=', 1.05 * $before + 512, "$name: its memory is flat ($before, $after KiB)");
-		cmp_ok(max(@fds[ -$quarter .. -1 ]), '<=', max(@fds[ $quarter .. 2 * $quarter ]) + 8, "$name: and so are its open files ($fds[-1])");
+		cmp_ok(max(@fds[ -$quarter .. -1 ]), '<=', max(@fds[ $quarter .. 2 * $quarter ]) + 2, "$name: and so are its open files ($fds[-1])");
 	}
 	$node->stop;
 	return;
