@@ -27,6 +27,7 @@ struct Exchange
 	Server *server;
 	Request *waiting; /* for the database */
 	bool is_open;
+	bool headers_sent;
 	bool is_bootstrap;
 	bool answered;
 	int status;
@@ -365,7 +366,7 @@ write_answer(Exchange *exchange)
 
 	if (!exchange->answered)
 		return 0;
-	if (exchange->written == 0 && exchange->body_len != (size_t) -1)
+	if (!exchange->headers_sent)
 	{
 		char retry[16];
 
@@ -386,7 +387,7 @@ write_answer(Exchange *exchange)
 			add_date(wsi, &at, end) ||
 			lws_finalize_write_http_header(wsi, buffer + LWS_PRE, &at, end))
 			return 1;
-		exchange->body_len = (size_t) -1; /* the headers have gone */
+		exchange->headers_sent = true;
 		lws_callback_on_writable(wsi);
 		return 0;
 	}

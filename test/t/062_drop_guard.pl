@@ -83,6 +83,7 @@ foreach my $preload ([], undef)
 		'provisioning>terminating>requested terminating>terminated>orphan', 'so does the log');
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_heartbeat'), 0, 'no heartbeat is left');
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_token'), 0, 'nor a token');
+	is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_ending'), 0, 'nor anybody who is ending');
 	is($node->safe_psql('postgres', 'SELECT count(final_heartbeat_at) FROM agentvm.session'), 1, 'the last heartbeat is remembered');
 	is(heartbeat($node, $sessions[0]), '', 'its runtime is unknown: it is not told to power off');
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.abandon()'), 0, 'nothing is left to abandon');
