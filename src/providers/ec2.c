@@ -691,7 +691,6 @@ const Provider ec2_provider = {
 	.secrets = ec2_secrets,
 	.runtime_default = true,
 	.needs_secrets = true,
-	.blocking = false,
 	.validate = ec2_validate,
 	.check_launch = ec2_check_launch,
 	.step = ec2_step,

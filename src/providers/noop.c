@@ -268,7 +268,6 @@ const Provider noop_provider = {
 	.secrets = noop_secrets,
 	.runtime_default = false,
 	.needs_secrets = false,
-	.blocking = false,
 	.validate = noop_validate,
 	.step = noop_step,
 };

@@ -29,7 +29,7 @@
 #include "secret/secret.h"
 #include "utils/jsonb.h"
 
-#define AVM_PROVIDER_ABI 1
+#define AVM_PROVIDER_ABI 2
 
 typedef enum ProviderOp
 {
@@ -63,11 +63,23 @@ typedef struct ProviderSession
 		ceiling_at; /* no extend() ever goes beyond; the VM's own hard stop is this + grace */
 } ProviderSession;
 
+/* A machine of ours that runs VMs: a row of agentvm.host. */
+typedef struct ProviderHost
+{
+	const char *name;
+	const char *uri;	   /* "qemu:///session" */
+	const char *directory; /* on that machine: disks and sockets of its VMs */
+	const char *accel;	   /* "auto", "kvm" or "tcg" */
+	int kvm; /* whether a guest has been seen to run under KVM there: 1, 0, -1 not known */
+} ProviderHost;
+
 typedef struct ProviderContext
 {
 	ProviderOp op;
 	const ProviderSession *session; /* NULL for OP_CHECK */
-	Jsonb *options;			  /* merged: team, then profile, then caller; frozen at provision() */
+	const ProviderHost
+		*host;		/* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
+	Jsonb *options; /* merged: team, then profile, then caller; frozen at provision() */
 	const SecretSet *secrets; /* decrypted credentials of the team for this provider */
 	Jsonb *handle;			  /* progress that the last step kept, or NULL */
 	const HttpReply *reply; /* answer to the last step's request; NULL: (re)start from the handle */
@@ -75,6 +87,29 @@ typedef struct ProviderContext
 	bool
 		ending; /* OP_PROVISION: the session is to end: begin nothing new, just take in the reply */
 } ProviderContext;
+
+/*
+ * A call of a provider whose library blocks, as its thread sees it: what the step
+ * put into the HttpRequest.
+ */
+typedef struct BlockingCall
+{
+	const char *operation; /* request->method */
+	const char *target;	   /* request->url */
+	const char *body;	   /* "" when there is none */
+	size_t body_len;
+	int timeout_ms; /* the caller gives up then; the thread should, too, if it can */
+} BlockingCall;
+
+/* Its answer, which comes zeroed; becomes the HttpReply that the next step sees. */
+typedef struct BlockingReply
+{
+	int status;		 /* the provider's own meaning, above 0; 0: no answer, see error */
+	bool maybe_done; /* without an answer: it may have taken effect */
+	char *body; /* malloc()ed, NULL for none; at most HTTP_MAX_REPLY bytes; the runner frees it */
+	size_t body_len;
+	char *error; /* malloc()ed, or NULL; never holds a secret; the runner frees it */
+} BlockingReply;
 
 typedef enum StepKind
 {
@@ -104,6 +139,7 @@ typedef struct ProviderStep
 	const char *region;
 	const char *address;
 	const char *purchase;
+	int host_kvm; /* learned of the host: 1 guests run under KVM there, -1 they do not, 0 nothing */
 	Jsonb *result; /* OP_INSPECT, OP_CHECK when done */
 } ProviderStep;
 
@@ -134,7 +170,13 @@ typedef struct Provider
 	const ProviderOption *secrets; /* ends with a NULL name */
 	bool runtime_default;		   /* profile.runtime when nobody says */
 	bool needs_secrets;			   /* provision() refuses a team that has none */
-	bool blocking;				   /* runs in a runner, not in the event loop */
+	bool placed; /* its VMs run on rows of agentvm.host; OP_CHECK is asked once for each of them */
+	/*
+	 * Of a provider whose library blocks, else NULL: make the call that a step has
+	 * asked for (STEP_REQUEST).  Runs on a thread of a runner (engine/runner.c):
+	 * no PostgreSQL API, no palloc, no elog, no signals, several at once.
+	 */
+	void (*perform)(const BlockingCall *call, BlockingReply *reply);
 	/*
 	 * Check values beyond names and types, which the core has checked already.
 	 * Raises AV010 with the option's name; never changes anything.

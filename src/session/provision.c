@@ -895,7 +895,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	nulls[19] = payload ? ' ' : 'n';
 	values[19] = PointerGetDatum(payload);
 	set_optional_text(values, nulls, 20, key_id);
-	values[21] = Int16GetDatum(provider->blocking ? 1 : 0);
+	values[21] = Int16GetDatum(provider->perform != NULL ? 1 : 0);
 	values[22] = TimestampTzGetDatum(now);
 
 	lock_for_quota(request.team_id, &resolved);
