@@ -3,11 +3,12 @@
  * purge.c
  *		Taking away what has been kept for long enough.
  *
- * Three things in turn, each in bounded steps: tombstones, with their tokens and
+ * Four things in turn, each in bounded steps: tombstones, with their tokens and
  * heartbeats; events, by whole seals, so that what is left can still be checked;
- * and the memory of dropped teams of which nothing is left.  A seal whose events
- * are gone stays as a stub, since the next one's hash stands on its own; of the
- * stubs before a team's first full seal only the last one is needed.
+ * members whose role has been dropped; and the memory of dropped teams of which
+ * nothing is left.  A seal whose events are gone stays as a stub, since the next
+ * one's hash stands on its own; of the stubs before a team's first full seal only
+ * the last one is needed.
  *
  *-------------------------------------------------------------------------
  */
@@ -25,6 +26,7 @@ PG_FUNCTION_INFO_V1(agentvm_purge);
 #define SESSIONS_PER_STEP 500
 #define SEALS_PER_STEP 100
 #define EVENTS_PER_STEP 4000
+#define MEMBERS_PER_STEP 500
 #define MAX_AGE_DAYS INT64CONST(36525)
 
 /* In order of the primary key: ids begin with the time of creation. */
@@ -81,6 +83,24 @@ static DbQuery stub_query = {"WITH t AS MATERIALIZED (SELECT team_id, coalesce(m
 							 "WHERE s.team_id = t.team_id AND s.seal_id < t.first - 1",
 							 0,
 							 {0}};
+
+/*
+ * As remove_member() does it: whoever was a member knows the channel.  Both rows
+ * are had at once or not at all, since some user may have the team's locked.
+ */
+static DbQuery member_query = {
+	"WITH dead AS MATERIALIZED (SELECT m.team_id, m.role FROM agentvm.team_member m "
+	"JOIN agentvm.team t USING (team_id) "
+	"WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = m.role) "
+	"ORDER BY m.team_id, m.role LIMIT $1 "
+	"FOR UPDATE OF m SKIP LOCKED FOR NO KEY UPDATE OF t SKIP LOCKED), "
+	"gone AS (DELETE FROM agentvm.team_member m USING dead "
+	"WHERE m.team_id = dead.team_id AND m.role = dead.role RETURNING m.team_id), "
+	"rotated AS (UPDATE agentvm.team t SET channel = DEFAULT "
+	"FROM (SELECT DISTINCT team_id FROM dead) d WHERE t.team_id = d.team_id) "
+	"SELECT count(*) FROM gone",
+	1,
+	{INT8OID}};
 
 /* The tables are read only where seals say that all of a team's events are gone. */
 static DbQuery team_query = {
@@ -169,6 +189,18 @@ purge_events(Purge *purge)
 	return over;
 }
 
+static int64
+purge_members(void)
+{
+	Datum values[1] = {Int64GetDatum(MEMBERS_PER_STEP)};
+	int64 gone;
+
+	db_run(&member_query, values, NULL);
+	gone = count_at(1);
+	SPI_freetuptable(SPI_tuptable);
+	return gone;
+}
+
 bool
 purge_step(Purge *purge)
 {
@@ -188,7 +220,11 @@ purge_step(Purge *purge)
 		case PURGE_STUBS:
 			if (purge->stubs)
 				run_open(&stub_query, NULL);
-			purge->stage = PURGE_TEAMS;
+			purge->stage = PURGE_MEMBERS;
+			break;
+		case PURGE_MEMBERS:
+			if (purge_members() < MEMBERS_PER_STEP)
+				purge->stage = PURGE_TEAMS;
 			break;
 		case PURGE_TEAMS:
 			run_open(&team_query, values);

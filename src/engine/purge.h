@@ -18,6 +18,7 @@ typedef enum PurgeStage
 	PURGE_SESSIONS,
 	PURGE_EVENTS,
 	PURGE_STUBS,
+	PURGE_MEMBERS,
 	PURGE_TEAMS,
 	PURGE_DONE
 } PurgeStage;

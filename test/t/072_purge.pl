@@ -1,4 +1,4 @@
-# What is kept no longer: tombstones, events by whole seals, dropped teams; by hand and by the dispatcher; and what stays
+# What is kept no longer: tombstones, events by whole seals, members whose role is gone, dropped teams; by hand and by the dispatcher; and what stays
 use strict;
 use warnings;
 use AgentVM::Audit;
@@ -102,6 +102,25 @@ is(problems($node, 'globex'), '', 'in order');
 is(sql(q{BEGIN; ALTER TABLE agentvm.event_seal DISABLE TRIGGER append_only; UPDATE agentvm.event_seal SET sha256 = sha256(sha256) WHERE purged_at IS NOT NULL;
 	SELECT concat_ws(' ', seal_id, problem) FROM agentvm.verify_audit('globex'); ROLLBACK}), '10 the seal does not follow from the one before', 'a stub that was changed');
 
+# ---- members whose role has been dropped ----
+sub dead { return sql('SELECT string_agg(DISTINCT team_id, $$ $$ ORDER BY team_id) FROM agentvm.team_member m WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = m.role)'); }
+sub channel { return sql("SELECT channel FROM agentvm.team WHERE team_id = '$_[0]'"); }
+make_role($node, $_, teams => [qw(acme globex)]) for qw(stays goes goes_later);
+my %channel = map { $_ => channel($_) } qw(acme globex gone);
+is(sql("SELECT agentvm.purge('100 years')") . dead() . channel('acme'), "0$channel{acme}", 'as long as all of them are there, nothing changes');
+sql('DROP OWNED BY goes; DROP ROLE goes');
+is(dead(), 'acme globex', 'the rows of a dropped role');
+$holder->run("BEGIN; SELECT FROM agentvm.team WHERE team_id = 'globex' FOR UPDATE");
+is(sql("SET statement_timeout = '20s'; SELECT agentvm.purge('100 years')"), 0, 'a purge counts no members, and waits for nobody');
+is(dead(), 'globex', 'it sweeps the rows of all teams but one that somebody has locked');
+$holder->run('COMMIT');
+sql("INSERT INTO agentvm.team_member (team_id, role) SELECT 'globex', n::oid::regrole FROM generate_series(400000000, 400001200) n");
+sql("SELECT agentvm.purge('100 years')");
+is(dead(), '', 'the next one takes these, however many');
+is(sql("SELECT string_agg(concat_ws(' ', team_id, role), ', ' ORDER BY team_id, role::text) FROM agentvm.team_member"), 'acme goes_later, acme stays, globex goes_later, globex stays', 'who has a role stays');
+isnt(channel($_), $channel{$_}, "who knew the channel of $_ does not know the new one") for qw(acme globex);
+is(channel('gone'), $channel{gone}, 'a team that nobody has left keeps its own');
+
 # ---- a dropped team ----
 ended('gone', 0);
 sql("SELECT agentvm.drop_team('gone')");
@@ -144,4 +163,8 @@ await($node, 'SELECT count(*) FROM agentvm.session', 0, name => 'sessions come a
 await($node, 'SELECT count(*) FROM agentvm.session_event', 0, name => 'so does the log');
 await($node, "SELECT bool_and(seals <= 1) FROM (SELECT count(*) AS seals FROM agentvm.event_seal GROUP BY team_id) s", 't', name => 'of the seals one stub a team');
 is(problems($node, $_), '', "$_ is in order") for qw(acme globex);
+$channel{acme} = channel('acme');
+sql('DROP OWNED BY goes_later; DROP ROLE goes_later');
+await($node, 'SELECT count(*) FROM agentvm.team_member', 2, name => 'members whose role is dropped go, too');
+isnt(channel('acme'), $channel{acme}, 'with the name of the channel');
 done_testing();
