@@ -32,6 +32,7 @@
 #include "storage/lock.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -235,7 +236,13 @@ look_up_last(EngineHost host)
 	int64 last;
 	Range *range;
 
+	/*
+	 * A queue that has been full stays so by itself: who notifies makes room only
+	 * after it has found some (asyncQueueAdvanceTail()), except that to ask how full
+	 * it is makes room as well.
+	 */
 	begin(host, &scope);
+	(void) DirectFunctionCall1(pg_notification_queue_usage, (Datum) 0);
 	db_run(&last_query, NULL, NULL);
 	last = DatumGetInt64(db_value(0, 1, &isnull));
 	db_leave(&scope);
