@@ -27,8 +27,8 @@ TEST_MODULES = $(patsubst %.c,%.so,$(wildcard test/modules/*.c))
 libraries = libcurl libxml-2.0 libcrypto
 warnings = -Wall -Wextra -Werror=implicit-function-declaration -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 PG_CPPFLAGS = -Isrc $(shell pkg-config --cflags $(libraries))
-PG_CFLAGS = $(warnings) -MMD -MP
-SHLIB_LINK = $(shell pkg-config --libs $(libraries))
+PG_CFLAGS = $(warnings) -pthread -MMD -MP
+SHLIB_LINK = $(shell pkg-config --libs $(libraries)) -pthread
 ifdef SANITIZE
 checks = -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
 PG_CFLAGS += $(checks)

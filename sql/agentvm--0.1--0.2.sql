@@ -62,6 +62,57 @@ CREATE POLICY admin ON agentvm.event_seal_mark FOR SELECT TO agentvm_admin USING
 CREATE POLICY member ON agentvm.event_seal FOR SELECT TO agentvm_user
 	USING (team_id = ANY ((SELECT agentvm.visible_teams())::text[]));
 
+CREATE TABLE agentvm.host (
+	name text PRIMARY KEY CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$'),
+	uri text NOT NULL DEFAULT 'qemu:///session',
+	directory text NOT NULL CHECK (directory ~ '^/'),
+	vcpus int NOT NULL CHECK (vcpus > 0),
+	memory_mib int NOT NULL CHECK (memory_mib > 0),
+	enabled boolean NOT NULL DEFAULT true,
+	accel text NOT NULL DEFAULT 'auto' CHECK (accel IN ('auto', 'kvm', 'tcg')),
+	kvm boolean, -- whether a guest has been seen to run under KVM there; NULL: not known yet
+	created_at timestamptz NOT NULL DEFAULT now(),
+	updated_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE agentvm.host IS 'machines of ours that run VMs, and how much of each may be used; not enabled: nothing new is placed there';
+
+CREATE TABLE agentvm.placement (
+	session_id uuid PRIMARY KEY REFERENCES agentvm.session ON DELETE CASCADE,
+	host text NOT NULL REFERENCES agentvm.host,
+	vcpus int NOT NULL,
+	memory_mib int NOT NULL
+);
+CREATE INDEX placement_host ON agentvm.placement (host);
+COMMENT ON TABLE agentvm.placement IS 'which host the VM of a session is on, or is to be, and the room it takes there, until the session has ended';
+
+SELECT pg_catalog.pg_extension_config_dump('agentvm.host', '');
+SELECT pg_catalog.pg_extension_config_dump('agentvm.placement', '');
+ALTER TABLE agentvm.host ENABLE ROW LEVEL SECURITY;
+ALTER TABLE agentvm.placement ENABLE ROW LEVEL SECURITY;
+REVOKE ALL ON agentvm.host, agentvm.placement FROM PUBLIC;
+GRANT SELECT ON agentvm.host, agentvm.placement TO agentvm_admin;
+CREATE POLICY admin ON agentvm.host FOR SELECT TO agentvm_admin USING (true);
+CREATE POLICY admin ON agentvm.placement FOR SELECT TO agentvm_admin USING (true);
+GRANT SELECT, INSERT, UPDATE, DELETE ON agentvm.host TO agentvm_admin;
+CREATE POLICY admin_writes ON agentvm.host TO agentvm_admin USING (true) WITH CHECK (true);
+
+CREATE FUNCTION agentvm.host_changed() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_host_changed';
+COMMENT ON FUNCTION agentvm.host_changed() IS 'notes when a host has been changed, and forgets what was learned of it when it is another machine';
+
+CREATE TRIGGER changed BEFORE UPDATE ON agentvm.host FOR EACH ROW EXECUTE FUNCTION agentvm.host_changed();
+
+-- the dispatchers' view has two more columns; whatever is built on it stays
+ALTER FUNCTION agentvm.stat_dispatcher_get() RENAME TO former_stat_dispatcher_get;
+CREATE FUNCTION agentvm.stat_dispatcher_get(OUT dispatcher int, OUT pid int, OUT started_at timestamptz, OUT last_pass_at timestamptz,
+	OUT in_flight int, OUT passes bigint, OUT claimed bigint, OUT recorded bigint, OUT stale_replies bigint, OUT sleeping_until timestamptz,
+	OUT kind text, OUT stuck int)
+RETURNS SETOF record LANGUAGE C STRICT VOLATILE AS 'MODULE_PATHNAME', 'agentvm_stat_dispatcher';
+COMMENT ON FUNCTION agentvm.stat_dispatcher_get() IS 'the rows of view stat_dispatcher, from shared memory';
+CREATE OR REPLACE VIEW agentvm.stat_dispatcher AS SELECT * FROM agentvm.stat_dispatcher_get();
+COMMENT ON VIEW agentvm.stat_dispatcher IS 'the dispatchers and runners that serve this database; stuck: threads of a runner that hang in a call';
+DROP FUNCTION agentvm.former_stat_dispatcher_get();
+COMMENT ON PROCEDURE agentvm.dispatch(int, int) IS 'one pass of the engine in this backend: claim, call providers, record; commits in between. Providers whose library blocks (libvirt) are left to their runner';
+
 -- refuses with session_replication_role = replica, too
 ALTER TABLE agentvm.session_event ENABLE ALWAYS TRIGGER append_only;
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON agentvm.event_seal
@@ -144,7 +195,7 @@ GRANT EXECUTE ON FUNCTION agentvm.rotate_keys() TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.seal_audit(), agentvm.purge(interval) TO agentvm_admin;
 GRANT EXECUTE ON FUNCTION agentvm.verify_audit(text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION agentvm.adopt_cluster(text), agentvm.abandon() TO agentvm_admin;
-GRANT EXECUTE ON FUNCTION agentvm.cluster_identity() TO agentvm_admin, agentvm_monitor;
+GRANT EXECUTE ON FUNCTION agentvm.stat_dispatcher_get(), agentvm.cluster_identity() TO agentvm_admin, agentvm_monitor;
 
 -- This database's default privileges may have given rights to others: nobody has any that are not granted above.
 DO $$

@@ -269,6 +269,29 @@ CREATE TABLE agentvm.sweep_hold (
 );
 COMMENT ON TABLE agentvm.sweep_hold IS 'sweeps that wait one more timeout because they would end a large part of the fleet; shown in view health';
 
+CREATE TABLE agentvm.host (
+	name text PRIMARY KEY CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$'),
+	uri text NOT NULL DEFAULT 'qemu:///session',
+	directory text NOT NULL CHECK (directory ~ '^/'),
+	vcpus int NOT NULL CHECK (vcpus > 0),
+	memory_mib int NOT NULL CHECK (memory_mib > 0),
+	enabled boolean NOT NULL DEFAULT true,
+	accel text NOT NULL DEFAULT 'auto' CHECK (accel IN ('auto', 'kvm', 'tcg')),
+	kvm boolean, -- whether a guest has been seen to run under KVM there; NULL: not known yet
+	created_at timestamptz NOT NULL DEFAULT now(),
+	updated_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE agentvm.host IS 'machines of ours that run VMs, and how much of each may be used; not enabled: nothing new is placed there';
+
+CREATE TABLE agentvm.placement (
+	session_id uuid PRIMARY KEY REFERENCES agentvm.session ON DELETE CASCADE,
+	host text NOT NULL REFERENCES agentvm.host,
+	vcpus int NOT NULL,
+	memory_mib int NOT NULL
+);
+CREATE INDEX placement_host ON agentvm.placement (host);
+COMMENT ON TABLE agentvm.placement IS 'which host the VM of a session is on, or is to be, and the room it takes there, until the session has ended';
+
 -- one statement for each: a second call in the same one fails on the row of pg_extension that the first has updated
 DO $$
 DECLARE
@@ -276,7 +299,7 @@ DECLARE
 BEGIN
 	FOREACH t IN ARRAY ARRAY['agentvm.team', 'agentvm.team_member', 'agentvm.former_team', 'agentvm.provider_config', 'agentvm.provider_secret',
 							 'agentvm.profile', 'agentvm.session', 'agentvm.session_heartbeat', 'agentvm.session_ending', 'agentvm.session_token', 'agentvm.session_event',
-							 'agentvm.session_event_event_id_seq', 'agentvm.event_seal', 'agentvm.event_seal_mark', 'agentvm.gateway', 'agentvm.installation'] LOOP
+							 'agentvm.session_event_event_id_seq', 'agentvm.event_seal', 'agentvm.event_seal_mark', 'agentvm.gateway', 'agentvm.host', 'agentvm.placement', 'agentvm.installation'] LOOP
 		PERFORM pg_catalog.pg_extension_config_dump(t::pg_catalog.regclass, CASE t
 			-- a dropped role has but its number, which may be another role's elsewhere
 			WHEN 'agentvm.team_member' THEN 'WHERE EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = role)'
@@ -303,12 +326,12 @@ DECLARE
 	t text;
 BEGIN
 	FOREACH t IN ARRAY ARRAY['installation', 'team', 'team_member', 'former_team', 'provider_config', 'provider_secret', 'profile', 'session',
-							 'session_heartbeat', 'session_ending', 'session_token', 'session_event', 'event_seal', 'event_seal_mark', 'gateway', 'sweep_hold'] LOOP
+							 'session_heartbeat', 'session_ending', 'session_token', 'session_event', 'event_seal', 'event_seal_mark', 'gateway', 'host', 'placement', 'sweep_hold'] LOOP
 		EXECUTE format('ALTER TABLE agentvm.%I ENABLE ROW LEVEL SECURITY', t);
 		EXECUTE format('REVOKE ALL ON agentvm.%I FROM PUBLIC', t);
 	END LOOP;
 	FOREACH t IN ARRAY ARRAY['installation', 'team', 'team_member', 'former_team', 'provider_config', 'profile', 'session_event', 'event_seal', 'event_seal_mark',
-							 'gateway', 'sweep_hold'] LOOP
+							 'gateway', 'host', 'placement', 'sweep_hold'] LOOP
 		EXECUTE format('GRANT SELECT ON agentvm.%I TO agentvm_admin', t);
 		EXECUTE format('CREATE POLICY admin ON agentvm.%I FOR SELECT TO agentvm_admin USING (true)', t);
 	END LOOP;
@@ -328,6 +351,10 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON agentvm.gateway TO agentvm_admin;
 CREATE POLICY admin_writes ON agentvm.gateway TO agentvm_admin USING (true) WITH CHECK (true);
 GRANT SELECT, INSERT, UPDATE, DELETE ON agentvm.gateway TO agentvm_gateway;
 CREATE POLICY gateway ON agentvm.gateway TO agentvm_gateway USING (true) WITH CHECK (true);
+
+-- Hosts are the administrators' own list; what is placed on them is the engine's.
+GRANT SELECT, INSERT, UPDATE, DELETE ON agentvm.host TO agentvm_admin;
+CREATE POLICY admin_writes ON agentvm.host TO agentvm_admin USING (true) WITH CHECK (true);
 
 GRANT USAGE ON SCHEMA agentvm TO agentvm_admin, agentvm_user, agentvm_gateway, agentvm_monitor;
 
@@ -361,12 +388,13 @@ CREATE VIEW agentvm.stat_provider AS SELECT * FROM agentvm.stat_provider_get();
 COMMENT ON VIEW agentvm.stat_provider IS 'provider calls made by the dispatchers of this database since the server started: errors by class, latency';
 
 CREATE FUNCTION agentvm.stat_dispatcher_get(OUT dispatcher int, OUT pid int, OUT started_at timestamptz, OUT last_pass_at timestamptz,
-	OUT in_flight int, OUT passes bigint, OUT claimed bigint, OUT recorded bigint, OUT stale_replies bigint, OUT sleeping_until timestamptz)
+	OUT in_flight int, OUT passes bigint, OUT claimed bigint, OUT recorded bigint, OUT stale_replies bigint, OUT sleeping_until timestamptz,
+	OUT kind text, OUT stuck int)
 RETURNS SETOF record LANGUAGE C STRICT VOLATILE AS 'MODULE_PATHNAME', 'agentvm_stat_dispatcher';
 COMMENT ON FUNCTION agentvm.stat_dispatcher_get() IS 'the rows of view stat_dispatcher, from shared memory';
 
 CREATE VIEW agentvm.stat_dispatcher AS SELECT * FROM agentvm.stat_dispatcher_get();
-COMMENT ON VIEW agentvm.stat_dispatcher IS 'the dispatchers that serve this database';
+COMMENT ON VIEW agentvm.stat_dispatcher IS 'the dispatchers and runners that serve this database; stuck: threads of a runner that hang in a call';
 
 CREATE FUNCTION agentvm.health_get(OUT name text, OUT ok boolean, OUT detail text)
 RETURNS SETOF record LANGUAGE C STRICT VOLATILE AS 'MODULE_PATHNAME', 'agentvm_health';
@@ -388,6 +416,11 @@ COMMENT ON FUNCTION agentvm.session_transition() IS 'refuses changes of state th
 
 CREATE TRIGGER session_transition AFTER UPDATE ON agentvm.session
 	FOR EACH ROW WHEN (OLD.state IS DISTINCT FROM NEW.state) EXECUTE FUNCTION agentvm.session_transition();
+
+CREATE FUNCTION agentvm.host_changed() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_host_changed';
+COMMENT ON FUNCTION agentvm.host_changed() IS 'notes when a host has been changed, and forgets what was learned of it when it is another machine';
+
+CREATE TRIGGER changed BEFORE UPDATE ON agentvm.host FOR EACH ROW EXECUTE FUNCTION agentvm.host_changed();
 
 CREATE FUNCTION agentvm.event_is_append_only() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_event_is_append_only';
 COMMENT ON FUNCTION agentvm.event_is_append_only() IS 'refuses changes to the log';
@@ -500,7 +533,7 @@ COMMENT ON FUNCTION agentvm.extend(uuid, interval) IS 'move the deadline of a se
 
 CREATE PROCEDURE agentvm.dispatch(max_sessions int DEFAULT 100, INOUT handled int DEFAULT NULL)
 LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_dispatch';
-COMMENT ON PROCEDURE agentvm.dispatch(int, int) IS 'one pass of the engine in this backend: claim, call providers, record; commits in between';
+COMMENT ON PROCEDURE agentvm.dispatch(int, int) IS 'one pass of the engine in this backend: claim, call providers, record; commits in between. Providers whose library blocks (libvirt) are left to their runner';
 
 CREATE FUNCTION agentvm.sweep_bootstrap(max_sessions int DEFAULT NULL) RETURNS int
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_sweep_bootstrap';

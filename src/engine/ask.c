@@ -1,7 +1,10 @@
 /*-------------------------------------------------------------------------
  *
  * ask.c
- *		A read-only question to a provider, answered in this backend.
+ *		A read-only question to a provider.
+ *
+ * The steps are taken in this backend, and so are the calls, but for those of a
+ * provider whose library blocks: its runner makes them (question.c).
  *
  * The statement that asks holds its snapshot while it waits: that is the price
  * of a function; the calls are short and bounded by their timeout.
@@ -13,6 +16,8 @@
 #include "agentvm.h"
 #include "db.h"
 #include "engine/ask.h"
+#include "engine/placement.h"
+#include "engine/question.h"
 #include "engine/turn.h"
 #include "miscadmin.h"
 #include "secret/credentials.h"
@@ -21,64 +26,148 @@
 #define ASK_TIMEOUT_MS 10000
 #define MAX_STEPS 16
 
-Jsonb *
-provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Jsonb *options,
-			 const SessionRow *row)
+/* What a question is about. */
+typedef struct Ask
 {
-	const Provider *provider = provider_get(provider_name);
-	ProviderContext context = {0};
-	SecretSet *secrets;
-	DbScope scope;
+	const Provider *provider;
+	ProviderContext context;
+} Ask;
+
+/*
+ * Step until the provider has answered or failed.  Returns whether "step" is its
+ * answer; if not, it is a failed step.
+ */
+static bool
+ask(Ask *asked, ProviderStep *step)
+{
+	ProviderContext *context = &asked->context;
 	int i;
-
-	{
-		MemoryContext caller = CurrentMemoryContext;
-
-		db_enter(&scope);
-		secrets = credentials_load(team_id, provider_name, caller);
-		db_leave(&scope);
-		MemoryContextSwitchTo(caller);
-	}
-	context.op = op;
-	context.session = row ? session_row_for_provider(row) : NULL;
-	context.options = options;
-	context.secrets = secrets;
-	context.handle = row ? row->handle : NULL;
 
 	for (i = 0; i < MAX_STEPS; i++)
 	{
-		ProviderStep step;
-
-		context.now = GetCurrentTimestamp();
-		provider_step(provider, &context, &step);
-		if (step.handle != NULL)
-			context.handle = step.handle;
-		context.reply = NULL;
-		switch (step.kind)
+		context->now = GetCurrentTimestamp();
+		provider_step(asked->provider, context, step);
+		if (step->handle != NULL)
+			context->handle = step->handle;
+		context->reply = NULL;
+		switch (step->kind)
 		{
 			case STEP_DONE:
-				return step.result ? step.result : handle_set_text(NULL, "state", "unknown");
+				return true;
 			case STEP_REQUEST:
-				step.request->timeout_ms = ASK_TIMEOUT_MS;
-				context.reply = http_perform(step.request);
+				step->request->timeout_ms = ASK_TIMEOUT_MS;
+				context->reply = asked->provider->perform != NULL
+									 ? question_ask(asked->provider->name, step->request)
+									 : http_perform(step->request);
 				break;
 			case STEP_WAIT:
 				(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-								 step.wait_ms, AvmWaitEvent("AgentvmAsk"));
+								 step->wait_ms, AvmWaitEvent("AgentvmAsk"));
 				ResetLatch(MyLatch);
 				CHECK_FOR_INTERRUPTS();
 				break;
 			case STEP_FAILED:
-				ereport(ERROR, (errcode(reason_sqlstate(class_end_reason(step.error_class))),
-								errmsg("provider \"%s\" refused: %s", provider_name,
-									   step.error_code ? step.error_code
-													   : error_class_name(step.error_class)),
-								step.error_message
-									? errdetail("%s", secret_redact(secrets, step.error_message))
-									: 0));
+				return false;
 		}
 	}
 	ereport(ERROR, (errcode(AVM_PROVIDER_ERROR),
-					errmsg("provider \"%s\" did not come to an answer", provider_name)));
-	return NULL;
+					errmsg("provider \"%s\" did not come to an answer", asked->provider->name)));
+	return false;
+}
+
+static Jsonb *
+result_of(const ProviderStep *step)
+{
+	return step->result ? step->result : handle_set_text(NULL, "state", "unknown");
+}
+
+static const char *
+code_of(const ProviderStep *step)
+{
+	return step->error_code ? step->error_code : error_class_name(step->error_class);
+}
+
+static void
+pg_attribute_noreturn() raise_refused(const Ask *asked, const ProviderStep *step)
+{
+	ereport(ERROR, (errcode(reason_sqlstate(class_end_reason(step->error_class))),
+					errmsg("provider \"%s\" refused: %s", asked->provider->name, code_of(step)),
+					step->error_message ? errdetail("%s", secret_redact(asked->context.secrets,
+																		step->error_message))
+										: 0));
+	pg_unreachable();
+}
+
+/* Whether a host's answer says that it is in order; one that says nothing is. */
+static bool
+says_ok(Jsonb *answer)
+{
+	return !JB_ROOT_IS_OBJECT(answer) || option_bool(answer, "ok", true);
+}
+
+/* OP_CHECK of a placed provider: of each enabled host, whatever the others say. */
+static Jsonb *
+ask_hosts(Ask *asked, List *hosts)
+{
+	Jsonb *answers = handle_set_text(NULL, "-", NULL);
+	Jsonb *answer;
+	bool ok = hosts != NIL;
+	ListCell *lc;
+
+	foreach (lc, hosts)
+	{
+		ProviderHost *host = lfirst(lc);
+		ProviderStep step;
+
+		asked->context.host = host;
+		asked->context.handle = NULL;
+		if (ask(asked, &step))
+			answer = result_of(&step);
+		else
+		{
+			answer = handle_set_bool(NULL, "ok", false);
+			answer = handle_set_text(answer, "error_class", error_class_name(step.error_class));
+			answer = handle_set_text(answer, "error", code_of(&step));
+			if (step.error_message != NULL)
+				answer = handle_set_text(answer, "detail",
+										 secret_redact(asked->context.secrets, step.error_message));
+		}
+		ok = ok && says_ok(answer);
+		answers = handle_set_document(answers, host->name, answer);
+	}
+	answer = handle_set_document(NULL, "hosts", answers);
+	if (hosts == NIL)
+		answer = handle_set_text(answer, "error", "no host is enabled");
+	return handle_set_bool(answer, "ok", ok);
+}
+
+Jsonb *
+provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Jsonb *options,
+			 const SessionRow *row)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	Ask asked = {provider_get(provider_name)};
+	List *hosts = NIL;
+	ProviderStep step;
+	DbScope scope;
+
+	db_enter(&scope);
+	asked.context.secrets = credentials_load(team_id, provider_name, caller);
+	MemoryContextSwitchTo(caller);
+	if (asked.provider->placed && row != NULL)
+		asked.context.host = placement_host(&row->session_id);
+	else if (asked.provider->placed)
+		hosts = placement_hosts();
+	db_leave(&scope);
+	MemoryContextSwitchTo(caller);
+
+	asked.context.op = op;
+	asked.context.session = row ? session_row_for_provider(row) : NULL;
+	asked.context.options = options;
+	asked.context.handle = row ? row->handle : NULL;
+	if (asked.provider->placed && row == NULL)
+		return ask_hosts(&asked, hosts);
+	if (!ask(&asked, &step))
+		raise_refused(&asked, &step);
+	return result_of(&step);
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * ask.h
- *		A read-only question to a provider, answered in this backend.
+ *		A read-only question to a provider.
  *
  *-------------------------------------------------------------------------
  */
@@ -18,7 +18,8 @@
  * Run OP_INSPECT for a session, or OP_CHECK for a team ("row" is NULL), and
  * return the provider's answer, palloc'd.  Outside a db scope.  Every wait is
  * interruptible.  A refusal raises AV001, AV002, AV003 or AV004 with the
- * provider's code and message, secrets redacted.
+ * provider's code and message, secrets redacted; but OP_CHECK of a placed provider
+ * asks each enabled host and tells of all: {"ok": ..., "hosts": {"name": {...}}}.
  */
 extern Jsonb *provider_ask(ProviderOp op, const char *team_id, const char *provider_name,
 						   Jsonb *options, const SessionRow *row);

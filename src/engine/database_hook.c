@@ -5,7 +5,7 @@
  *
  * These commands fail while anybody is connected to the database.  The backend
  * that runs one puts a hold on it in shared memory, so that the launcher starts
- * nobody there, asks its dispatchers to end, waits until they have, and lifts
+ * nobody there, asks its workers to end, waits until they have, and lifts
  * the hold when its transaction has ended, or its subtransaction has failed: only
  * then does the launcher see what has become of the database.  A hold whose
  * backend has died is void.  Only who may run the command stops anybody: else a
@@ -92,13 +92,13 @@ database_to_release(Node *command)
 	return database;
 }
 
-/* Ask the dispatchers to end, and wait until they have, but not for ever. */
+/* Ask the workers to end, and wait until they have, but not for ever. */
 static void
 release_database(Oid database)
 {
 	TimestampTz give_up_at = GetCurrentTimestamp() + LET_GO_MS * INT64CONST(1000);
 
-	while (shared_stop_dispatchers(database) > 0 && GetCurrentTimestamp() < give_up_at)
+	while (shared_stop_workers(database) > 0 && GetCurrentTimestamp() < give_up_at)
 	{
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 10,
 						 AvmWaitEvent("AgentvmLetGo"));

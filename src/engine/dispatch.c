@@ -4,6 +4,8 @@
  *		CALL agentvm.dispatch(): one pass of the engine in a plain backend.
  *
  * The same engine as in the dispatchers, with SPI_commit() between the steps.
+ * Providers whose library blocks are left to their runner: a thread that hangs
+ * would stay in somebody's session.
  * While it waits for answers it is in a transaction that holds no snapshot, so
  * it pins nothing.
  *
@@ -60,7 +62,7 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 	if (SPI_connect_ext(SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
 	SPI_commit(); /* whatever the CALL itself looked at is not ours to keep */
-	engine = engine_create(PortalContext, NULL, host);
+	engine = engine_create(PortalContext, NULL, LANE_HTTP, host);
 
 	(void) engine_reclaim(engine);
 	for (;;)
@@ -96,6 +98,6 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 Datum
 agentvm_wake(PG_FUNCTION_ARGS)
 {
-	wake_dispatchers(DT_NOBEGIN);
+	wake_workers(LANE_ALL, DT_NOBEGIN);
 	PG_RETURN_VOID();
 }

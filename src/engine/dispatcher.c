@@ -1,12 +1,17 @@
 /*-------------------------------------------------------------------------
  *
  * dispatcher.c
- *		The background worker that serves one database.
+ *		The background worker that serves a lane of one database: a dispatcher, or a
+ *		runner for providers whose library blocks.
  *
  * It sleeps until a commit wakes it, a call is answered, or the next deadline is
  * due; there is no polling in between.  It waits on its own latch and on the
  * engine's one fd, so DROP DATABASE, SIGTERM and SIGHUP are answered at once
  * whatever is in flight.  An error ends the transaction, not the worker.
+ *
+ * A runner differs in three things: its calls are made on threads, it answers
+ * questions of other backends, and what is to be done once per database it leaves
+ * to the dispatchers.
  *
  *-------------------------------------------------------------------------
  */
@@ -22,7 +27,9 @@
 #include "engine/audit.h"
 #include "engine/engine.h"
 #include "engine/identity.h"
+#include "engine/question.h"
 #include "engine/sweep.h"
+#include "engine/threads.h"
 #include "engine/worker.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -146,12 +153,14 @@ extension_is_ready(IdentityState *identity)
 
 /* What is done once per sweep_interval. */
 static void
-periodic(Engine *engine)
+periodic(Engine *engine, int lane)
 {
 	DbScope scope;
 
 	engine_look_at_everything(engine);
 	(void) engine_reclaim(engine);
+	if (lane != LANE_HTTP)
+		return;
 	begin();
 	db_enter(&scope);
 	(void) sweep_heartbeat(avm_batch_size);
@@ -161,18 +170,33 @@ periodic(Engine *engine)
 
 /* One round: everything that can be done now. Returns when to look again. */
 static TimestampTz
-pass(Engine *engine, TimestampTz *next_periodic)
+pass(Engine *engine, int lane, TimestampTz *next_periodic)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
 	if (now >= *next_periodic)
 	{
 		*next_periodic = now + avm_sweep_interval_ms * INT64CONST(1000);
-		periodic(engine);
+		periodic(engine, lane);
 	}
 	engine_run(engine);
 	(void) engine_claim(engine, avm_batch_size);
 	return Min(engine_next_look(engine), *next_periodic);
+}
+
+/* What only a runner does in a pass. */
+static void
+run_threads(DispatcherSlot *slot)
+{
+	questions_run();
+	slot->stuck = threads_stuck();
+	if (!threads_are_exhausted())
+		return;
+	ereport(LOG,
+			(errmsg("agentvm: all %d threads of the runner are stuck in calls that do not come "
+					"back: it ends, to be started anew",
+					slot->stuck)));
+	proc_exit(1);
 }
 
 void
@@ -185,14 +209,16 @@ agentvm_dispatcher_main(Datum arg)
 	volatile TimestampTz pause_until = 0;
 	IdentityState identity;
 	static TimestampTz next_periodic = 0; /* static: it must survive the jump */
-	Oid database;
+	WorkerTask task;
 
-	memcpy(&database, MyBgworkerEntry->bgw_extra, sizeof(Oid));
+	memcpy(&task, MyBgworkerEntry->bgw_extra, sizeof(task));
+	if (task.lane == LANE_BLOCKING)
+		threads_exit_quietly();
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
-	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
-	slot = shared_attach(database, DatumGetInt32(arg));
+	BackgroundWorkerInitializeConnectionByOid(task.database, InvalidOid, 0);
+	slot = shared_attach(task.database, task.lane, task.index);
 	if (slot == NULL)
 		proc_exit(0); /* another one is there already */
 
@@ -244,21 +270,30 @@ agentvm_dispatcher_main(Datum arg)
 			if (engine != NULL)
 				engine_destroy(engine);
 			engine = NULL;
-			announce_forget();
+			if (task.lane == LANE_HTTP)
+				announce_forget();
 			until = GetCurrentTimestamp() + avm_sweep_interval_ms * INT64CONST(1000);
 		}
 		else
 		{
 			if (engine == NULL)
 			{
-				engine = engine_create(TopMemoryContext, slot, host);
+				engine = engine_create(TopMemoryContext, slot, task.lane, host);
 				next_periodic = 0;
 				shared_serve(slot, true);
 			}
-			announce_begin(slot, host);
-			until = pass(engine, &next_periodic);
-			until = Min(until, announce_changes(slot, host));
-			until = audit_work(slot, host, until);
+			if (task.lane == LANE_HTTP)
+			{
+				announce_begin(slot, host);
+				until = pass(engine, task.lane, &next_periodic);
+				until = Min(until, announce_changes(slot, host));
+				until = audit_work(slot, host, until);
+			}
+			else
+			{
+				until = pass(engine, task.lane, &next_periodic);
+				run_threads(slot);
+			}
 		}
 
 		/* after an error we sleep whatever is committed meanwhile */
@@ -273,6 +308,7 @@ agentvm_dispatcher_main(Datum arg)
 		(void) WaitLatchOrSocket(
 			MyLatch, events, fd,
 			Min(Max(1, (until - GetCurrentTimestamp() + 999) / 1000), 3600 * 1000L),
-			AvmWaitEvent("AgentvmDispatcher"));
+			task.lane == LANE_HTTP ? AvmWaitEvent("AgentvmDispatcher")
+								   : AvmWaitEvent("AgentvmRunner"));
 	}
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * engine.c
- *		Claim, act, record: the one engine that dispatchers and CALL dispatch() run.
+ *		Claim, act, record: the one engine that dispatchers, runners and CALL dispatch() run.
  *
  * Claim: a short transaction picks due sessions, locks those that nobody else
  * holds, gives each its turn (turn.c) and writes a fresh lease number for those
@@ -42,10 +42,10 @@
 #include "db.h"
 #include "engine/engine.h"
 #include "engine/retry.h"
+#include "engine/transport.h"
 #include "engine/turn.h"
 #include "executor/instrument.h"
 #include "lib/ilist.h"
-#include "net/http.h"
 #include "utils/builtins.h"
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
@@ -124,11 +124,12 @@ struct Engine
 	MemoryContext context;
 	MemoryContext batch; /* of one transaction and the sends after it */
 	MemoryContextCallback on_delete;
-	HttpClient *http;
+	const Transport *transport;
+	void *client; /* of the transport */
 	DispatcherSlot *slot;
 	EngineHost host;
 	int lane;
-	int peers; /* dispatchers that share the work of this database, */
+	int peers; /* workers that share the work of this database, */
 	int rank;  /* and which of them we are */
 	HTAB *teams;
 	HTAB *passed_by;
@@ -191,17 +192,17 @@ static DbQuery reclaim_query = {
 	{INT2OID, TIMESTAMPTZOID, INT4OID}};
 
 static void
-close_http(void *arg)
+close_client(void *arg)
 {
 	Engine *engine = arg;
 
-	if (engine->http != NULL)
-		http_client_destroy(engine->http);
-	engine->http = NULL;
+	if (engine->client != NULL)
+		engine->transport->destroy(engine->client);
+	engine->client = NULL;
 }
 
 Engine *
-engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
+engine_create(MemoryContext parent, DispatcherSlot *slot, int lane, EngineHost host)
 {
 	MemoryContext context = AllocSetContextCreate(parent, "agentvm engine", ALLOCSET_DEFAULT_SIZES);
 	Engine *engine = MemoryContextAllocZero(context, sizeof(Engine));
@@ -211,6 +212,8 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
 	engine->batch = AllocSetContextCreate(context, "agentvm batch", ALLOCSET_DEFAULT_SIZES);
 	engine->slot = slot;
 	engine->host = host;
+	engine->lane = lane;
+	engine->transport = transport_of(lane);
 	engine->peers = 1;
 	engine->low = DT_NOBEGIN;
 	engine->behind = DT_NOEND;
@@ -225,8 +228,8 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host)
 	ctl.entrysize = sizeof(PassedBy);
 	engine->passed_by =
 		hash_create("agentvm passed by", 64, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
-	engine->http = http_client_create();
-	engine->on_delete.func = close_http;
+	engine->client = engine->transport->create();
+	engine->on_delete.func = close_client;
 	engine->on_delete.arg = engine;
 	MemoryContextRegisterResetCallback(context, &engine->on_delete);
 	return engine;
@@ -241,7 +244,7 @@ engine_destroy(Engine *engine)
 int
 engine_fd(Engine *engine)
 {
-	return http_client_fd(engine->http);
+	return engine->transport->fd(engine->client);
 }
 
 int
@@ -289,7 +292,7 @@ begin_batch(Engine *engine, DbScope *scope)
 
 static void release_act(Engine *engine, Act *act);
 
-/* Hand a request to the network; one that may not be sent (plain http, say) is answered by that. */
+/* Hand a request to the transport; one that may not be sent (plain http, say) is answered by that. */
 static void
 send_request(Engine *engine, Outgoing *out)
 {
@@ -312,7 +315,7 @@ send_request(Engine *engine, Outgoing *out)
 	request->timeout_ms = Min(request->timeout_ms, avm_lease_ms * 2 / 3);
 	PG_TRY();
 	{
-		http_start(engine->http, request, act);
+		engine->transport->start(engine->client, act->provider, request, act);
 		dlist_push_tail(&engine->under_way, &act->node);
 	}
 	PG_CATCH();
@@ -597,7 +600,7 @@ take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 
 /* ---- claim ---- */
 
-/* Our part of what all dispatchers of this database may have in flight together. */
+/* Our part of what all workers of this lane in this database may have in flight together. */
 static int
 our_share(Engine *engine, int total)
 {
@@ -901,6 +904,7 @@ engine_claim(Engine *engine, int limit)
 
 	chosen.limit = Min(limit, avm_batch_size);
 	chosen.limit = Min(chosen.limit, our_share(engine, avm_max_in_flight) - engine->in_flight);
+	chosen.limit = Min(chosen.limit, engine->transport->room(engine->client));
 	engine->full = chosen.limit <= 0;
 	if (engine->full)
 		return 0; /* the next record makes room, and asks again */
@@ -1008,13 +1012,13 @@ engine_run(Engine *engine)
 	HttpReply *reply;
 	void *arg;
 
-	http_run(engine->http);
+	engine->transport->run(engine->client);
 	for (;;)
 	{
 		MemoryContext old = MemoryContextSwitchTo(engine->batch);
 		Act *act;
 
-		reply = http_finished(engine->http, &arg);
+		reply = engine->transport->finished(engine->client, &arg);
 		MemoryContextSwitchTo(old);
 		if (reply == NULL)
 			break;

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * engine.h
- *		Claim, act, record: the one engine that dispatchers and CALL dispatch() run.
+ *		Claim, act, record: the one engine that dispatchers, runners and CALL dispatch() run.
  *
  *-------------------------------------------------------------------------
  */
@@ -23,11 +23,11 @@ typedef struct EngineHost
 } EngineHost;
 
 /*
- * An engine in a new context below "parent"; deleting the context closes all
- * connections.  "slot" is the dispatcher's, or NULL in a plain backend, which
- * then looks at all that is due, ignoring low-water marks.
+ * An engine for the sessions of a lane, in a new context below "parent"; deleting
+ * the context closes all connections.  "slot" is the worker's, or NULL in a plain
+ * backend, which then looks at all that is due, ignoring low-water marks.
  */
-extern Engine *engine_create(MemoryContext parent, DispatcherSlot *slot, EngineHost host);
+extern Engine *engine_create(MemoryContext parent, DispatcherSlot *slot, int lane, EngineHost host);
 
 /* Delete the engine; calls under way are dropped and healed by their leases. */
 extern void engine_destroy(Engine *engine);

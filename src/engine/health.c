@@ -29,7 +29,8 @@ PG_FUNCTION_INFO_V1(agentvm_stat_dispatcher);
 static DbQuery stuck_query = {
 	"SELECT count(*) FILTER (WHERE state = 'terminating' AND retries >= $1), "
 	"count(*) FILTER (WHERE state = 'provisioning' AND retries >= $1), "
-	"count(*) FILTER (WHERE next_check_at < clock_timestamp() - $2 * interval '1 ms') "
+	"count(*) FILTER (WHERE next_check_at < clock_timestamp() - $2 * interval '1 ms'), "
+	"count(*) FILTER (WHERE lane = 1) "
 	"FROM agentvm.session WHERE ended_at IS NULL",
 	2,
 	{INT4OID, INT4OID}};
@@ -69,7 +70,7 @@ put_count(ReturnSetInfo *rsinfo, const char *name, int64 count, const char *what
 static void
 put_dispatchers(ReturnSetInfo *rsinfo)
 {
-	int serving = shared_serving();
+	int serving = shared_serving(LANE_HTTP);
 	Shortage shortage = SHORT_OF_NOTHING;
 	bool launcher = shared_available() && shared_launcher(&shortage);
 	const char *why;
@@ -97,6 +98,43 @@ put_dispatchers(ReturnSetInfo *rsinfo)
 	put_check(rsinfo, "dispatcher", serving > 0 && why == NULL,
 			  psprintf("%d of %d dispatchers serve this database%s%s", serving, avm_dispatchers,
 					   why ? ": " : "", why ? why : ""));
+}
+
+/* Whether a runner serves this database where one is needed. */
+static void
+put_runner(ReturnSetInfo *rsinfo, int64 blocking_sessions)
+{
+	bool named = avm_provider_libraries[0] != '\0';
+	int serving = shared_serving(LANE_BLOCKING);
+	Shortage shortage = SHORT_OF_NOTHING;
+	const char *why;
+
+	if (RecoveryInProgress())
+		put_check(rsinfo, "runner", true, "this is a standby: runners start at promotion");
+	else if (serving > 0)
+		put_check(rsinfo, "runner", true, "a runner serves this database");
+	else if (!named && blocking_sessions == 0)
+		put_check(rsinfo, "runner", true,
+				  "none is needed: agentvm.provider_libraries names no library");
+	else
+	{
+		if (!named)
+			why = psprintf("%lld live sessions need one, but agentvm.provider_libraries names no "
+						   "library",
+						   (long long) blocking_sessions);
+		else if (!shared_available())
+			why = "agentvm is not in shared_preload_libraries";
+		else if (!shared_launcher(&shortage))
+			why = "the launcher does not run: see max_worker_processes and the server's log";
+		else if (avm_dispatchers == 0)
+			why = "agentvm.dispatchers is 0";
+		else if (shortage == SHORT_OF_WORKERS)
+			why =
+				psprintf("max_worker_processes (%d) leaves no room for one", max_worker_processes);
+		else
+			why = "see agentvm.databases";
+		put_check(rsinfo, "runner", false, psprintf("no runner serves this database: %s", why));
+	}
 }
 
 /* Whether the key file is usable, and has all keys that something needs. */
@@ -176,6 +214,7 @@ agentvm_health(PG_FUNCTION_ARGS)
 			  "launches have failed several times and are tried again");
 	put_count(rsinfo, "backlog", count_at(3),
 			  "sessions are overdue for more than two sweep intervals");
+	put_runner(rsinfo, count_at(4));
 
 	db_run(&hold_query, NULL, NULL);
 	put_check(rsinfo, "sweep_hold", SPI_processed == 0,
@@ -219,7 +258,7 @@ Datum
 agentvm_stat_dispatcher(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	DispatcherSlot slots[MAX_DISPATCHERS];
+	DispatcherSlot slots[MAX_WORKERS];
 	int count = 0;
 	int i;
 
@@ -227,7 +266,7 @@ agentvm_stat_dispatcher(PG_FUNCTION_ARGS)
 	if (!shared_available())
 		return (Datum) 0;
 	shared_lock(LW_SHARED);
-	for (i = 0; i < MAX_DISPATCHERS; i++)
+	for (i = 0; i < MAX_WORKERS; i++)
 	{
 		if (shared_slots()[i].database == MyDatabaseId && shared_slots()[i].pid != 0)
 			slots[count++] = shared_slots()[i];
@@ -235,8 +274,8 @@ agentvm_stat_dispatcher(PG_FUNCTION_ARGS)
 	shared_unlock();
 	for (i = 0; i < count; i++)
 	{
-		Datum values[10];
-		bool nulls[10] = {false};
+		Datum values[12];
+		bool nulls[12] = {false};
 
 		values[0] = Int32GetDatum(slots[i].index);
 		values[1] = Int32GetDatum(slots[i].pid);
@@ -250,6 +289,8 @@ agentvm_stat_dispatcher(PG_FUNCTION_ARGS)
 		values[8] = Int64GetDatum(slots[i].stale_replies);
 		values[9] = TimestampTzGetDatum(slots[i].sleeping_until);
 		nulls[9] = slots[i].sleeping_until == DT_NOBEGIN || slots[i].sleeping_until == 0;
+		values[10] = CStringGetTextDatum(slots[i].lane == LANE_BLOCKING ? "runner" : "dispatcher");
+		values[11] = Int32GetDatum(slots[i].stuck);
 		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
 	}
 	return (Datum) 0;

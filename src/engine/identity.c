@@ -390,7 +390,7 @@ identity_take_into_use(void)
 		return; /* nothing is dispatched, and health says why */
 	set_identity(values, nulls);
 	db_run(&use_query, values, nulls);
-	wake_dispatchers(GetCurrentTimestamp());
+	wake_workers(LANE_ALL, GetCurrentTimestamp());
 }
 
 /* ---- SQL ---- */
@@ -502,6 +502,6 @@ agentvm_adopt_cluster(PG_FUNCTION_ARGS)
 	db_run(&adopt_query, values, nulls);
 	db_leave(&scope);
 
-	wake_dispatchers(DT_NOBEGIN);
+	wake_workers(LANE_ALL, DT_NOBEGIN);
 	PG_RETURN_VOID();
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * launcher.c
- *		One launcher per cluster keeps the dispatchers running.
+ *		One launcher per cluster keeps the dispatchers and runners running.
  *
  * The launcher is connected to no database, so it sees shared catalogs only:
  * agentvm.databases says which databases to serve, and a dispatcher that finds
@@ -44,16 +44,15 @@
 #define TICK_MS 10000	 /* how soon a database that was just created is noticed */
 #define HEALTHY_MS 10000 /* a worker that lived so long has not failed */
 
-/* What the launcher knows about one dispatcher it should keep running. */
+/* What the launcher knows about one worker it should keep running. */
 typedef struct Wanted
 {
-	Oid database;
-	int index;
+	WorkerTask task;
 	BackgroundWorkerHandle *handle; /* of the last start, NULL: none by this launcher */
 	TimestampTz started_at;
 	TimestampTz not_before;
 	int backoff_ms;
-	bool wanted; /* still in agentvm.databases */
+	bool wanted; /* still asked for */
 } Wanted;
 
 static List *all_wanted = NIL; /* in TopMemoryContext */
@@ -86,9 +85,16 @@ launcher_exit(int code, Datum arg)
 	shared_set_launcher(0, NULL);
 }
 
-/* Note that (database, index) should run. */
+static bool
+is_for(const Wanted *wanted, Oid database, int lane, int index)
+{
+	return wanted->task.database == database && wanted->task.lane == lane &&
+		   wanted->task.index == index;
+}
+
+/* Note that (database, lane, index) should run. */
 static void
-want(Oid database, int index)
+want(Oid database, int lane, int index)
 {
 	MemoryContext old;
 	ListCell *lc;
@@ -97,7 +103,7 @@ want(Oid database, int index)
 	foreach (lc, all_wanted)
 	{
 		wanted = lfirst(lc);
-		if (wanted->database == database && wanted->index == index)
+		if (is_for(wanted, database, lane, index))
 		{
 			wanted->wanted = true;
 			return;
@@ -105,8 +111,9 @@ want(Oid database, int index)
 	}
 	old = MemoryContextSwitchTo(TopMemoryContext);
 	wanted = palloc0(sizeof(Wanted));
-	wanted->database = database;
-	wanted->index = index;
+	wanted->task.database = database;
+	wanted->task.lane = lane;
+	wanted->task.index = index;
 	wanted->wanted = true;
 	wanted->backoff_ms = MIN_BACKOFF_MS;
 	all_wanted = lappend(all_wanted, wanted);
@@ -116,12 +123,16 @@ want(Oid database, int index)
 static int
 by_index(const ListCell *a, const ListCell *b)
 {
-	return ((const Wanted *) lfirst(a))->index - ((const Wanted *) lfirst(b))->index;
+	const WorkerTask *x = &((const Wanted *) lfirst(a))->task;
+	const WorkerTask *y = &((const Wanted *) lfirst(b))->task;
+
+	return x->index != y->index ? x->index - y->index : x->lane - y->lane;
 }
 
 /*
  * Read agentvm.databases and pg_database into all_wanted: the first dispatcher of
- * every database before the second one of any.  Returns whether that many can run.
+ * every database, then its runner if libraries add providers, before the second
+ * dispatcher of any.  Returns whether that many can run.
  */
 static bool
 read_wanted(void)
@@ -173,7 +184,15 @@ read_wanted(void)
 		foreach (lc, databases)
 		{
 			if (count++ < MAX_DISPATCHERS)
-				want(lfirst_oid(lc), i);
+				want(lfirst_oid(lc), LANE_HTTP, i);
+		}
+	}
+	if (avm_dispatchers > 0 && avm_provider_libraries[0] != '\0')
+	{
+		foreach (lc, databases)
+		{
+			if (foreach_current_index(lc) < MAX_DISPATCHERS)
+				want(lfirst_oid(lc), LANE_BLOCKING, 0);
 		}
 	}
 	CommitTransactionCommand();
@@ -182,12 +201,14 @@ read_wanted(void)
 	return count <= MAX_DISPATCHERS;
 }
 
-/* Start a dispatcher in a slot of its own; false when no slot or no worker can be had now. */
+/* Start a worker in a slot of its own; false when no slot or no worker can be had now. */
 static bool
-start_dispatcher(Wanted *wanted)
+start_worker(Wanted *wanted)
 {
+	const char *kind = wanted->task.lane == LANE_HTTP ? "dispatcher" : "runner";
 	BackgroundWorker worker = {0};
-	DispatcherSlot *slot = shared_reserve(wanted->database, wanted->index);
+	DispatcherSlot *slot =
+		shared_reserve(wanted->task.database, wanted->task.lane, wanted->task.index);
 
 	/* somebody wants the database just now, or surplus dispatchers are still ending */
 	if (slot == NULL)
@@ -198,10 +219,9 @@ start_dispatcher(Wanted *wanted)
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	strlcpy(worker.bgw_library_name, "agentvm", sizeof(worker.bgw_library_name));
 	strlcpy(worker.bgw_function_name, "agentvm_dispatcher_main", sizeof(worker.bgw_function_name));
-	snprintf(worker.bgw_name, sizeof(worker.bgw_name), "agentvm dispatcher %d", wanted->index);
-	strlcpy(worker.bgw_type, "agentvm dispatcher", sizeof(worker.bgw_type));
-	worker.bgw_main_arg = Int32GetDatum(wanted->index);
-	memcpy(worker.bgw_extra, &wanted->database, sizeof(Oid));
+	snprintf(worker.bgw_name, sizeof(worker.bgw_name), "agentvm %s %d", kind, wanted->task.index);
+	snprintf(worker.bgw_type, sizeof(worker.bgw_type), "agentvm %s", kind);
+	memcpy(worker.bgw_extra, &wanted->task, sizeof(WorkerTask));
 	worker.bgw_notify_pid = MyProcPid;
 
 	if (wanted->handle != NULL)
@@ -222,7 +242,7 @@ start_dispatcher(Wanted *wanted)
 	no_workers_before = GetCurrentTimestamp() + no_workers_ms * INT64CONST(1000);
 	no_workers_ms = Min(no_workers_ms * 2, TICK_MS);
 	if (!short_of_workers)
-		ereport(LOG, (errmsg("agentvm: could not start a dispatcher"),
+		ereport(LOG, (errmsg("agentvm: could not start a %s", kind),
 					  errhint("Consider increasing max_worker_processes. It is tried again, "
 							  "quietly, until there is room.")));
 	short_of_workers = true;
@@ -247,7 +267,7 @@ report_shortage(bool enough_slots)
 }
 
 /*
- * The slot that stands for a wanted dispatcher: a running one, or one that is
+ * The slot that stands for a wanted worker: a running one, or one that is
  * being started.  A reservation whose worker has ended without taking it, or
  * that a former launcher left, is freed.
  */
@@ -259,11 +279,11 @@ has_slot(Wanted *wanted)
 	int i;
 
 	shared_lock(LW_EXCLUSIVE);
-	for (i = 0; i < MAX_DISPATCHERS && !found; i++)
+	for (i = 0; i < MAX_WORKERS && !found; i++)
 	{
 		DispatcherSlot *slot = &shared_slots()[i];
 
-		if (slot->database != wanted->database || slot->index != wanted->index)
+		if (!is_for(wanted, slot->database, slot->lane, slot->index))
 			continue;
 		if (slot->pid == 0 && (wanted->handle == NULL ||
 							   GetBackgroundWorkerPid(wanted->handle, &pid) == BGWH_STOPPED))
@@ -275,14 +295,14 @@ has_slot(Wanted *wanted)
 	return found;
 }
 
-/* Stop dispatchers of databases that are not to be served any more, and surplus ones. */
+/* Stop workers of databases that are not to be served any more, and surplus ones. */
 static void
 stop_unwanted(void)
 {
 	int i;
 
 	shared_lock(LW_SHARED);
-	for (i = 0; i < MAX_DISPATCHERS; i++)
+	for (i = 0; i < MAX_WORKERS; i++)
 	{
 		DispatcherSlot *slot = &shared_slots()[i];
 		bool wanted = false;
@@ -292,7 +312,7 @@ stop_unwanted(void)
 		{
 			Wanted *w = lfirst(lc);
 
-			if (w->database == slot->database && w->index == slot->index)
+			if (is_for(w, slot->database, slot->lane, slot->index))
 				wanted = w->wanted;
 		}
 		if (slot->pid != 0 && !wanted)
@@ -348,7 +368,7 @@ agentvm_launcher_main(Datum arg)
 				all_wanted = foreach_delete_current(all_wanted, lc);
 				continue;
 			}
-			if (shared_is_held(wanted->database))
+			if (shared_is_held(wanted->task.database))
 			{
 				/* whoever holds it wakes us, unless he dies */
 				wake = Min(wake, now + MIN_BACKOFF_MS * INT64CONST(1000));
@@ -366,7 +386,7 @@ agentvm_launcher_main(Datum arg)
 			}
 			if (wanted->not_before > now)
 				wake = Min(wake, wanted->not_before);
-			else if (no_workers_before > now || !start_dispatcher(wanted))
+			else if (no_workers_before > now || !start_worker(wanted))
 			{
 				lacking = lacking || short_of_workers;
 				wake = Min(wake, Max(no_workers_before, now + MIN_BACKOFF_MS * INT64CONST(1000)));

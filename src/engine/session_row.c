@@ -21,7 +21,7 @@
 	"s.options, s.vcpus, s.memory_mib, s.disk_gib, s.runtime, "                                    \
 	"(extract(epoch FROM s.bootstrap_timeout) * 1000000)::int8, s.key_id, "                        \
 	"(SELECT installation_id FROM agentvm.installation ORDER BY in_use DESC, created_at LIMIT "    \
-	"1), "                                                                                         \
+	"1), s.lane, "                                                                                 \
 	"s.state, s.end_reason, s.detail, s.vm_id, s.region, s.address, s.purchase, s.attempt, "       \
 	"s.launched_at, s.ready_at, s.ended_at, s.next_check_at, s.lease, s.retries, s.running, "      \
 	"s.handle "
@@ -99,6 +99,8 @@ get_int(uint64 row, int column, int size)
 	{
 		case 1:
 			return DatumGetBool(value);
+		case 2:
+			return DatumGetInt16(value);
 		case 4:
 			return DatumGetInt32(value);
 		default:
@@ -130,6 +132,7 @@ row_from_result(uint64 i, MemoryContext context)
 	row->bootstrap_timeout_us = get_int(i, c++, 8);
 	row->key_id = db_text(i, c++, context);
 	row->cluster = db_text(i, c++, context);
+	row->lane = get_int(i, c++, 2);
 	row->state = row->saved_state = state_parse(db_text(i, c++, context));
 	row->end_reason = db_text(i, c++, context);
 	row->detail = db_text(i, c++, context);
@@ -258,7 +261,7 @@ session_row_save(SessionRow *row)
 		db_run(&unbeat_query, values, NULL);
 	row->saved_state = row->state;
 	if (row->next_check_at != 0)
-		wake_dispatchers(row->next_check_at);
+		wake_workers(row->lane, row->next_check_at);
 }
 
 void

@@ -36,6 +36,7 @@ typedef struct SessionRow
 	int64 bootstrap_timeout_us;
 	char *key_id;
 	char *cluster;
+	int lane;
 
 	SessionState saved_state; /* as the row has it */
 	SessionState state;

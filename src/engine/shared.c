@@ -39,11 +39,12 @@ typedef struct Shared
 	int launcher_pid;
 	Latch *launcher_latch;
 	Shortage shortage;
-	DispatcherSlot slots[MAX_DISPATCHERS];
+	DispatcherSlot slots[MAX_WORKERS];
 	DatabaseHold holds[MAX_HOLDS];
 	ConditionVariable changed[NUM_CHANGED_BUCKETS];
 	ProviderStat stats[MAX_PROVIDER_STATS];
 	char gateway_channel[NAMEDATALEN]; /* empty: none could be made */
+	Question questions[MAX_QUESTIONS];
 } Shared;
 
 static Shared *shared = NULL;
@@ -125,7 +126,7 @@ shared_available(void)
 }
 
 int
-shared_serving(void)
+shared_serving(int lane)
 {
 	int serving = 0;
 	int i;
@@ -133,19 +134,14 @@ shared_serving(void)
 	if (shared == NULL)
 		return 0;
 	LWLockAcquire(shared->lock, LW_SHARED);
-	for (i = 0; i < MAX_DISPATCHERS; i++)
+	for (i = 0; i < MAX_WORKERS; i++)
 	{
-		if (shared->slots[i].database == MyDatabaseId && shared->slots[i].serves)
+		if (shared->slots[i].database == MyDatabaseId && shared->slots[i].lane == lane &&
+			shared->slots[i].serves)
 			serving++;
 	}
 	LWLockRelease(shared->lock);
 	return serving;
-}
-
-bool
-shared_is_served(void)
-{
-	return shared_serving() > 0;
 }
 
 DispatcherSlot *
@@ -183,14 +179,16 @@ is_held(Oid database)
 }
 
 DispatcherSlot *
-shared_reserve(Oid database, int index)
+shared_reserve(Oid database, int lane, int index)
 {
 	DispatcherSlot *slot = NULL;
+	int first =
+		lane * MAX_DISPATCHERS; /* a lane's slots are its own, so that none starves the other */
 	int i;
 
 	/* One lock for both: who puts a hold on the database later finds the slot taken. */
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	for (i = 0; i < MAX_DISPATCHERS && slot == NULL && !is_held(database); i++)
+	for (i = first; i < first + MAX_DISPATCHERS && slot == NULL && !is_held(database); i++)
 	{
 		if (shared->slots[i].database == InvalidOid)
 			slot = &shared->slots[i];
@@ -199,6 +197,7 @@ shared_reserve(Oid database, int index)
 	{
 		memset(slot, 0, sizeof(*slot));
 		slot->database = database;
+		slot->lane = lane;
 		slot->index = index;
 		slot->started_at = GetCurrentTimestamp();
 	}
@@ -280,13 +279,13 @@ shared_is_held(Oid database)
 }
 
 int
-shared_stop_dispatchers(Oid database)
+shared_stop_workers(Oid database)
 {
 	int count = 0;
 	int i;
 
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	for (i = 0; i < MAX_DISPATCHERS; i++)
+	for (i = 0; i < MAX_WORKERS; i++)
 	{
 		if (shared->slots[i].database != database)
 			continue;
@@ -304,17 +303,45 @@ stop_announcing(DispatcherSlot *slot)
 {
 	int i;
 
-	for (i = 0; slot->announces && i < MAX_DISPATCHERS; i++)
+	for (i = 0; slot->announces && i < MAX_WORKERS; i++)
 	{
 		DispatcherSlot *other = &shared->slots[i];
 
-		if (other != slot && other->database == slot->database && other->pid != 0)
+		if (other != slot && other->database == slot->database && other->lane == slot->lane &&
+			other->pid != 0)
 			SetLatch(other->latch);
 	}
 	slot->announces = false;
 }
 
-/* Exit hook of a dispatcher: free our slot, and tell the launcher. */
+/* The questions that this runner has taken will not be answered; under the lock. */
+static void
+drop_questions(void)
+{
+	int i;
+
+	for (i = 0; i < MAX_QUESTIONS; i++)
+	{
+		Question *question = &shared->questions[i];
+
+		if (question->state != QUESTION_TAKEN || question->runner_pid != MyProcPid)
+			continue;
+		if (question->given_up)
+		{
+			question->state = QUESTION_FREE;
+			continue;
+		}
+		question->status = 0;
+		question->maybe_sent = true;
+		question->has_error = true;
+		question->millis = 0;
+		question->len = snprintf(question->text, QUESTION_SIZE, "the runner has ended") + 1;
+		question->state = QUESTION_ANSWERED;
+		SetLatch(question->asker);
+	}
+}
+
+/* Exit hook of a worker: free our slot and what we had taken, and tell the launcher. */
 static void
 shared_detach(int code, Datum arg)
 {
@@ -326,6 +353,7 @@ shared_detach(int code, Datum arg)
 		stop_announcing(my_slot);
 		memset(my_slot, 0, sizeof(DispatcherSlot));
 	}
+	drop_questions();
 	if (shared->launcher_latch != NULL)
 		SetLatch(shared->launcher_latch);
 	LWLockRelease(shared->lock);
@@ -333,16 +361,17 @@ shared_detach(int code, Datum arg)
 }
 
 DispatcherSlot *
-shared_attach(Oid database, int index)
+shared_attach(Oid database, int lane, int index)
 {
 	int i;
 
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	for (i = 0; i < MAX_DISPATCHERS && my_slot == NULL; i++)
+	for (i = 0; i < MAX_WORKERS && my_slot == NULL; i++)
 	{
 		DispatcherSlot *slot = &shared->slots[i];
 
-		if (slot->database == database && slot->index == index && slot->pid == 0)
+		if (slot->database == database && slot->lane == lane && slot->index == index &&
+			slot->pid == 0)
 		{
 			slot->pid = MyProcPid;
 			slot->latch = MyLatch;
@@ -377,7 +406,7 @@ shared_announce(DispatcherSlot *slot)
 	if (slot->announces)
 		return true;
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	for (i = 0; i < MAX_DISPATCHERS; i++)
+	for (i = 0; i < MAX_WORKERS; i++)
 		other =
 			other || (shared->slots[i].database == slot->database && shared->slots[i].announces);
 	slot->announces = !other;
@@ -418,11 +447,12 @@ shared_rank(DispatcherSlot *slot, int *peers)
 
 	*peers = 1;
 	LWLockAcquire(shared->lock, LW_SHARED);
-	for (i = 0; i < MAX_DISPATCHERS; i++)
+	for (i = 0; i < MAX_WORKERS; i++)
 	{
 		DispatcherSlot *other = &shared->slots[i];
 
-		if (other == slot || other->database != slot->database || !other->serves)
+		if (other == slot || other->database != slot->database || other->lane != slot->lane ||
+			!other->serves)
 			continue;
 		(*peers)++;
 		if (other->index < slot->index)
@@ -445,23 +475,23 @@ shared_sleep_until(DispatcherSlot *slot, TimestampTz until)
 }
 
 void
-shared_publish(TimestampTz due, TimestampTz ahead, bool changed)
+shared_publish(const TimestampTz due[NUM_LANES], const TimestampTz ahead[NUM_LANES], bool changed)
 {
 	int i;
 
 	if (shared == NULL)
 		return;
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	for (i = 0; i < MAX_DISPATCHERS; i++)
+	for (i = 0; i < MAX_WORKERS; i++)
 	{
 		DispatcherSlot *slot = &shared->slots[i];
 
 		if (slot->database != MyDatabaseId || slot->pid == 0)
 			continue;
-		slot->committed_due = Min(slot->committed_due, due);
-		slot->committed_ahead = Min(slot->committed_ahead, ahead);
+		slot->committed_due = Min(slot->committed_due, due[slot->lane]);
+		slot->committed_ahead = Min(slot->committed_ahead, ahead[slot->lane]);
 		/* the extension may only just have been created: wake those who look for it, too */
-		if (!slot->serves || due < slot->sleeping_until)
+		if (!slot->serves || due[slot->lane] < slot->sleeping_until)
 		{
 			slot->sleeping_until = DT_NOBEGIN;
 			SetLatch(slot->latch);
@@ -475,6 +505,33 @@ shared_publish(TimestampTz due, TimestampTz ahead, bool changed)
 		}
 	}
 	LWLockRelease(shared->lock);
+}
+
+Question *
+shared_questions(void)
+{
+	return shared->questions;
+}
+
+bool
+shared_wake_runner(void)
+{
+	bool found = false;
+	int i;
+
+	if (shared == NULL)
+		return false;
+	LWLockAcquire(shared->lock, LW_SHARED);
+	for (i = 0; i < MAX_WORKERS && !found; i++)
+	{
+		DispatcherSlot *slot = &shared->slots[i];
+
+		found = slot->database == MyDatabaseId && slot->lane == LANE_BLOCKING && slot->serves;
+		if (found)
+			SetLatch(slot->latch);
+	}
+	LWLockRelease(shared->lock);
+	return found;
 }
 
 int

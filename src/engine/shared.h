@@ -18,14 +18,22 @@
 #include "storage/condition_variable.h"
 #include "utils/uuid.h"
 
-#define MAX_DISPATCHERS 64 /* in the whole cluster */
+#define MAX_DISPATCHERS 64				  /* in the whole cluster */
+#define MAX_WORKERS (2 * MAX_DISPATCHERS) /* as many runners */
 
-/* A dispatcher as others see it. */
+/* Who works on a session: its column "lane". */
+#define LANE_HTTP 0		/* dispatchers: calls are HTTP requests of the event loop */
+#define LANE_BLOCKING 1 /* runners: calls block, each on a thread */
+#define NUM_LANES 2
+#define LANE_ALL (-1)
+
+/* A dispatcher or runner as others see it. */
 typedef struct DispatcherSlot
 {
 	Oid database; /* InvalidOid: free */
-	int index;	  /* 0 .. agentvm.dispatchers - 1 within its database */
-	int pid;	  /* 0 while it is being started */
+	int lane;
+	int index; /* 0 .. agentvm.dispatchers - 1 within its database */
+	int pid;   /* 0 while it is being started */
 	Latch *latch;
 	bool serves;	/* runs, and the extension is there */
 	bool announces; /* the one of its database that does */
@@ -40,6 +48,7 @@ typedef struct DispatcherSlot
 	TimestampTz started_at;
 	TimestampTz last_pass_at;
 	int in_flight;
+	int stuck; /* threads of a runner whose call was given up and has not come back */
 	uint64 passes;
 	uint64 claimed;
 	uint64 recorded;
@@ -52,24 +61,21 @@ extern void shared_init(void);
 /* Whether the library was preloaded. */
 extern bool shared_available(void);
 
-/* Whether some dispatcher serves the current database. */
-extern bool shared_is_served(void);
-
-/* How many dispatchers serve the current database. */
-extern int shared_serving(void);
+/* How many dispatchers, or runners, serve the current database. */
+extern int shared_serving(int lane);
 
 /* ---- the launcher's side ---- */
 
-/* The array of MAX_DISPATCHERS slots; read and written under the lock. */
+/* The array of MAX_WORKERS slots; read and written under the lock. */
 extern DispatcherSlot *shared_slots(void);
 extern void shared_lock(LWLockMode mode);
 extern void shared_unlock(void);
 
 /*
- * Reserve a slot for the dispatcher (database, index), which the launcher is
+ * Reserve a slot for the worker (database, lane, index), which the launcher is
  * about to start.  NULL if somebody holds the database, or no slot is free.
  */
-extern DispatcherSlot *shared_reserve(Oid database, int index);
+extern DispatcherSlot *shared_reserve(Oid database, int lane, int index);
 
 /* Tell everybody which process is the launcher (pid 0: none). */
 extern void shared_set_launcher(int pid, Latch *latch);
@@ -104,17 +110,17 @@ extern void shared_hold_database(Oid database);
 /* Whether a living backend holds the database. */
 extern bool shared_is_held(Oid database);
 
-/* Send SIGTERM to the dispatchers of a database; how many slots it still has. */
-extern int shared_stop_dispatchers(Oid database);
+/* Send SIGTERM to the dispatchers and runners of a database; how many slots it still has. */
+extern int shared_stop_workers(Oid database);
 
 /* ---- the dispatcher's side ---- */
 
 /*
- * Take the slot that the launcher reserved for (database, index); registers an
- * exit hook that clears it, and only if it still holds our pid.  NULL if
- * another process holds it.
+ * Take the slot that the launcher reserved for (database, lane, index);
+ * registers an exit hook that clears it, and only if it still holds our pid.
+ * NULL if another process holds it.
  */
-extern DispatcherSlot *shared_attach(Oid database, int index);
+extern DispatcherSlot *shared_attach(Oid database, int lane, int index);
 
 /* Set or clear whether commits wake us, i.e. whether we serve the database. */
 extern void shared_serve(DispatcherSlot *slot, bool serve);
@@ -137,7 +143,7 @@ extern const char *shared_gateway_channel(void);
 /* Reset slot->changed; what is committed from here on sets it again. */
 extern void shared_take_changed(DispatcherSlot *slot);
 
-/* How many dispatchers serve our database, ourselves included, and how many of them come before us. */
+/* How many workers of our lane serve our database, ourselves included, and how many of them come before us. */
 extern int shared_rank(DispatcherSlot *slot, int *peers);
 
 /*
@@ -149,11 +155,12 @@ extern bool shared_sleep_until(DispatcherSlot *slot, TimestampTz until);
 /* ---- wake-ups at commit ---- */
 
 /*
- * Lower committed_due of all dispatchers of the database to "due", and
- * committed_ahead to "ahead"; wake those that would sleep beyond "due".  If states
- * have "changed", tell the one that announces.
+ * Lower committed_due of all workers of the database to their lane's "due", and
+ * committed_ahead to its "ahead"; wake those that would sleep beyond "due".  If
+ * states have "changed", tell the one that announces.
  */
-extern void shared_publish(TimestampTz due, TimestampTz ahead, bool changed);
+extern void shared_publish(const TimestampTz due[NUM_LANES], const TimestampTz ahead[NUM_LANES],
+						   bool changed);
 
 /* The condition variable that waiters of a session sleep on (shared by many sessions), or NULL. */
 extern ConditionVariable *shared_changed(const pg_uuid_t *session_id);
@@ -162,6 +169,45 @@ extern void shared_broadcast(int bucket);
 
 /* So many that a change hardly ever wakes somebody who waits for another session. */
 #define NUM_CHANGED_BUCKETS 4096
+
+/* ---- questions to a runner (question.c) ---- */
+
+#define MAX_QUESTIONS 8			   /* under way in the whole cluster */
+#define QUESTION_SIZE (256 * 1024) /* bytes of a question, and of its answer */
+
+typedef enum QuestionState
+{
+	QUESTION_FREE,
+	QUESTION_BEGUN,	  /* the asker writes it */
+	QUESTION_ASKED,	  /* a runner may take it */
+	QUESTION_TAKEN,	  /* the runner works on it, and writes the answer */
+	QUESTION_ANSWERED /* the asker reads it */
+} QuestionState;
+
+/* The state is changed under the lock; what follows belongs to whom it says. */
+typedef struct Question
+{
+	QuestionState state;
+	bool given_up; /* taken, but nobody waits for the answer any more: the runner frees it */
+	Oid database;
+	int runner_pid; /* who has taken it */
+	Latch *asker;
+	char provider[NAMEDATALEN];
+	int timeout_ms;
+	int status; /* of the answer, as are the next ones */
+	bool maybe_sent;
+	bool has_error;
+	int millis;
+	size_t len;
+	char text
+		[QUESTION_SIZE]; /* operation, target, body; or error, body: the first ones end with NUL */
+} Question;
+
+/* The array of MAX_QUESTIONS. */
+extern Question *shared_questions(void);
+
+/* Set the latch of the runner that serves the current database; false when there is none. */
+extern bool shared_wake_runner(void);
 
 /* ---- counters per provider and operation ---- */
 

@@ -41,7 +41,7 @@
 	"UPDATE agentvm.session s SET state = 'terminating', end_reason = '" reason "', "              \
 	"detail = NULL, retries = 0, next_check_at = "                                                 \
 	"CASE WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "                       \
-	"FROM due WHERE s.session_id = due.session_id RETURNING s.next_check_at"
+	"FROM due WHERE s.session_id = due.session_id RETURNING s.next_check_at, s.lane"
 
 static DbQuery bootstrap_query = {END_DUE("bootstrap_timeout",
 										  "state = 'provisioning' AND runtime AND "
@@ -99,7 +99,7 @@ static DbQuery silent_end_query = {
 	"retries = 0, next_check_at = "
 	"CASE WHEN s.lease IS NULL THEN clock_timestamp() ELSE s.next_check_at END "
 	"FROM agentvm.session_heartbeat h WHERE s.session_id = ANY ($2) "
-	"AND h.session_id = s.session_id AND " IS_SILENT " RETURNING s.next_check_at",
+	"AND h.session_id = s.session_id AND " IS_SILENT " RETURNING s.next_check_at, s.lane",
 	2,
 	{TIMESTAMPTZOID, UUIDARRAYOID}};
 
@@ -116,7 +116,7 @@ static DbQuery hold_query = {
 
 static DbQuery unhold_query = {"DELETE FROM agentvm.sweep_hold WHERE sweep = 'heartbeat'", 0, {0}};
 
-/* Tell the dispatchers about the rows that the last statement returned (column 1: next_check_at). */
+/* Tell the workers about the rows that the last statement returned: next_check_at, lane. */
 static int
 wake_for_result(void)
 {
@@ -124,7 +124,8 @@ wake_for_result(void)
 	bool isnull;
 
 	for (i = 0; i < SPI_processed; i++)
-		wake_dispatchers(DatumGetTimestampTz(db_value(i, 1, &isnull)));
+		wake_workers(DatumGetInt16(db_value(i, 2, &isnull)),
+					 DatumGetTimestampTz(db_value(i, 1, &isnull)));
 	return (int) SPI_processed;
 }
 

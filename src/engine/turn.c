@@ -16,6 +16,7 @@
 #include "agentvm.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/placement.h"
 #include "engine/retry.h"
 #include "engine/shared.h"
 #include "engine/turn.h"
@@ -173,7 +174,8 @@ log_call(const SessionRow *row, const char *operation, const HttpReply *reply,
 	if (reply != NULL)
 	{
 		if (reply->status != 0)
-			detail = handle_set_int(detail, "http_status", reply->status);
+			detail = handle_set_int(detail, row->lane == LANE_HTTP ? "http_status" : "status",
+									reply->status);
 		if (reply->request_id != NULL)
 			detail = handle_set_text(detail, "request_id", reply->request_id);
 		detail = handle_set_int(detail, "ms", reply->millis);
@@ -278,9 +280,11 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 	{
 		ProviderContext context = {0};
 		ProviderStep step;
+		ProviderHost *host = NULL;
 		char *error = NULL;
 		bool launched;
 		bool unavailable;
+		bool placed = true;
 
 		now = GetCurrentTimestamp();
 		enforce_deadlines(row, now);
@@ -304,6 +308,13 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		context.reply = reply;
 		context.now = now;
 		context.ending = row->state == STATE_TERMINATING && op == OP_PROVISION;
+		if (provider != NULL && provider->placed)
+		{
+			placed = placement_of(row, op == OP_PROVISION && !context.ending, &host, &step);
+			/* if not, the step is repeated later, from its handle */
+			context.host = host;
+			context.session = session_row_for_provider(row);
+		}
 
 		/*
 		 * An end may need no credentials: where there is nothing to end.  A launch
@@ -314,12 +325,13 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 			row->key_id != NULL)
 			missing = keyring_key_problem(row->key_id);
 		unavailable = missing != NULL;
-		if (provider != NULL && round < MAX_ROUNDS && (!unavailable || op == OP_TERMINATE))
+		if (provider != NULL && placed && round < MAX_ROUNDS &&
+			(!unavailable || op == OP_TERMINATE))
 		{
 			provider_step(provider, &context, &step);
 			unavailable = unavailable && step.kind == STEP_FAILED;
 		}
-		if (provider == NULL || unavailable || round >= MAX_ROUNDS)
+		if (provider == NULL || (placed && unavailable) || round >= MAX_ROUNDS)
 		{
 			memset(&step, 0, sizeof(step));
 			step.kind = STEP_FAILED;
@@ -342,6 +354,7 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		if (step.error_class != CLASS_NONE || (reply != NULL && mutates))
 			log_call(row, operation ? operation : step.operation, reply, &step, error);
 		learn(row, &step, now);
+		placement_learn_kvm(host, step.host_kvm);
 		reply = NULL;
 		operation = NULL;
 		mutates = false;

@@ -20,8 +20,10 @@
 #include "engine/wake.h"
 #include "utils/timestamp.h"
 
-static TimestampTz pending_due = DT_NOEND;
-static TimestampTz pending_ahead = DT_NOEND; /* the earliest of those that are still to come */
+static TimestampTz pending_due[NUM_LANES] = {DT_NOEND, DT_NOEND};
+/* the earliest of those that are still to come */
+static TimestampTz pending_ahead[NUM_LANES] = {DT_NOEND, DT_NOEND};
+static bool pending_any_due = false;
 static uint64 pending_changed[NUM_CHANGED_BUCKETS / 64]; /* a bit per bucket */
 static bool pending_any_changed = false;
 static bool pending_locked = false;
@@ -52,22 +54,33 @@ wake_xact_callback(XactEvent event, void *arg)
 	switch (event)
 	{
 		case XACT_EVENT_COMMIT:
-			if (pending_due != DT_NOEND || pending_any_changed)
+			if (pending_any_due || pending_any_changed)
 				shared_publish(pending_due, pending_ahead, pending_any_changed);
 			if (pending_any_changed)
 				broadcast_changed();
 			break;
 		case XACT_EVENT_ABORT:
 			if (pending_locked)
-				shared_publish(DT_NOBEGIN, DT_NOEND, false);
+			{
+				static const TimestampTz at_once[NUM_LANES] = {DT_NOBEGIN, DT_NOBEGIN};
+				static const TimestampTz never[NUM_LANES] = {DT_NOEND, DT_NOEND};
+
+				shared_publish(at_once, never, false);
+			}
 			break;
 		case XACT_EVENT_PREPARE:
 			break;
 		default:
 			return;
 	}
-	pending_due = DT_NOEND;
-	pending_ahead = DT_NOEND;
+	if (pending_any_due)
+	{
+		int lane;
+
+		for (lane = 0; lane < NUM_LANES; lane++)
+			pending_due[lane] = pending_ahead[lane] = DT_NOEND;
+	}
+	pending_any_due = false;
 	if (pending_any_changed)
 		memset(pending_changed, 0, sizeof(pending_changed));
 	pending_any_changed = false;
@@ -81,11 +94,19 @@ wake_init(void)
 }
 
 void
-wake_dispatchers(TimestampTz due)
+wake_workers(int lane, TimestampTz due)
 {
-	pending_due = Min(pending_due, due);
-	if (due > GetCurrentTimestamp())
-		pending_ahead = Min(pending_ahead, due);
+	int i;
+
+	for (i = 0; i < NUM_LANES; i++)
+	{
+		if (lane != LANE_ALL && lane != i)
+			continue;
+		pending_due[i] = Min(pending_due[i], due);
+		if (due > GetCurrentTimestamp())
+			pending_ahead[i] = Min(pending_ahead[i], due);
+	}
+	pending_any_due = true;
 }
 
 void
@@ -98,8 +119,8 @@ wake_waiters(const pg_uuid_t *session_id)
 }
 
 void
-wake_after_lock(TimestampTz due)
+wake_after_lock(int lane, TimestampTz due)
 {
-	wake_dispatchers(due);
+	wake_workers(lane, due);
 	pending_locked = true;
 }

@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "datatype/timestamp.h"
+#include "engine/shared.h" /* lanes */
 #include "utils/uuid.h"
 
 /* Register the transaction callback, once per process; called from _PG_init. */
@@ -18,10 +19,11 @@ extern void wake_init(void);
 
 /*
  * This transaction wrote (or left, under its row lock) a session whose
- * next_check_at is "due": at COMMIT the dispatchers of this database lower
- * their low-water marks to it, and those that would sleep longer are woken.
+ * next_check_at is "due": at COMMIT the workers of this database that serve its
+ * lane (LANE_ALL: all) lower their low-water marks to it, and those that would
+ * sleep longer are woken.
  */
-extern void wake_dispatchers(TimestampTz due);
+extern void wake_workers(int lane, TimestampTz due);
 
 /*
  * This transaction changed the state of a session: at COMMIT whoever waits for it
@@ -30,9 +32,9 @@ extern void wake_dispatchers(TimestampTz due);
 extern void wake_waiters(const pg_uuid_t *session_id);
 
 /*
- * The same for a row that was there before: the dispatchers may have passed it
+ * The same for a row that was there before: the workers may have passed it
  * by while we had it locked, so an ABORT makes them look again, too.
  */
-extern void wake_after_lock(TimestampTz due);
+extern void wake_after_lock(int lane, TimestampTz due);
 
 #endif /* AGENTVM_ENGINE_WAKE_H */

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * worker.h
- *		Background workers: the launcher of the cluster, the dispatchers of its databases.
+ *		Background workers: the launcher of the cluster, the dispatchers and runners
+ *		of its databases.
  *
  *-------------------------------------------------------------------------
  */
@@ -9,6 +10,14 @@
 #define AGENTVM_ENGINE_WORKER_H
 
 #include "agentvm.h"
+
+/* What a worker is started for: its bgw_extra. */
+typedef struct WorkerTask
+{
+	Oid database;
+	int lane;
+	int index;
+} WorkerTask;
 
 /* Register the launcher; called from _PG_init while preloading. */
 extern void worker_init(void);

@@ -281,6 +281,27 @@ handle_set_text(Jsonb *object, const char *name, const char *value)
 }
 
 Jsonb *
+handle_set_bool(Jsonb *object, const char *name, bool value)
+{
+	JsonbValue member;
+
+	member.type = jbvBool;
+	member.val.boolean = value;
+	return set_member(object, name, &member);
+}
+
+Jsonb *
+handle_set_document(Jsonb *object, const char *name, Jsonb *value)
+{
+	JsonbValue member;
+
+	member.type = jbvBinary;
+	member.val.binary.data = &value->root;
+	member.val.binary.len = VARSIZE(value) - VARHDRSZ;
+	return set_member(object, name, &member);
+}
+
+Jsonb *
 handle_set_int(Jsonb *object, const char *name, int64 value)
 {
 	JsonbValue member;

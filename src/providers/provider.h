@@ -238,9 +238,11 @@ extern JsonbValue *option_value(Jsonb *object, const char *name);
 
 /*
  * A copy of "object" ('{}' when NULL) with one member set to a string (NULL
- * removes it) or an integer.  For handles.
+ * removes it), an integer, a boolean, or an object or array.  For handles and results.
  */
 extern Jsonb *handle_set_text(Jsonb *object, const char *name, const char *value);
+extern Jsonb *handle_set_bool(Jsonb *object, const char *name, bool value);
+extern Jsonb *handle_set_document(Jsonb *object, const char *name, Jsonb *value);
 extern Jsonb *handle_set_int(Jsonb *object, const char *name, int64 value);
 
 /* Integer member of a handle, or the default. */

@@ -77,7 +77,8 @@ agentvm_register_provider(const Provider *provider)
 					   "or hyphens",
 					   MAX_PROVIDER_NAME),
 				hide_caller());
-	if (provider->options == NULL || provider->secrets == NULL || provider->step == NULL)
+	if (provider->options == NULL || provider->secrets == NULL || provider->step == NULL ||
+		(provider->placed && provider->perform == NULL))
 		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
 				errmsg("provider \"%s\" is incomplete", provider->name), hide_caller());
 

@@ -22,6 +22,7 @@
 #include "catalog/pg_type.h"
 #include "db.h"
 #include "engine/identity.h"
+#include "engine/placement.h"
 #include "engine/session_row.h"
 #include "engine/shared.h"
 #include "engine/wake.h"
@@ -775,13 +776,21 @@ make_payload(const Request *request, const char *session_id, char **key_id)
 
 /* Calling where nobody works is never a silent no-op; said once per transaction. */
 static void
-warn_unless_served(void)
+warn_unless_served(int lane)
 {
 	static LocalTransactionId warned = InvalidLocalTransactionId;
 
-	if (shared_is_served() || warned == AvmLocalTransactionId())
+	if (shared_serving(lane) > 0 || warned == AvmLocalTransactionId())
 		return;
 	warned = AvmLocalTransactionId();
+	if (lane == LANE_BLOCKING)
+	{
+		ereport(WARNING,
+				(errmsg("no agentvm runner serves this database, so the session is not launched"),
+				 errhint("Row \"runner\" of agentvm.health says why. CALL agentvm.dispatch() does "
+						 "not launch it either.")));
+		return;
+	}
 	ereport(WARNING,
 			(errmsg("no agentvm dispatcher serves this database, so the session is not launched by "
 					"itself"),
@@ -813,6 +822,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	bool has_payload;
 	int64 lifetime;
 	int64 ceiling;
+	int lane;
 	TimestampTz now = GetCurrentTimestamp();
 
 	PreventCommandDuringRecovery("agentvm.provision()");
@@ -846,6 +856,15 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	runtime = resolve_runtime(provider, &resolved, options);
 	if (provider->check_launch != NULL)
 		provider->check_launch(options, runtime);
+	lane = provider->perform != NULL ? LANE_BLOCKING : LANE_HTTP;
+	if (provider->placed)
+	{
+		if (resolved.vcpus == 0)
+			resolved.vcpus = PLACEMENT_VCPUS;
+		if (resolved.memory_mib == 0)
+			resolved.memory_mib = PLACEMENT_MEMORY_MIB;
+		placement_check(provider->name, resolved.vcpus, resolved.memory_mib);
+	}
 
 	identity_take_into_use();
 	make_session_id(id, now);
@@ -895,7 +914,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	nulls[19] = payload ? ' ' : 'n';
 	values[19] = PointerGetDatum(payload);
 	set_optional_text(values, nulls, 20, key_id);
-	values[21] = Int16GetDatum(provider->perform != NULL ? 1 : 0);
+	values[21] = Int16GetDatum(lane);
 	values[22] = TimestampTzGetDatum(now);
 
 	lock_for_quota(request.team_id, &resolved);
@@ -929,8 +948,8 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	event_add(id, request.team_id, "state", NULL, "provisioning", NULL, NULL);
 	db_leave(&scope);
 
-	wake_dispatchers(now);
-	warn_unless_served();
+	wake_workers(lane, now);
+	warn_unless_served(lane);
 }
 
 static bool

@@ -59,7 +59,7 @@ static DbQuery boot_query = {
 	"boot_info = $3, detail = NULL, "
 	"next_check_at = CASE WHEN lease IS NULL AND running THEN deadline_at "
 	"WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "
-	"WHERE session_id = $1 RETURNING next_check_at",
+	"WHERE session_id = $1 RETURNING next_check_at, lane",
 	3,
 	{UUIDOID, TEXTOID, JSONBOID}};
 
@@ -296,7 +296,8 @@ agentvm_bootstrap(PG_FUNCTION_ARGS)
 		nulls[2] = info ? ' ' : 'n';
 		values[2] = PointerGetDatum(info);
 		db_run(&boot_query, values, nulls);
-		wake_after_lock(DatumGetTimestampTz(db_value(0, 1, &isnull)));
+		wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
+						DatumGetTimestampTz(db_value(0, 1, &isnull)));
 		db_run(&add_heartbeat_query, values, NULL);
 	}
 	answer = boot_answer(&id, team_id, payload, key_id, deadline);

@@ -16,6 +16,7 @@
 #include "db.h"
 #include "engine/ask.h"
 #include "engine/session_row.h"
+#include "engine/shared.h"
 #include "engine/wake.h"
 #include "miscadmin.h"
 #include "session/session.h"
@@ -49,7 +50,7 @@ static DbQuery terminate_query = {
 	"retries = 0, next_check_at = CASE WHEN lease IS NULL THEN least(next_check_at, $3) "
 	"ELSE next_check_at END "
 	"WHERE session_id = $1 AND state NOT IN ('terminating', 'terminated', 'failed') "
-	"RETURNING next_check_at",
+	"RETURNING next_check_at, lane",
 	3,
 	{UUIDOID, TEXTOID, TIMESTAMPTZOID}};
 
@@ -60,7 +61,7 @@ static DbQuery terminate_query = {
 static DbQuery extend_query = {
 	"UPDATE agentvm.session SET deadline_at = deadline_at + $2 "
 	"WHERE session_id = $1 AND state NOT IN ('terminating', 'terminated', 'failed') "
-	"AND deadline_at + $2 <= ceiling_at RETURNING deadline_at, next_check_at",
+	"AND deadline_at + $2 <= ceiling_at RETURNING deadline_at, next_check_at, lane",
 	2,
 	{UUIDOID, INTERVALOID}};
 
@@ -71,6 +72,10 @@ static DbQuery begin_end_query = {
 
 static DbQuery has_ended_query = {
 	"DELETE FROM agentvm.session_ending WHERE session_id = $1", 1, {UUIDOID}};
+
+/* A VM that is gone takes no room. */
+static DbQuery displace_query = {
+	"DELETE FROM agentvm.placement WHERE session_id = $1", 1, {UUIDOID}};
 
 static DbQuery ceiling_query = {
 	"SELECT ceiling_at::text FROM agentvm.session WHERE session_id = $1", 1, {UUIDOID}};
@@ -170,7 +175,8 @@ agentvm_terminate(PG_FUNCTION_ARGS)
 	db_run(&terminate_query, values, nulls);
 	began = SPI_processed > 0;
 	if (began)
-		wake_after_lock(DatumGetTimestampTz(db_value(0, 1, &isnull)));
+		wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
+						DatumGetTimestampTz(db_value(0, 1, &isnull)));
 	db_leave(&scope);
 	PG_RETURN_BOOL(began);
 }
@@ -211,7 +217,8 @@ agentvm_extend(PG_FUNCTION_ARGS)
 	}
 	deadline = DatumGetTimestampTz(db_value(0, 1, &isnull));
 	/* we held the row's lock: whoever passed it by meanwhile looks again */
-	wake_after_lock(DatumGetTimestampTz(db_value(0, 2, &isnull)));
+	wake_after_lock(DatumGetInt16(db_value(0, 3, &isnull)),
+					DatumGetTimestampTz(db_value(0, 2, &isnull)));
 	db_leave(&scope);
 	PG_RETURN_TIMESTAMPTZ(deadline);
 }
@@ -365,6 +372,9 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	if (DatumGetBool(heap_getattr(row, SPI_fnumber(desc, "runtime"), desc, &isnull)) &&
 		(to == STATE_TERMINATING || state_is_ended(to)))
 		db_run(to == STATE_TERMINATING ? &begin_end_query : &has_ended_query, values, NULL);
+	if (state_is_ended(to) &&
+		DatumGetInt16(heap_getattr(row, SPI_fnumber(desc, "lane"), desc, &isnull)) == LANE_BLOCKING)
+		db_run(&displace_query, values, NULL);
 	db_leave(&scope);
 	wake_waiters(id);
 	return PointerGetDatum(NULL);

@@ -176,9 +176,9 @@ rotate_row(Rotation *rotation, const Encrypted *row)
 	}
 	if (value != NULL)
 		rotation->done++;
-	/* dispatchers may have passed it by while we had it locked */
+	/* workers may have passed it by while we had it locked */
 	if (row->next_check_at != 0)
-		wake_after_lock(row->next_check_at);
+		wake_after_lock(LANE_ALL, row->next_check_at);
 	MemoryContextSwitchTo(oldcontext);
 	MemoryContextReset(rotation->row_context);
 }

@@ -37,7 +37,9 @@ for my $team (qw(acme globex initech))
 }
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$session{initech}')");
 await_state($node, $session{initech}, 'terminated');
-$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0); INSERT INTO agentvm.session_ending VALUES (gen_random_uuid())});
+$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0); INSERT INTO agentvm.session_ending VALUES (gen_random_uuid());
+	INSERT INTO agentvm.host (name, directory, vcpus, memory_mib) VALUES ('here', '/tmp', 1, 512)});
+$node->safe_psql('postgres', "INSERT INTO agentvm.placement VALUES ('$session{acme}', 'here', 1, 512)");
 
 await($node, $settled, 't', name => 'their history is sealed');
 
@@ -75,7 +77,7 @@ my %call = (
 	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])}, deadlines => q{deadlines('{SESSION}')}, gateway_channel => 'gateway_channel()',
 	adopt_cluster => q{adopt_cluster('takeover')}, abandon => 'abandon()',
 	session_is_sound => q{session_is_sound('ready', NULL, NULL, NULL, now())},
-	map { $_ => "$_()" } qw(visible_teams sees_all stat_provider_get stat_dispatcher_get health_get cluster_identity session_transition event_is_append_only guard_drop));
+	map { $_ => "$_()" } qw(visible_teams sees_all stat_provider_get stat_dispatcher_get health_get cluster_identity session_transition event_is_append_only host_changed guard_drop));
 my (%routine, %relation, %number);    # kind, kind, oid
 sub catalog { my ($kind, $query) = @_; for (split /\n/, $node->safe_psql('postgres', $query)) { my @row = split /\|/; ($kind->{ $row[0] }, $number{ $row[0] }) = @row[ 1, 2 ]; } return; }
 catalog(\%routine, q{SELECT proname, prokind, oid FROM pg_proc WHERE pronamespace = 'agentvm'::regnamespace});
@@ -228,8 +230,9 @@ for my $role (sort { ($b eq 'superuser') <=> ($a eq 'superuser') || $a cmp $b } 
 		# the triggers' functions may be called, and decline
 		like(delete $found->{session_transition}, qr/^39P01 .* is a trigger/, 'a trigger function called by hand');
 		like(delete $found->{event_is_append_only}, qr/^39P01 .* is a trigger/, 'another one');
-		like(delete $found->{guard_drop}, qr/^39P01 .* is an event trigger/, 'a third one');
-		delete @$expected{qw(session_transition event_is_append_only guard_drop)};
+		like(delete $found->{host_changed}, qr/^39P01 .* is a trigger/, 'a third one');
+		like(delete $found->{guard_drop}, qr/^39P01 .* is an event trigger/, 'a fourth one');
+		delete @$expected{qw(session_transition event_is_append_only host_changed guard_drop)};
 		is(join(' ', grep { !$everything{$_}{rows} && $_ ne 'stat_provider' } @readable), '', 'every table and view has rows to be seen');
 	}
 	is(join("\n", map { ($found->{$_} // 'nothing') eq ($expected->{$_} // 'nothing') ? () : "$_: $found->{$_} (README: $expected->{$_})" } sort(keys %$expected)), '', "$role: exactly what README's table says");
