@@ -63,8 +63,23 @@ static DbQuery save_query = {
 	 TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT4OID,
 	 TIMESTAMPTZOID, INT4OID, BOOLOID, JSONBOID}};
 
+/*
+ * Somebody may hold a beat in a transaction that stays open: then the row is left
+ * for the sweep, and until that has taken it the runtime's beats go on being told
+ * that the session is gone.
+ */
 static DbQuery unbeat_query = {
-	"DELETE FROM agentvm.session_heartbeat WHERE session_id = $1", 1, {UUIDOID}};
+	"WITH free AS MATERIALIZED (SELECT session_id FROM agentvm.session_heartbeat "
+	"WHERE session_id = $1 FOR UPDATE SKIP LOCKED) "
+	"DELETE FROM agentvm.session_heartbeat h USING free WHERE h.session_id = free.session_id",
+	1,
+	{UUIDOID}};
+
+static DbQuery still_beats_query = {
+	"INSERT INTO agentvm.session_ending (session_id) SELECT session_id "
+	"FROM agentvm.session_heartbeat WHERE session_id = $1 ON CONFLICT DO NOTHING",
+	1,
+	{UUIDOID}};
 
 static DbInsert event_insert = {
 	{"session_event"},
@@ -258,7 +273,11 @@ session_row_save(SessionRow *row)
 	db_run(&save_query, values, nulls);
 
 	if (state_is_ended(row->state) && row->runtime)
+	{
 		db_run(&unbeat_query, values, NULL);
+		if (SPI_processed == 0)
+			db_run(&still_beats_query, values, NULL);
+	}
 	row->saved_state = row->state;
 	if (row->next_check_at != 0)
 		wake_workers(row->lane, row->next_check_at);

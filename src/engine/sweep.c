@@ -16,14 +16,18 @@
 #include "postgres.h"
 
 #include "agentvm.h"
+#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "db.h"
 #include "engine/identity.h"
 #include "engine/shared.h"
 #include "engine/sweep.h"
 #include "engine/wake.h"
+#include "miscadmin.h"
+#include "storage/lock.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h"
 #include "utils/timestamp.h"
 
 #define HOLD_MIN_SESSIONS 10
@@ -114,7 +118,29 @@ static DbQuery hold_query = {
 	1,
 	{INT8OID}};
 
-static DbQuery unhold_query = {"DELETE FROM agentvm.sweep_hold WHERE sweep = 'heartbeat'", 0, {0}};
+static DbQuery unhold_query = {
+	"DELETE FROM agentvm.sweep_hold h USING (SELECT sweep FROM agentvm.sweep_hold "
+	"WHERE sweep = 'heartbeat' FOR UPDATE SKIP LOCKED) f WHERE h.sweep = f.sweep",
+	0,
+	{0}};
+
+/* What session_row.c has left behind: a look-up by key for each row of a table of hardly any. */
+static DbQuery over_query = {
+	"SELECT e.session_id FROM agentvm.session_ending e WHERE coalesce((SELECT s.ended_at IS NOT "
+	"NULL FROM agentvm.session s WHERE s.session_id = e.session_id), true)",
+	0,
+	{0}};
+
+static DbQuery forget_beats_query = {
+	"WITH free AS MATERIALIZED (SELECT session_id FROM agentvm.session_heartbeat "
+	"WHERE session_id = ANY ($1) FOR UPDATE SKIP LOCKED), "
+	"beat AS (DELETE FROM agentvm.session_heartbeat h USING free "
+	"WHERE h.session_id = free.session_id) "
+	"DELETE FROM agentvm.session_ending e WHERE session_id = ANY ($1) "
+	"AND (session_id IN (SELECT session_id FROM free) OR NOT EXISTS "
+	"(SELECT FROM agentvm.session_heartbeat h WHERE h.session_id = e.session_id))",
+	1,
+	{UUIDARRAYOID}};
 
 /* Tell the workers about the rows that the last statement returned: next_check_at, lane. */
 static int
@@ -156,6 +182,47 @@ sweep_lifetime(int max_sessions)
 	return end_due(&lifetime_query, max_sessions);
 }
 
+/* The ids in column 1 of the last result. */
+static Datum
+result_ids(void)
+{
+	Datum *ids = palloc(sizeof(Datum) * Max(SPI_processed, 1));
+	bool isnull;
+	uint64 i;
+
+	for (i = 0; i < SPI_processed; i++)
+		ids[i] = db_value(i, 1, &isnull);
+	return PointerGetDatum(
+		construct_array(ids, SPI_processed, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+}
+
+/* Take away beats of sessions that have ended. */
+static void
+forget_beats(void)
+{
+	Datum values[1];
+
+	db_run(&over_query, NULL, NULL);
+	if (SPI_processed == 0)
+		return;
+	values[0] = result_ids();
+	db_run(&forget_beats_query, values, NULL);
+}
+
+/*
+ * Claim the row of sweep_hold until the end of the transaction; false where
+ * somebody else has it: to insert it all the same would be to wait for him.
+ */
+static bool
+claim_hold(void)
+{
+	Oid table = get_relname_relid("sweep_hold", get_namespace_oid("agentvm", false));
+	LOCKTAG tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, table, 0, 0);
+	return LockAcquire(&tag, ExclusiveLock, false, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
 /*
  * Whether to leave everybody alone this time: so many at once are more likely
  * our own deafness than their deaths.  One more timeout is given, no more.
@@ -175,6 +242,8 @@ hold_back(int64 silent, int64 fleet, Datum longest_timeout)
 	db_run(&hold_read_query, values, NULL);
 	if (SPI_processed > 0)
 		return !DatumGetBool(db_value(0, 1, &isnull));
+	if (!claim_hold())
+		return true;
 	values[0] = Int64GetDatum(silent);
 	db_run(&hold_query, values, NULL);
 	ereport(LOG, (errmsg("agentvm: heartbeat sweep would end %lld of %lld sessions and holds for "
@@ -189,13 +258,12 @@ sweep_heartbeat(int max_sessions)
 	Datum values[2];
 	Datum floor;
 	Datum longest;
-	Datum *ids;
+	Datum ids;
 	int64 silent;
 	int64 fleet;
 	bool isnull;
-	uint64 count;
-	uint64 i;
 
+	forget_beats();
 	values[0] = Int32GetDatum(GATEWAY_SILENT_S);
 	db_run(&listening_query, values, NULL);
 	floor = db_value(0, 1, &isnull);
@@ -205,8 +273,7 @@ sweep_heartbeat(int max_sessions)
 	values[0] = floor;
 	values[1] = Int64GetDatum(limit_of(max_sessions));
 	db_run(&silent_query, values, NULL);
-	count = SPI_processed;
-	if (count == 0)
+	if (SPI_processed == 0)
 	{
 		hold_back(0, 0, (Datum) 0);
 		return 0;
@@ -214,21 +281,14 @@ sweep_heartbeat(int max_sessions)
 	silent = DatumGetInt64(db_value(0, 2, &isnull));
 	fleet = DatumGetInt64(db_value(0, 3, &isnull));
 	longest = PointerGetDatum(DatumGetIntervalP(db_value(0, 4, &isnull)));
-	ids = palloc(sizeof(Datum) * count);
-	for (i = 0; i < count; i++)
-		ids[i] = db_value(i, 1, &isnull);
+	ids = result_ids();
 	if (hold_back(silent, fleet, longest))
 		return 0;
 
-	values[0] =
-		PointerGetDatum(construct_array(ids, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	values[0] = ids;
 	db_run(&silent_lock_query, values, NULL);
-	count = SPI_processed;
-	for (i = 0; i < count; i++)
-		ids[i] = db_value(i, 1, &isnull);
 	values[0] = floor;
-	values[1] =
-		PointerGetDatum(construct_array(ids, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	values[1] = result_ids();
 	db_run(&silent_end_query, values, NULL);
 	return wake_for_result();
 }

@@ -4,6 +4,7 @@ use strict;
 use warnings;
 use AgentVM::Client;
 use AgentVM::EC2;
+use AgentVM::Runtime ();
 use AgentVM::Test;
 use Test::More;
 use Time::HiRes qw(sleep time);
@@ -52,6 +53,24 @@ my $committed = time;
 await_state($node, $held[0], 'terminated');
 cmp_ok(time - $committed, '<', 1, 'a terminate() begins when it commits');
 $bob->run('ROLLBACK');
+
+# A heartbeat in a transaction that stays open, of a session that ends
+$node->safe_psql('postgres', "SELECT agentvm.create_profile('runtime', 'noop', runtime => true)");
+my $beating = provision($node, 'other', "profile => 'runtime'");
+await($node, "SELECT running FROM agentvm.session WHERE session_id = '$beating'");
+AgentVM::Runtime::bootstrap($node, $beating);
+$alice->run('BEGIN');
+$alice->run('SELECT agentvm.heartbeat(' . AgentVM::Runtime::session_hash($beating) . ')');
+$node->safe_psql('postgres', "SELECT agentvm.terminate('$beating')");
+await_state($node, $beating, 'terminated', timeout => 10);
+served('others are served while a heartbeat of a session that has ended is held open') for 1 .. 2;
+my $gone = "SELECT agentvm.heartbeat_batch('{$beating}', '{now}')";
+$node->safe_psql('postgres', "SET statement_timeout = '10 s'; SELECT agentvm.sweep_heartbeat()");
+$alice->run('COMMIT');
+is($node->safe_psql('postgres', $gone), $beating, 'its VM, should it beat on, is told that it is gone');
+$node->safe_psql('postgres', 'SELECT agentvm.sweep_heartbeat()');
+is($node->safe_psql('postgres', 'SELECT (SELECT count(*) FROM agentvm.session_heartbeat), (SELECT count(*) FROM agentvm.session_ending)'), '0|0', 'the next sweep leaves nothing of it');
+is($node->safe_psql('postgres', $gone), $beating, 'and the VM is told so as before');
 
 # A transaction that was open for long: its row is older than all that was handled meanwhile, and yet found at once
 sleep 2 - (time - $committed) if time - $committed < 2;
@@ -133,6 +152,19 @@ is($faults->count('RunInstances'), $calls + 4, 'nobody was launched again');
 psql_ok($node, 'DROP TRIGGER curse ON agentvm.session', 'the trigger goes');
 await_state($node, $sessions[1], 'ready', timeout => 15);
 is(scalar vms_of($moto, @sessions), 4, 'one VM each');
+
+# Nothing that users and gateways call notifies, which would take a lock of the whole cluster: then it could not be prepared
+my $mine = served('a session to call about');
+my $born = provision($node, 'other', "profile => 'runtime'");
+await($node, "SELECT running FROM agentvm.session WHERE session_id = '$born'");
+$alice->run('BEGIN');
+$alice->run("SELECT agentvm.provision('other'), agentvm.extend('$mine', '1 s'), agentvm.terminate('$mine')");
+$alice->run('SELECT agentvm.bootstrap(' . AgentVM::Runtime::token_hash($node, $born, 1) . ', ' . AgentVM::Runtime::session_hash($born) . ", 'boot')");
+$alice->run('SELECT agentvm.heartbeat(' . AgentVM::Runtime::session_hash($born) . "), agentvm.heartbeat_batch('{$born}', '{now}'), agentvm.sweep()");
+$alice->run("SELECT agentvm.create_team('t'), agentvm.add_member('t', current_user), agentvm.remove_member('t', current_user), agentvm.drop_team('t')");
+$alice->run("PREPARE TRANSACTION 'all of them'");
+$alice->run("ROLLBACK PREPARED 'all of them'");
+pass('a transaction with all of them can be prepared');
 
 # COMMIT PREPARED wakes nobody: the slow tick finds it
 $node->safe_psql('postgres', "ALTER SYSTEM SET agentvm.sweep_interval = '1s'; SELECT pg_reload_conf(); SELECT agentvm.wake()");
