@@ -3,11 +3,11 @@
  * question.c
  *		A call of a provider whose library blocks, made for somebody else.
  *
- * A question lies in shared memory.  Its state says whose it is; the state is
- * changed under the lock, the contents are written and read outside of it.  An
- * asker that gives up, for whatever reason, takes its question back, or leaves
- * it to the runner that has taken it; a runner that ends answers what it has
- * taken (shared.c).
+ * A question lies in shared memory, in a place that belongs to its asker until he
+ * lets go of it: when he has the answer, or gives up for whatever reason.  The
+ * runner copies it, makes the call, and writes the answer if the question is still
+ * there; a runner that ends answers what it has taken (shared.c).  So a place is
+ * held by a living asker only, however long the call hangs.
  *
  *-------------------------------------------------------------------------
  */
@@ -23,7 +23,9 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
-#define POLL_MS 50		  /* between looks for a free place */
+#define POLL_MS 50 /* between looks for a free place */
+#define MAX_CALLS                                                                                  \
+	16 /* for questions at once in a runner, also of those that nobody waits for any more */
 #define ALLOWANCE_MS 2000 /* beyond the call's own timeout, until the runner must have said so */
 
 /* ---- the asker ---- */
@@ -58,7 +60,7 @@ begin_question(void)
 	if (question != NULL)
 	{
 		question->state = QUESTION_BEGUN;
-		question->given_up = false;
+		question->ticket++;
 		question->database = MyDatabaseId;
 		question->runner_pid = 0;
 		question->asker = MyLatch;
@@ -81,12 +83,7 @@ let_go(int code, Datum arg)
 {
 	Question *question = (Question *) DatumGetPointer(arg);
 
-	shared_lock(LW_EXCLUSIVE);
-	if (question->state == QUESTION_TAKEN)
-		question->given_up = true;
-	else
-		question->state = QUESTION_FREE;
-	shared_unlock();
+	set_state(question, QUESTION_FREE);
 }
 
 static void
@@ -192,46 +189,98 @@ question_ask(const char *provider, const HttpRequest *request)
 
 /* ---- the runner ---- */
 
-static void
-answer(Question *question, const HttpReply *reply)
+/* A call that is made for a question; the question may be another one by now. */
+typedef struct QuestionCall
 {
-	size_t error_len = reply->error ? strlen(reply->error) : 0;
-	bool too_large = error_len + 1 + reply->body_len > QUESTION_SIZE;
+	Question *question;
+	uint64 ticket;
+} QuestionCall;
 
-	question->status = too_large ? 0 : reply->status;
-	question->maybe_sent = reply->maybe_sent;
-	question->has_error = too_large || reply->error != NULL;
-	question->millis = reply->millis;
-	question->len = 0;
-	if (too_large)
-		put_string(question, "the answer is too large");
-	else
+static void *client = NULL;
+static int calls = 0; /* of the client */
+
+static void
+answer(const QuestionCall *call, const HttpReply *reply)
+{
+	Question *question = call->question;
+	const char *error = reply->error;
+	size_t error_len = error ? strlen(error) : 0;
+	bool fits = error_len + 1 + reply->body_len <= QUESTION_SIZE;
+
+	if (!fits)
 	{
-		put_string(question, reply->error);
-		put(question, reply->body, reply->body_len);
+		error = "the answer is too large";
+		error_len = strlen(error);
 	}
 	shared_lock(LW_EXCLUSIVE);
-	question->state = question->given_up ? QUESTION_FREE : QUESTION_ANSWERED;
-	if (question->state == QUESTION_ANSWERED)
+	if (question->state == QUESTION_TAKEN && question->ticket == call->ticket)
+	{
+		question->status = fits ? reply->status : 0;
+		question->maybe_sent = reply->maybe_sent;
+		question->has_error = error != NULL;
+		question->millis = reply->millis;
+		memcpy(question->text, error ? error : "", error_len + 1);
+		question->len = error_len + 1;
+		if (fits)
+		{
+			memcpy(question->text + question->len, reply->body, reply->body_len);
+			question->len += reply->body_len;
+		}
+		question->state = QUESTION_ANSWERED;
 		SetLatch(question->asker);
+	}
 	shared_unlock();
 }
 
-/* Begin the call that a question asks for; what it says comes from this database's own backends. */
+/*
+ * Take a question of this database that nobody has taken yet: its request, all
+ * in "text", which has QUESTION_SIZE bytes.  Returns false when there is none.
+ */
+static bool
+take_question(QuestionCall *call, char *provider, HttpRequest *request, char *text)
+{
+	size_t len = 0;
+	int i;
+
+	call->question = NULL;
+	shared_lock(LW_EXCLUSIVE);
+	for (i = 0; i < MAX_QUESTIONS && call->question == NULL; i++)
+	{
+		Question *question = &shared_questions()[i];
+
+		if (question->state != QUESTION_ASKED || question->database != MyDatabaseId)
+			continue;
+		question->state = QUESTION_TAKEN;
+		question->runner_pid = MyProcPid;
+		call->question = question;
+		call->ticket = question->ticket;
+		memcpy(provider, question->provider, NAMEDATALEN);
+		request->timeout_ms = question->timeout_ms;
+		len = question->len;
+		memcpy(text, question->text, len);
+	}
+	shared_unlock();
+	if (call->question == NULL)
+		return false;
+	request->method = text;
+	request->url = request->method + strlen(request->method) + 1;
+	request->body = request->url + strlen(request->url) + 1;
+	request->body_len = len - (request->body - text);
+	return true;
+}
+
+/* Begin the call that a question asks for; what cannot be begun is answered by that. */
 static void
-begin_call(void *client, Question *question)
+begin_call(const QuestionCall *call, const char *provider, const HttpRequest *request)
 {
 	MemoryContext context = CurrentMemoryContext;
-	HttpRequest request = {0};
+	QuestionCall *kept = MemoryContextAlloc(TopMemoryContext, sizeof(QuestionCall));
 
-	request.method = question->text;
-	request.url = request.method + strlen(request.method) + 1;
-	request.body = request.url + strlen(request.url) + 1;
-	request.body_len = question->len - (request.body - question->text);
-	request.timeout_ms = question->timeout_ms;
+	*kept = *call;
 	PG_TRY();
 	{
-		thread_transport.start(client, question->provider, &request, question);
+		thread_transport.start(client, provider, request, kept);
+		calls++;
 	}
 	PG_CATCH();
 	{
@@ -242,56 +291,41 @@ begin_call(void *client, Question *question)
 		error = CopyErrorData();
 		FlushErrorState();
 		reply.error = error->message;
-		answer(question, &reply);
+		answer(call, &reply);
+		pfree(kept);
 	}
 	PG_END_TRY();
-}
-
-/* A question of this database that nobody has taken yet, taken; or NULL. */
-static Question *
-take_question(void)
-{
-	Question *question = NULL;
-	int i;
-
-	shared_lock(LW_EXCLUSIVE);
-	for (i = 0; i < MAX_QUESTIONS && question == NULL; i++)
-	{
-		Question *candidate = &shared_questions()[i];
-
-		if (candidate->state == QUESTION_ASKED && candidate->database == MyDatabaseId)
-			question = candidate;
-	}
-	if (question != NULL)
-	{
-		question->state = QUESTION_TAKEN;
-		question->runner_pid = MyProcPid;
-	}
-	shared_unlock();
-	return question;
 }
 
 void
 questions_run(void)
 {
-	static void *client = NULL;
 	static MemoryContext memory = NULL;
+	static char *text = NULL;
+	char provider[NAMEDATALEN];
+	HttpRequest request = {0};
+	QuestionCall call;
 	MemoryContext old;
-	Question *question;
 	HttpReply *reply;
 	void *arg;
 
 	if (memory == NULL)
 		memory =
 			AllocSetContextCreate(TopMemoryContext, "agentvm questions", ALLOCSET_DEFAULT_SIZES);
+	if (text == NULL)
+		text = MemoryContextAlloc(TopMemoryContext, QUESTION_SIZE);
 	if (client == NULL)
 		client = thread_transport.create();
 	old = MemoryContextSwitchTo(memory);
-	while ((question = take_question()) != NULL)
-		begin_call(client, question);
 	thread_transport.run(client);
 	while ((reply = thread_transport.finished(client, &arg)) != NULL)
+	{
 		answer(arg, reply);
+		pfree(arg);
+		calls--;
+	}
+	while (calls < MAX_CALLS && take_question(&call, provider, &request, text))
+		begin_call(&call, provider, &request);
 	MemoryContextSwitchTo(old);
 	MemoryContextReset(memory);
 }

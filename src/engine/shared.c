@@ -326,11 +326,6 @@ drop_questions(void)
 
 		if (question->state != QUESTION_TAKEN || question->runner_pid != MyProcPid)
 			continue;
-		if (question->given_up)
-		{
-			question->state = QUESTION_FREE;
-			continue;
-		}
 		question->status = 0;
 		question->maybe_sent = true;
 		question->has_error = true;

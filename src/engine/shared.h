@@ -180,15 +180,18 @@ typedef enum QuestionState
 	QUESTION_FREE,
 	QUESTION_BEGUN,	  /* the asker writes it */
 	QUESTION_ASKED,	  /* a runner may take it */
-	QUESTION_TAKEN,	  /* the runner works on it, and writes the answer */
+	QUESTION_TAKEN,	  /* the runner has copied it and makes the call */
 	QUESTION_ANSWERED /* the asker reads it */
 } QuestionState;
 
-/* The state is changed under the lock; what follows belongs to whom it says. */
+/*
+ * Belongs to its asker, who may let go of it at any time; a runner reads and
+ * writes it under the lock, and only if it is still the one that it has taken.
+ */
 typedef struct Question
 {
 	QuestionState state;
-	bool given_up; /* taken, but nobody waits for the answer any more: the runner frees it */
+	uint64 ticket; /* another one for each question */
 	Oid database;
 	int runner_pid; /* who has taken it */
 	Latch *asker;
@@ -200,7 +203,7 @@ typedef struct Question
 	int millis;
 	size_t len;
 	char text
-		[QUESTION_SIZE]; /* operation, target, body; or error, body: the first ones end with NUL */
+		[QUESTION_SIZE]; /* operation, target, body; or error, body: but for the body NUL-terminated */
 } Question;
 
 /* The array of MAX_QUESTIONS. */
