@@ -96,6 +96,13 @@ fuzz-runtime:
 	printf '\4Sat, 31 Jan 2026 12:34:56 GMT' >tmp_fuzz/runtime/date
 	cd tmp_fuzz && ./runtime_answer -max_total_time=$(or $(SECONDS),60) -max_len=4096 -print_final_stats=1 runtime
 
+# the cable between VMs and gateways, for SECONDS
+.PHONY: fuzz-mux
+fuzz-mux:
+	@mkdir -p tmp_fuzz/mux
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o tmp_fuzz/mux_ends test/fuzz/mux.c src/common/mux.c
+	cd tmp_fuzz && ./mux_ends -len_control=0 -max_total_time=$(or $(SECONDS),60) -max_len=2048 -print_final_stats=1 mux
+
 # Tests. The databases' name is fixed, since agentvm.databases in test/temp.conf names it.
 TREE = $(CURDIR)/tmp_install
 CONTRIB_TESTDB = regression

@@ -1,0 +1,527 @@
+/*-------------------------------------------------------------------------
+ *
+ * mux.c
+ *		Byte streams over one cable, which loses its place now and then.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "mux.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define WINDOW PROTOCOL_CABLE_WINDOW
+#define PAYLOAD PROTOCOL_CABLE_PAYLOAD
+#define HEAD 2 /* kind and number */
+#define HELLO_LEN (HEAD + 16)
+#define ENCODED(len) (2 * (len) + 1) /* at most */
+
+typedef enum StreamState
+{
+	STREAM_FREE,
+	STREAM_OPENING, /* to be opened by us; the other end does not know */
+	STREAM_OPEN
+} StreamState;
+
+typedef struct Stream
+{
+	StreamState state;
+	bool has_owner;
+	bool is_ready;	/* there may be bytes to fetch */
+	bool close_due; /* to be sent */
+	bool close_sent;
+	bool close_received;
+	uint32_t credit;  /* bytes that we may send */
+	uint32_t granted; /* bytes that the other end may send */
+	uint32_t taken;	  /* bytes for which it gets new credit */
+	uint8_t *kept;	  /* bytes that the owner did not take; NULL: none */
+	size_t kept_at;
+	size_t kept_len;
+} Stream;
+
+struct Mux
+{
+	MuxEvents events;
+	uint64_t own, peer; /* nonces; peer 0: never heard */
+	bool hello_due;
+	bool synced;
+	bool told_peer; /* the HELLO last sent had the peer's nonce */
+	Stream streams[MUX_STREAMS];
+	int next; /* whose turn it is to send */
+	uint64_t frames;
+
+	uint8_t frame[HEAD + PAYLOAD]; /* being decoded */
+	size_t frame_len;
+	bool is_escaped;
+	bool is_broken; /* too long, or wrongly escaped */
+};
+
+Mux *
+mux_create(const MuxEvents *events)
+{
+	Mux *mux = calloc(1, sizeof(Mux));
+
+	mux->events = *events;
+	return mux;
+}
+
+void
+mux_free(Mux *mux)
+{
+	int i;
+
+	for (i = 0; i < MUX_STREAMS; i++)
+		free(mux->streams[i].kept);
+	free(mux);
+}
+
+static void
+forget_stream(Stream *stream)
+{
+	free(stream->kept);
+	memset(stream, 0, sizeof(*stream));
+}
+
+/* It has ended for its owner, who knows. */
+static void
+let_go(Stream *stream)
+{
+	free(stream->kept);
+	stream->kept = NULL;
+	stream->kept_len = 0;
+	stream->has_owner = false;
+	stream->is_ready = false;
+	if (stream->state == STREAM_OPENING)
+		forget_stream(stream);
+	else
+		stream->close_due = !stream->close_sent;
+}
+
+static void
+drop_streams(Mux *mux)
+{
+	int i;
+
+	for (i = 0; i < MUX_STREAMS; i++)
+	{
+		Stream *stream = &mux->streams[i];
+		bool had_owner = stream->has_owner;
+
+		if (stream->state != STREAM_OPEN)
+			continue;
+		forget_stream(stream);
+		if (had_owner)
+			mux->events.closed(mux->events.arg, i);
+	}
+}
+
+void
+mux_restart(Mux *mux, uint64_t nonce)
+{
+	mux->own = nonce;
+	mux->peer = 0;
+	mux->synced = false;
+	mux->told_peer = false;
+	mux->hello_due = true;
+	mux->frame_len = 0;
+	mux->is_escaped = mux->is_broken = false;
+	drop_streams(mux);
+}
+
+bool
+mux_is_synced(const Mux *mux)
+{
+	return mux->synced;
+}
+
+int
+mux_streams(const Mux *mux)
+{
+	int i, count = 0;
+
+	for (i = 0; i < MUX_STREAMS; i++)
+		count += mux->streams[i].has_owner;
+	return count;
+}
+
+uint64_t
+mux_frames(const Mux *mux)
+{
+	return mux->frames;
+}
+
+/* ---- what comes ---- */
+
+static uint64_t
+get_number(const uint8_t *bytes, int len)
+{
+	uint64_t number = 0;
+
+	while (len-- > 0)
+		number = number << 8 | *bytes++;
+	return number;
+}
+
+/* Offer what is kept; the stream ends when that was its rest. */
+static void
+deliver_kept(Mux *mux, int i)
+{
+	Stream *stream = &mux->streams[i];
+
+	if (stream->kept_len > 0)
+	{
+		size_t n = mux->events.deliver(mux->events.arg, i, stream->kept + stream->kept_at,
+									   stream->kept_len);
+
+		if (n == MUX_END)
+		{
+			let_go(stream);
+			return;
+		}
+		stream->kept_at += n;
+		stream->kept_len -= n;
+		stream->taken += (uint32_t) n;
+	}
+	if (stream->kept_len > 0)
+		return;
+	free(stream->kept);
+	stream->kept = NULL;
+	if (stream->close_received)
+	{
+		let_go(stream);
+		mux->events.closed(mux->events.arg, i);
+	}
+}
+
+static const char *
+take_hello(Mux *mux)
+{
+	uint64_t sender = get_number(mux->frame + HEAD, 8);
+	uint64_t receiver = get_number(mux->frame + HEAD + 8, 8);
+	bool knows_us = receiver == mux->own;
+
+	if (mux->frame[1] != PROTOCOL_CABLE_VERSION)
+		return "it speaks another version";
+	if (sender == 0)
+		return "it has no nonce";
+	if (sender != mux->peer)
+		mux->told_peer = false;
+	if (mux->synced && (!knows_us || sender != mux->peer))
+	{
+		mux->synced = false;
+		drop_streams(mux);
+	}
+	mux->peer = sender;
+	mux->synced = knows_us;
+	if (!knows_us || !mux->told_peer)
+		mux->hello_due = true;
+	return NULL;
+}
+
+static const char *
+take_data(Mux *mux, int i, const uint8_t *bytes, size_t len)
+{
+	Stream *stream = &mux->streams[i];
+	size_t n;
+
+	if (len > stream->granted)
+		return "a stream has sent more than it may";
+	stream->granted -= (uint32_t) len;
+	if (!stream->has_owner)
+		return NULL; /* on its way when we closed */
+	if (stream->kept == NULL)
+	{
+		n = mux->events.deliver(mux->events.arg, i, bytes, len);
+		if (n == MUX_END)
+		{
+			let_go(stream);
+			return NULL;
+		}
+		stream->taken += (uint32_t) n;
+		if (n == len)
+			return NULL;
+		bytes += n;
+		len -= n;
+		stream->kept = malloc(WINDOW);
+		stream->kept_at = 0;
+	}
+	/* there is room, since only for what was taken it gets new credit */
+	if (stream->kept_at + stream->kept_len + len > WINDOW)
+	{
+		memmove(stream->kept, stream->kept + stream->kept_at, stream->kept_len);
+		stream->kept_at = 0;
+	}
+	memcpy(stream->kept + stream->kept_at + stream->kept_len, bytes, len);
+	stream->kept_len += len;
+	return NULL;
+}
+
+static const char *
+take_frame(Mux *mux)
+{
+	int kind = mux->frame[0];
+	int i = mux->frame[1];
+	size_t len = mux->frame_len - HEAD;
+	Stream *stream;
+
+	if (kind == PROTOCOL_CABLE_HELLO && mux->frame_len == HELLO_LEN)
+		return take_hello(mux);
+	if (!mux->synced)
+		return NULL; /* for one that was here before us */
+	if (i >= MUX_STREAMS)
+		return "no such stream";
+	stream = &mux->streams[i];
+	if (kind == PROTOCOL_CABLE_OPEN)
+	{
+		if (len != 0 || mux->events.opened == NULL || stream->state != STREAM_FREE)
+			return "a stream may not be opened";
+		stream->state = STREAM_OPEN;
+		stream->credit = stream->granted = WINDOW;
+		stream->has_owner = mux->events.opened(mux->events.arg, i);
+		stream->close_due = !stream->has_owner;
+		return NULL;
+	}
+	if (stream->state != STREAM_OPEN || stream->close_received)
+		return "a stream that is not open";
+	switch (kind)
+	{
+		case PROTOCOL_CABLE_DATA:
+			return len > 0 ? take_data(mux, i, mux->frame + HEAD, len) : "no data";
+
+		case PROTOCOL_CABLE_CREDIT:
+		{
+			uint32_t more = len == 2 ? (uint32_t) get_number(mux->frame + HEAD, 2) : 0;
+
+			if (more == 0 || more > WINDOW - stream->credit)
+				return "a wrong credit";
+			stream->credit += more;
+			return NULL;
+		}
+
+		case PROTOCOL_CABLE_CLOSE:
+			if (len != 0)
+				return "an end of wrong length";
+			stream->close_received = true;
+			stream->credit = 0;
+			if (stream->has_owner)
+				deliver_kept(mux, i);
+			else if (stream->close_sent)
+				forget_stream(stream);
+			return NULL;
+
+		default:
+			return "an unknown frame";
+	}
+}
+
+const char *
+mux_input(Mux *mux, const uint8_t *bytes, size_t len)
+{
+	const char *problem = NULL;
+
+	for (; len > 0 && problem == NULL; bytes++, len--)
+	{
+		uint8_t byte = *bytes;
+
+		if (byte == PROTOCOL_CABLE_END)
+		{
+			mux->frames++;
+			if (mux->is_broken || mux->is_escaped || mux->frame_len == 1)
+				problem = mux->synced ? "not a frame" : NULL;
+			else if (mux->frame_len > 0)
+				problem = take_frame(mux);
+			mux->frame_len = 0;
+			mux->is_escaped = mux->is_broken = false;
+			continue;
+		}
+		if (byte == PROTOCOL_CABLE_ESCAPE && !mux->is_escaped)
+		{
+			mux->is_escaped = true;
+			continue;
+		}
+		if (mux->is_escaped)
+		{
+			mux->is_escaped = false;
+			if (byte == PROTOCOL_CABLE_IS_END)
+				byte = PROTOCOL_CABLE_END;
+			else if (byte == PROTOCOL_CABLE_IS_ESCAPE)
+				byte = PROTOCOL_CABLE_ESCAPE;
+			else
+				mux->is_broken = true;
+		}
+		if (mux->frame_len == sizeof(mux->frame))
+			mux->is_broken = true;
+		else
+			mux->frame[mux->frame_len++] = byte;
+	}
+	return problem;
+}
+
+/* ---- what goes ---- */
+
+static uint8_t *
+encode(uint8_t *at, const uint8_t *bytes, size_t len)
+{
+	for (; len > 0; bytes++, len--)
+	{
+		if (*bytes == PROTOCOL_CABLE_END || *bytes == PROTOCOL_CABLE_ESCAPE)
+		{
+			*at++ = PROTOCOL_CABLE_ESCAPE;
+			*at++ = *bytes == PROTOCOL_CABLE_END ? PROTOCOL_CABLE_IS_END : PROTOCOL_CABLE_IS_ESCAPE;
+		}
+		else
+			*at++ = *bytes;
+	}
+	return at;
+}
+
+static uint8_t *
+put_frame(uint8_t *at, int kind, int number, const uint8_t *bytes, size_t len)
+{
+	uint8_t head[HEAD] = {(uint8_t) kind, (uint8_t) number};
+
+	at = encode(at, head, HEAD);
+	at = encode(at, bytes, len);
+	*at++ = PROTOCOL_CABLE_END;
+	return at;
+}
+
+static uint8_t *
+put_hello(Mux *mux, uint8_t *at)
+{
+	uint8_t nonces[16];
+	int i;
+
+	for (i = 0; i < 8; i++)
+	{
+		nonces[i] = (uint8_t) (mux->own >> (56 - 8 * i));
+		nonces[8 + i] = (uint8_t) (mux->peer >> (56 - 8 * i));
+	}
+	mux->hello_due = false;
+	mux->told_peer = mux->peer != 0;
+	*at++ = PROTOCOL_CABLE_END; /* of a frame that somebody has left unfinished */
+	return put_frame(at, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, nonces, sizeof(nonces));
+}
+
+/* A frame of a stream, if there is anything to say, in at least MUX_MIN_ROOM bytes of room. */
+static uint8_t *
+put_next(Mux *mux, int i, uint8_t *at, size_t room)
+{
+	Stream *stream = &mux->streams[i];
+	uint8_t bytes[PAYLOAD];
+	size_t n;
+
+	if (stream->state == STREAM_OPENING)
+	{
+		stream->state = STREAM_OPEN;
+		stream->credit = stream->granted = WINDOW;
+		return put_frame(at, PROTOCOL_CABLE_OPEN, i, NULL, 0);
+	}
+	if (stream->state == STREAM_FREE)
+		return at;
+	if (stream->close_due)
+	{
+		stream->close_due = false;
+		stream->close_sent = true;
+		at = put_frame(at, PROTOCOL_CABLE_CLOSE, i, NULL, 0);
+		if (stream->close_received)
+			forget_stream(stream);
+		return at;
+	}
+	if (stream->taken >= WINDOW / 2 && stream->has_owner && !stream->close_received)
+	{
+		bytes[0] = (uint8_t) (stream->taken >> 8);
+		bytes[1] = (uint8_t) stream->taken;
+		stream->granted += stream->taken;
+		stream->taken = 0;
+		return put_frame(at, PROTOCOL_CABLE_CREDIT, i, bytes, 2);
+	}
+	if (!stream->is_ready || stream->credit == 0)
+		return at;
+	n = (room - 1) / 2 - HEAD;
+	if (n > PAYLOAD)
+		n = PAYLOAD;
+	if (n > stream->credit)
+		n = stream->credit;
+	n = mux->events.fetch(mux->events.arg, i, bytes, n);
+	if (n == MUX_END)
+	{
+		let_go(stream);
+		return put_next(mux, i, at, room);
+	}
+	if (n == 0)
+	{
+		stream->is_ready = false;
+		return at;
+	}
+	stream->credit -= (uint32_t) n;
+	return put_frame(at, PROTOCOL_CABLE_DATA, i, bytes, n);
+}
+
+size_t
+mux_output(Mux *mux, uint8_t *bytes, size_t room)
+{
+	uint8_t *at = bytes;
+	uint8_t *end = bytes + room;
+	int idle = 0;
+
+	_Static_assert(1 + ENCODED(HELLO_LEN) <= MUX_MIN_ROOM, "room for a greeting");
+	if (mux->hello_due)
+		at = put_hello(mux, at);
+	/* a frame of each in turn */
+	while (mux->synced && idle < MUX_STREAMS && end - at >= MUX_MIN_ROOM)
+	{
+		uint8_t *before = at;
+
+		at = put_next(mux, mux->next, at, (size_t) (end - at));
+		idle = at == before ? idle + 1 : 0;
+		mux->next = (mux->next + 1) % MUX_STREAMS;
+	}
+	return (size_t) (at - bytes);
+}
+
+/* ---- what the owner does ---- */
+
+int
+mux_open(Mux *mux)
+{
+	int i;
+
+	for (i = 0; i < MUX_STREAMS; i++)
+	{
+		if (mux->streams[i].state == STREAM_FREE)
+		{
+			mux->streams[i].state = STREAM_OPENING;
+			mux->streams[i].has_owner = true;
+			return i;
+		}
+	}
+	return -1;
+}
+
+bool
+mux_is_open(const Mux *mux, int stream)
+{
+	return mux->streams[stream].state == STREAM_OPEN;
+}
+
+void
+mux_close(Mux *mux, int stream)
+{
+	if (mux->streams[stream].has_owner)
+		let_go(&mux->streams[stream]);
+}
+
+void
+mux_ready(Mux *mux, int stream)
+{
+	if (mux->streams[stream].has_owner)
+		mux->streams[stream].is_ready = true;
+}
+
+void
+mux_resume(Mux *mux, int stream)
+{
+	if (mux->streams[stream].has_owner && mux->streams[stream].kept_len > 0)
+		deliver_kept(mux, stream);
+}
