@@ -161,6 +161,7 @@ answer_metrics(Exchange *exchange)
 {
 	Server *server = exchange->server;
 	SessionCounts s = sessions_counts(server->sessions);
+	VmsCounts v = vms_counts(server->vms);
 	char text[16384];
 	char *at = text;
 	const char *end = text + sizeof(text);
@@ -192,6 +193,12 @@ answer_metrics(Exchange *exchange)
 	put_metric(&at, end, "agentvm_gateway_connections_refused_total", "counter",
 			   "Connections refused for their number.", "",
 			   (double) server->counts.refused_connections);
+	put_metric(&at, end, "agentvm_gateway_vms", "gauge",
+			   "VMs that are connected through sockets of theirs.", "", v.vms);
+	put_metric(&at, end, "agentvm_gateway_vm_streams", "gauge", "Connections through such sockets.",
+			   "", v.streams);
+	put_metric(&at, end, "agentvm_gateway_vm_resets_total", "counter",
+			   "Such sockets left since what came made no sense.", "", (double) v.resets);
 	for (status = 0; status < 600; status++)
 	{
 		char labels[32];
@@ -435,14 +442,7 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			char address[48];
 
 			peer_address(NULL, (int) (intptr_t) in, address, sizeof(address));
-			if (server->draining ||
-				server->counts.connections >= (unsigned) server->options->max_connections ||
-				peer_of(server, address)->connections >= server->options->max_per_address)
-			{
-				server->counts.refused_connections++;
-				return 1;
-			}
-			return 0;
+			return may_connect(server, address) ? 0 : 1;
 		}
 
 		case LWS_CALLBACK_SERVER_NEW_CLIENT_INSTANTIATED:
@@ -450,7 +450,10 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			char address[48];
 			Peer *peer;
 
-			peer_address(wsi, -1, address, sizeof(address));
+			if (server->vm != NULL)
+				snprintf(address, sizeof(address), "%s", server->vm);
+			else
+				peer_address(wsi, -1, address, sizeof(address));
 			peer = peer_of(server, address);
 			peer->connections++;
 			server->counts.connections++;

@@ -81,8 +81,15 @@ watch_signal(Gateway *gateway, uv_signal_t *signal, int number)
 static int
 check(const Options *options)
 {
-	char *problem = database_problem(options->database, options->name);
+	const char *sockets = options_vm_sockets_problem(options);
+	char *problem;
 
+	if (sockets != NULL)
+	{
+		fprintf(stderr, "agentvm-gateway: %s\n", sockets);
+		return 1;
+	}
+	problem = database_problem(options->database, options->name);
 	if (problem != NULL)
 	{
 		fprintf(stderr, "agentvm-gateway: database: %s", problem);

@@ -9,7 +9,9 @@
 
 #include <arpa/inet.h>
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <limits.h>
 #include <openssl/err.h>
@@ -21,6 +23,7 @@
 #include <unistd.h>
 
 #include "../common/log.h"
+#include "vms.h"
 
 #ifndef AGENTVM_VERSION
 #define AGENTVM_VERSION "unknown"
@@ -29,6 +32,7 @@
 typedef enum OptionKind
 {
 	OPTION_TEXT,
+	OPTION_LIST,
 	OPTION_NUMBER,
 	OPTION_FLAG,
 	OPTION_LEVEL
@@ -56,6 +60,10 @@ static const struct
 	{"tls-key", OPTION_TEXT, AT(tls_key), 0, 0, NULL, "PEM file of its private key"},
 	{"allow-plaintext", OPTION_FLAG, AT(allow_plaintext), 0, 1, NULL,
 	 "allow plain HTTP on an address that is not a loopback one"},
+	{"vm-sockets", OPTION_LIST, AT(vm_sockets), 0, 0, NULL,
+	 "directory of sockets *.sock of VMs without a network: each is connected to, and what comes "
+	 "through it is served as if it came to the port; may be given more than once, or several "
+	 "with colons between them"},
 	{"max-connections", OPTION_NUMBER, AT(max_connections), 10, 1000000, "20000",
 	 "connections in all"},
 	{"max-per-address", OPTION_NUMBER, AT(max_per_address), 1, 1000000, "1000",
@@ -123,6 +131,24 @@ set_option(Options *options, int i, const char *value)
 		case OPTION_TEXT:
 			*(const char **) field = value;
 			break;
+		case OPTION_LIST:
+		{
+			const char **list = (const char **) field;
+			char *copy = strdup(value);
+			char *state;
+			char *item;
+			int n = 0;
+
+			while (list[n] != NULL)
+				n++;
+			for (item = strtok_r(copy, ":", &state); item; item = strtok_r(NULL, ":", &state))
+			{
+				if (n == MAX_VM_SOCKETS)
+					refuse(known[i].name, value, "there are too many");
+				list[n++] = item; /* the copy lives as long as the process */
+			}
+			break;
+		}
 		case OPTION_NUMBER:
 		{
 			char *end;
@@ -157,6 +183,7 @@ options_parse(Options *options, int argc, char **argv)
 {
 	static char hostname[HOST_NAME_MAX + 1];
 	struct option longs[NUM_KNOWN + 3];
+	bool is_given[NUM_KNOWN] = {false};
 	int i;
 
 	memset(options, 0, sizeof(*options));
@@ -199,6 +226,10 @@ options_parse(Options *options, int argc, char **argv)
 			fprintf(stderr, "Try --help.\n");
 			exit(2);
 		}
+		/* a list of the environment is not added to */
+		if (known[found].kind == OPTION_LIST && !is_given[found])
+			memset((char *) options + known[found].offset, 0, sizeof(options->vm_sockets));
+		is_given[found] = true;
 		set_option(options, found, optarg ? optarg : "on");
 	}
 	if (optind < argc)
@@ -270,4 +301,39 @@ options_problem(const Options *options)
 	ERR_clear_error();
 	SSL_CTX_free(context);
 	return usable ? NULL : problem;
+}
+
+const char *
+options_vm_sockets_problem(const Options *options)
+{
+	static char problem[512];
+	const char *const *dir;
+
+	for (dir = options->vm_sockets; *dir != NULL; dir++)
+	{
+		DIR *entries = opendir(*dir);
+		const struct dirent *entry;
+
+		if (entries == NULL || faccessat(dirfd(entries), ".", X_OK, AT_EACCESS) != 0)
+		{
+			snprintf(problem, sizeof(problem), "--vm-sockets=%s: %s", *dir, strerror(errno));
+			if (entries != NULL)
+				closedir(entries);
+			return problem;
+		}
+		while ((entry = readdir(entries)) != NULL)
+		{
+			if (vms_is_socket(dirfd(entries), entry->d_name) &&
+				faccessat(dirfd(entries), entry->d_name, W_OK, AT_EACCESS) != 0)
+			{
+				snprintf(problem, sizeof(problem),
+						 "--vm-sockets=%s: %s may not be connected to: %s", *dir, entry->d_name,
+						 strerror(errno));
+				closedir(entries);
+				return problem;
+			}
+		}
+		closedir(entries);
+	}
+	return NULL;
 }

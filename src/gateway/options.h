@@ -10,6 +10,8 @@
 
 #include <stdbool.h>
 
+#define MAX_VM_SOCKETS 16
+
 typedef struct Options
 {
 	const char *database; /* libpq connection string */
@@ -18,14 +20,15 @@ typedef struct Options
 	int port;
 	const char *tls_cert; /* PEM files; NULL: plain HTTP */
 	const char *tls_key;
-	bool allow_plaintext;	  /* plain HTTP on other than loopback addresses */
-	int max_connections;	  /* in all */
-	int max_per_address;	  /* connections of one address */
-	int request_timeout_s;	  /* for a whole request to arrive */
-	int unauthenticated_rate; /* refused tokens per address and minute */
-	int drain_s;			  /* for open requests after SIGTERM */
-	int log_level;			  /* LogLevel */
-	bool check;				  /* only verify the configuration */
+	bool allow_plaintext;						/* plain HTTP on other than loopback addresses */
+	const char *vm_sockets[MAX_VM_SOCKETS + 1]; /* directories of the VMs' sockets, up to a NULL */
+	int max_connections;						/* in all */
+	int max_per_address;						/* connections of one address */
+	int request_timeout_s;						/* for a whole request to arrive */
+	int unauthenticated_rate;					/* refused tokens per address and minute */
+	int drain_s;								/* for open requests after SIGTERM */
+	int log_level;								/* LogLevel */
+	bool check;									/* only verify the configuration */
 } Options;
 
 /*
@@ -41,5 +44,11 @@ extern void options_parse(Options *options, int argc, char **argv);
  * without TLS.  Returns NULL, or a static or malloc'ed text that says what is wrong.
  */
 extern const char *options_problem(const Options *options);
+
+/*
+ * Whether the VMs' sockets can be got at.  They may come later, and a gateway that
+ * runs goes on trying: this is for --check.  Returns as options_problem().
+ */
+extern const char *options_vm_sockets_problem(const Options *options);
 
 #endif /* GATEWAY_OPTIONS_H */

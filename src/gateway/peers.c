@@ -66,6 +66,17 @@ peer_of(Server *server, const char *address)
 	return peer;
 }
 
+bool
+may_connect(Server *server, const char *address)
+{
+	if (!server->draining &&
+		server->counts.connections < (unsigned) server->options->max_connections &&
+		peer_of(server, address)->connections < server->options->max_per_address)
+		return true;
+	server->counts.refused_connections++;
+	return false;
+}
+
 /* Addresses without connections and with nothing to remember. */
 void
 forget_peers(Server *server)

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "../common/log.h"
 #include "server_private.h"
@@ -36,6 +37,22 @@ lws_log(int level, const char *line)
 		text[len - 1] = '\0';
 	log_line(level & LLL_ERR ? LOG_LEVEL_WARNING : LOG_LEVEL_DEBUG, "libwebsockets", "text", text,
 			 NULL);
+}
+
+/* A stream of a VM: as if it had come to the port. */
+static void
+take_stream(void *arg, const char *vm, int fd)
+{
+	Server *server = arg;
+
+	if (!may_connect(server, vm))
+	{
+		close(fd);
+		return;
+	}
+	server->vm = vm;
+	(void) lws_adopt_socket_vhost(server->listener, fd); /* closes it if it cannot */
+	server->vm = NULL;
 }
 
 Server *
@@ -84,7 +101,9 @@ server_create(uv_loop_t *loop, const Options *options)
 		info.options |= LWS_SERVER_OPTION_DISABLE_IPV6;
 	info.options |= LWS_SERVER_OPTION_EXPLICIT_VHOSTS;
 	server->context = lws_create_context(&info);
-	if (server->context == NULL || lws_create_vhost(server->context, &info) == NULL)
+	if (server->context != NULL)
+		server->listener = lws_create_vhost(server->context, &info);
+	if (server->listener == NULL)
 	{
 		log_line(LOG_LEVEL_ERROR, "cannot listen", "address", options->listen, NULL);
 		if (server->context != NULL)
@@ -93,6 +112,7 @@ server_create(uv_loop_t *loop, const Options *options)
 		free(server);
 		return NULL;
 	}
+	server->vms = vms_create(loop, options->vm_sockets, take_stream, server);
 	return server;
 }
 
@@ -138,6 +158,7 @@ server_destroy(Server *server)
 {
 	Peer *peer, *next;
 
+	vms_destroy(server->vms);
 	lws_context_destroy(server->context);
 	sessions_destroy(server->sessions);
 	HASH_ITER(hh, server->peers, peer, next)

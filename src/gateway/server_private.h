@@ -15,6 +15,7 @@
 #include "../protocol.h"
 #include "server.h"
 #include "sessions.h"
+#include "vms.h"
 
 /* Connections and refused tokens of one address (of IPv6: of one /64). */
 typedef struct Peer
@@ -40,6 +41,9 @@ struct Server
 	uv_loop_t *loop;
 	const Options *options;
 	struct lws_context *context;
+	struct lws_vhost *listener;
+	Vms *vms;
+	const char *vm; /* whose stream is being taken over from vms.c, or NULL */
 	struct lws_protocols protocols[3];
 	SSL_CTX *tls;
 	Sessions *sessions;
@@ -53,6 +57,9 @@ struct Server
 
 /* The counters of an address, made if it is new; valid as long as it has connections. */
 extern Peer *peer_of(Server *server, const char *address);
+
+/* Whether one more connection of this address may be had; count one that may not. */
+extern bool may_connect(Server *server, const char *address);
 
 /* The address of a connection, or of a socket where there is no connection yet, as a key for peer_of(). */
 extern void peer_address(struct lws *wsi, int fd, char *address, size_t size);
