@@ -5,7 +5,8 @@
  *
  * The name is resolved first (resolve.h); libwebsockets gets an address, and the
  * name for Host and for TLS.  An address that does not answer is followed by the
- * next one.  Answers and frames are bounded; redirects are not followed.
+ * next one.  Where the gateway is at the other end of a device, the address is that
+ * of relay.h.  Answers and frames are bounded; redirects are not followed.
  *
  *-------------------------------------------------------------------------
  */
@@ -21,6 +22,7 @@
 #include "../protocol.h"
 #include "answer.h"
 #include "loop.h"
+#include "relay.h"
 #include "resolve.h"
 #include "tls.h"
 
@@ -216,7 +218,14 @@ make_link(const char *path, const char *token, void *arg)
 	snprintf(link->authorization, len, "Bearer %s", token);
 	link->arg = arg;
 	link->date = NO_TIME;
-	link->resolve = resolve_start(settings->host, on_resolved, link);
+	if (settings->gateway_device != NULL)
+	{
+		link->addresses.count = 1;
+		snprintf(link->addresses.text[0], ADDRESS_LEN, "%s", relay_address());
+		timer_set(&link->end, 0, try_next_address, link);
+	}
+	else
+		link->resolve = resolve_start(settings->host, on_resolved, link);
 	timer_set(&link->timeout, settings->http_timeout_ms, on_timeout, link);
 	return link;
 }

@@ -15,7 +15,7 @@
 
 #include "../common/log.h"
 
-#define MAX_WATCHED 32
+#define MAX_WATCHED 64
 
 static struct lws_context *context;
 static int epoll_fd = -1;

@@ -22,6 +22,7 @@
 #include "link.h"
 #include "loop.h"
 #include "power.h"
+#include "relay.h"
 #include "session.h"
 #include "settings.h"
 #include "state.h"
@@ -131,7 +132,7 @@ main(int argc, char **argv)
 	problem = state_open(&state, &settings);
 	if (problem != NULL)
 		return refuse(problem);
-	if (!child_setup(terminate) || !deadman_start(&settings, &state))
+	if (!child_setup(terminate) || !deadman_start(&settings, &state) || !relay_start(&settings))
 		return leave(1);
 	session_start(&settings, &state);
 	code = loop_run();

@@ -28,6 +28,7 @@
 
 #define MAX_FILE (64 * 1024)
 #define TOKEN_KEY "AGENTVM_BOOTSTRAP_TOKEN"
+#define PORT_NAME_CHARS "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-._"
 
 typedef enum SettingKind
 {
@@ -51,6 +52,10 @@ static const struct
 #define AT(field) offsetof(Settings, field)
 	{"AGENTVM_GATEWAY_URL", SETTING_TEXT, AT(gateway_url), 0, 0, NULL,
 	 "https://HOST[:PORT][/PREFIX] of the gateway; needed"},
+	{"AGENTVM_GATEWAY_DEVICE", SETTING_TEXT, AT(gateway_device), 0, 0, NULL,
+	 "name of the virtio port, or path of the device, through which the gateway is reached; a VM "
+	 "needs no network then, and http is allowed, since nothing leaves its host (default: dial "
+	 "the host in the URL)"},
 	{TOKEN_KEY, SETTING_TEXT, AT(bootstrap_token), 0, 0, NULL,
 	 "works once; taken out of the file after that"},
 	{"AGENTVM_CA_FILE", SETTING_TEXT, AT(ca_file), 0, 0, NULL,
@@ -272,7 +277,13 @@ check(Settings *settings)
 	if (!read_url(settings))
 		return PROBLEM("AGENTVM_GATEWAY_URL=%s is not https://HOST[:PORT][/PREFIX]",
 					   settings->gateway_url);
-	if (!settings->tls && !settings->allow_insecure && !is_loopback(settings->host))
+	if (settings->gateway_device != NULL && settings->gateway_device[0] != '/' &&
+		settings->gateway_device[strspn(settings->gateway_device, PORT_NAME_CHARS)] != '\0')
+		return PROBLEM("AGENTVM_GATEWAY_DEVICE=%s is neither the name of a virtio port nor an "
+					   "absolute path",
+					   settings->gateway_device);
+	if (!settings->tls && !settings->allow_insecure && settings->gateway_device == NULL &&
+		!is_loopback(settings->host))
 		return PROBLEM("AGENTVM_GATEWAY_URL=%s would send tokens in clear: use https, or set "
 					   "AGENTVM_ALLOW_INSECURE=1",
 					   settings->gateway_url);

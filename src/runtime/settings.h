@@ -24,6 +24,7 @@ typedef struct Settings
 	int port;		 /* of gateway_url */
 	char prefix[64]; /* of gateway_url: what precedes our paths */
 	bool tls;
+	const char *gateway_device; /* virtio port that leads there; NULL: the network does */
 
 	char *bootstrap_token; /* NULL once it has been used */
 	const char *ca_file;

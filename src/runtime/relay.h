@@ -1,0 +1,37 @@
+/*-------------------------------------------------------------------------
+ *
+ * relay.h
+ *		The gateway at the other end of a virtio port: for VMs without a network.
+ *
+ * libwebsockets connects to a socket of ours, and each connection becomes a stream
+ * of the cable (common/mux.h) that the port is.
+ *
+ * What such a port does, as seen with Linux 6.1 and QEMU 7.2: While nobody is
+ * connected to the socket on the host, poll() says POLLIN | POLLHUP, read() returns
+ * 0 and write() fails with EAGAIN (without O_NONBLOCK it would hang).  POLLHUP ends
+ * when somebody connects; it is not seen at all when the next one comes quickly
+ * enough.  What the one before had sent may still be read then; what had been
+ * written to the port and not yet been taken by the host is lost.  While the one on
+ * the host does not read, some 4 MB can be written, then EAGAIN.  What is sent while
+ * the port is closed is read when it is opened again.  It can be opened once at a
+ * time (EBUSY).
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RUNTIME_RELAY_H
+#define RUNTIME_RELAY_H
+
+#include <stdbool.h>
+
+#include "settings.h"
+
+/*
+ * Begin to relay, if the settings name a device; one that is not there yet is
+ * waited for.  Returns false, having logged why, when there can be no socket.
+ */
+extern bool relay_start(const Settings *settings);
+
+/* Where to connect to, as libwebsockets takes it. */
+extern const char *relay_address(void);
+
+#endif /* RUNTIME_RELAY_H */
