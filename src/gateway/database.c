@@ -68,7 +68,7 @@ struct Database
 	Query pending[DATABASE_MAX_PENDING]; /* a ring */
 	int first;
 	int count;
-	bool answered; /* the first one's result has come; its end is still to be read */
+	PGresult *result; /* the first one's; it counts when the end of its transaction has come, too */
 };
 
 static void begin_connecting(Database *database);
@@ -137,7 +137,8 @@ lose(Database *database, const char *why)
 		PQfinish(database->connection);
 	database->connection = NULL;
 	database->phase = PHASE_AWAY;
-	database->answered = false;
+	PQclear(database->result);
+	database->result = NULL;
 	while (database->count > 0)
 	{
 		Query query = database->pending[database->first];
@@ -241,7 +242,10 @@ connected(Database *database)
 	flush(database);
 }
 
-/* Take all results that have arrived to those who asked. */
+/*
+ * Take all results that have arrived to those who asked.  A result comes before
+ * its transaction commits, which may yet fail: the sync point tells that it has.
+ */
 static void
 read_results(Database *database)
 {
@@ -252,24 +256,28 @@ read_results(Database *database)
 		if (result == NULL)
 		{
 			/* the end of one query's results; its sync point follows */
-			if (!database->answered)
+			if (database->result == NULL)
 				return;
-			continue;
 		}
-		if (PQresultStatus(result) == PGRES_PIPELINE_SYNC)
+		else if (PQresultStatus(result) == PGRES_PIPELINE_SYNC)
 		{
+			Query query = database->pending[database->first];
+			PGresult *whole = database->result;
+
+			PQclear(result);
+			database->result = NULL;
 			database->first = (database->first + 1) % DATABASE_MAX_PENDING;
 			database->count--;
-			database->answered = false;
+			query.answer(query.arg, whole);
+			PQclear(whole);
 		}
-		else if (!database->answered)
+		else if (database->result == NULL || PQresultStatus(result) == PGRES_FATAL_ERROR)
 		{
-			Query *query = &database->pending[database->first];
-
-			database->answered = true;
-			query->answer(query->arg, result);
+			PQclear(database->result);
+			database->result = result;
 		}
-		PQclear(result);
+		else
+			PQclear(result);
 	}
 }
 

@@ -15,6 +15,7 @@
 #include "sessions.h"
 
 #include <arpa/inet.h>
+#include <ctype.h>
 #include <endian.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -98,6 +99,25 @@ id_to_text(const uint8_t *id, char *text)
 			*text++ = '-';
 		text += sprintf(text, "%02x", id[i]);
 	}
+}
+
+static bool
+id_from_text(const char *text, uint8_t *id)
+{
+	unsigned byte;
+	int i;
+
+	for (i = 0; i < UUID_LEN; i++)
+	{
+		if ((i == 4 || i == 6 || i == 8 || i == 10) && *text++ != '-')
+			return false;
+		if (!isxdigit((unsigned char) text[0]) || !isxdigit((unsigned char) text[1]) ||
+			sscanf(text, "%2x", &byte) != 1)
+			return false;
+		id[i] = (uint8_t) byte;
+		text += 2;
+	}
+	return *text == '\0';
 }
 
 /* The session of that id, made if it is new, known by this token from now on. */
@@ -562,20 +582,9 @@ on_notified(void *arg, const char *channel, const char *payload)
 	Sessions *sessions = arg;
 	uint8_t id[UUID_LEN];
 	Session *session;
-	const char *c = payload;
-	int i;
 
-	for (i = 0; i < UUID_LEN; i++)
-	{
-		unsigned byte;
-
-		while (*c == '-')
-			c++;
-		if (sscanf(c, "%2x", &byte) != 1)
-			return;
-		id[i] = (uint8_t) byte;
-		c += 2;
-	}
+	if (!id_from_text(payload, id))
+		return;
 	HASH_FIND(hh_id, sessions->by_id, id, UUID_LEN, session);
 	if (session != NULL)
 		end(sessions, session);
