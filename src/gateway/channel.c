@@ -174,15 +174,16 @@ write_close(Channel *channel)
 	return lws_write(channel->wsi, buffer + LWS_PRE, 2, WRITE_CLOSE) < 2 ? -1 : 0;
 }
 
-/* Answer an upgrade with an error; lws_return_http_status() would speak HTTP/1.0 at this stage. */
-static void
-write_refusal(struct lws *wsi, int status)
+/* lws_return_http_status() would speak HTTP/1.0 at this stage. */
+void
+refuse_upgrade(struct lws *wsi, int status)
 {
 	unsigned char buffer[LWS_PRE + 128];
 	int len = snprintf((char *) buffer + LWS_PRE, 128,
 					   "HTTP/1.1 %d Refused\r\nContent-Length: 0\r\nConnection: close\r\n%s\r\n",
 					   status, status == 503 || status == 429 ? "Retry-After: 5\r\n" : "");
 
+	server_of(wsi)->counts.answers[status]++;
 	(void) lws_write(wsi, buffer + LWS_PRE, (size_t) len, LWS_WRITE_HTTP_HEADERS);
 }
 
@@ -214,8 +215,7 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 				return 0;
 			if (status == 401)
 				note_refused(server, wsi);
-			server->counts.answers[status]++;
-			write_refusal(wsi, status);
+			refuse_upgrade(wsi, status);
 			return -1;
 		}
 

@@ -9,6 +9,7 @@
  *-------------------------------------------------------------------------
  */
 #include <jansson.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,6 +28,7 @@ struct Exchange
 	Server *server;
 	Request *waiting; /* for the database */
 	bool is_open;
+	bool whole; /* all of it has arrived */
 	bool headers_sent;
 	bool is_bootstrap;
 	bool answered;
@@ -94,6 +96,8 @@ reason_phrase(int status)
 			return "too slow";
 		case 410:
 			return "session ended";
+		case 411:
+			return "a length is needed";
 		case 413:
 			return "too large";
 		case 429:
@@ -261,6 +265,7 @@ bootstrap(Exchange *exchange)
 static void
 body_complete(Exchange *exchange)
 {
+	exchange->whole = true;
 	if (exchange->answered)
 		return;
 	if (exchange->is_bootstrap)
@@ -270,14 +275,32 @@ body_complete(Exchange *exchange)
 			sessions_heartbeat(exchange->server->sessions, exchange->hash, request_done, exchange);
 }
 
+#define LENGTH_NONE (-1)
+#define LENGTH_WRONG (-2)
+
+/* The Content-Length; one that we take for another than libwebsockets does would make two requests of one. */
+static long
+body_length(struct lws *wsi)
+{
+	char text[24];
+	int len = lws_hdr_copy(wsi, text, sizeof(text), WSI_TOKEN_HTTP_CONTENT_LENGTH);
+
+	if (lws_hdr_total_length(wsi, WSI_TOKEN_HTTP_TRANSFER_ENCODING) > 0)
+		return LENGTH_WRONG;
+	if (lws_hdr_total_length(wsi, WSI_TOKEN_HTTP_CONTENT_LENGTH) == 0)
+		return LENGTH_NONE;
+	if (len <= 0 || strspn(text, "0123456789") != (size_t) len)
+		return LENGTH_WRONG;
+	return len > 9 ? LONG_MAX : atol(text);
+}
+
 /* The headers have arrived. */
 static void
 begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *path)
 {
-	char length[24];
 	bool post = lws_hdr_total_length(wsi, WSI_TOKEN_POST_URI) > 0;
 	bool get = lws_hdr_total_length(wsi, WSI_TOKEN_GET_URI) > 0;
-	bool has_body;
+	long length = body_length(wsi);
 
 	memset(exchange, 0, sizeof(*exchange));
 	exchange->wsi = wsi;
@@ -285,10 +308,11 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 	exchange->is_open = true;
 	server->open_requests++;
 	lws_set_timer_usecs(wsi, (lws_usec_t) server->options->request_timeout_s * LWS_USEC_PER_SEC);
-	has_body = lws_hdr_copy(wsi, length, sizeof(length), WSI_TOKEN_HTTP_CONTENT_LENGTH) > 0;
-
+	exchange->whole = get && length <= 0 && length != LENGTH_WRONG;
 	exchange->is_bootstrap = path_is(path, PROTOCOL_BOOTSTRAP);
-	if (path_is(path, "/healthz") || path_is(path, "/readyz") || path_is(path, "/metrics"))
+	if (length == LENGTH_WRONG)
+		refuse(exchange, 400);
+	else if (path_is(path, "/healthz") || path_is(path, "/readyz") || path_is(path, "/metrics"))
 	{
 		if (!get)
 			refuse(exchange, 405);
@@ -305,7 +329,9 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 		refuse(exchange, 404);
 	else if (!post || path_is(path, PROTOCOL_CHANNEL))
 		refuse(exchange, 405);
-	else if (has_body && (strlen(length) > 9 || atol(length) > PROTOCOL_MAX_REQUEST))
+	else if (length == LENGTH_NONE)
+		refuse(exchange, 411);
+	else if (length > PROTOCOL_MAX_REQUEST)
 		refuse(exchange, 413);
 	else if (server->draining)
 		refuse(exchange, 503);
@@ -316,13 +342,7 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 		note_refused(server, wsi);
 		refuse(exchange, 401);
 	}
-	else if (!has_body || atol(length) == 0)
-	{
-		if (lws_hdr_total_length(wsi, WSI_TOKEN_HTTP_TRANSFER_ENCODING) > 0)
-			refuse(exchange, 400); /* a length is asked for */
-		else
-			body_complete(exchange);
-	}
+	/* else its body follows, even if it is empty */
 }
 
 static void
@@ -354,7 +374,7 @@ add_date(struct lws *wsi, unsigned char **at, unsigned char *end)
 										end);
 }
 
-/* Returns nonzero where libwebsockets should close the connection. */
+/* Returns -1 where libwebsockets should close the connection: other values mean nothing to it here. */
 static int
 write_answer(Exchange *exchange)
 {
@@ -366,8 +386,7 @@ write_answer(Exchange *exchange)
 						   ? "text/plain; version=0.0.4; charset=utf-8"
 						   : "application/json";
 	/* what remains of a request that was refused half-way is not read */
-	bool close_after = exchange->status == 413 || exchange->status == 408 ||
-					   exchange->status == 400 || exchange->server->draining;
+	bool close_after = !exchange->whole || exchange->status == 400 || exchange->server->draining;
 	size_t room;
 	int n;
 
@@ -393,7 +412,7 @@ write_answer(Exchange *exchange)
 			lws_add_http_header_content_length(wsi, exchange->answer_len, &at, end) ||
 			add_date(wsi, &at, end) ||
 			lws_finalize_write_http_header(wsi, buffer + LWS_PRE, &at, end))
-			return 1;
+			return -1;
 		exchange->headers_sent = true;
 		lws_callback_on_writable(wsi);
 		return 0;
@@ -408,7 +427,7 @@ write_answer(Exchange *exchange)
 															: LWS_WRITE_HTTP);
 	OPENSSL_cleanse(buffer, sizeof(buffer));
 	if (n < (int) room)
-		return 1;
+		return -1;
 	if (exchange->written < exchange->answer_len)
 	{
 		lws_callback_on_writable(wsi);
@@ -416,7 +435,7 @@ write_answer(Exchange *exchange)
 	}
 	lws_set_timer_usecs(wsi, LWS_SET_TIMER_USEC_CANCEL);
 	end_exchange(exchange);
-	return close_after || lws_http_transaction_completed(wsi) != 0;
+	return close_after || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
 }
 
 Server *
@@ -474,13 +493,42 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			return 0;
 		}
 
+			/*
+			 * HTTP/1.1 and WebSockets: HTTP/2 would come with no limits of ours.
+			 * "in" may have been freed already, if it is neither.
+			 */
+		case LWS_CALLBACK_HTTP_CONFIRM_UPGRADE:
+		{
+			char upgrade[16];
+
+			return lws_hdr_copy(wsi, upgrade, sizeof(upgrade), WSI_TOKEN_UPGRADE) > 0 &&
+						   strcasecmp(upgrade, "websocket") == 0
+					   ? 0
+					   : -1;
+		}
+
+		case LWS_CALLBACK_RAW_ADOPT:
+			return -1;
+
+		case LWS_CALLBACK_FILTER_PROTOCOL_CONNECTION:
+			/* a WebSocket of no subprotocol, or of the name that this callback has */
+			refuse_upgrade(wsi, 400);
+			return -1;
+
+			/*
+			 * A request before the answer to the one before: nobody needs it, and
+			 * 4.1 would run in circles over a body that it has read ahead.
+			 */
 		case LWS_CALLBACK_HTTP:
-			end_exchange(exchange);
+			if (exchange->is_open)
+				return -1;
 			begin_exchange(exchange, wsi, server, in);
 			return 0;
 
 		case LWS_CALLBACK_HTTP_BODY:
-			if (exchange == NULL || !exchange->is_open || exchange->answered)
+			if (exchange == NULL || !exchange->is_open || exchange->whole)
+				return -1;
+			if (exchange->answered || len == 0)
 				return 0;
 			if (exchange->body_len + len > PROTOCOL_MAX_REQUEST)
 			{
@@ -493,8 +541,9 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			return 0;
 
 		case LWS_CALLBACK_HTTP_BODY_COMPLETION:
-			if (exchange != NULL && exchange->is_open && exchange->waiting == NULL)
-				body_complete(exchange);
+			if (exchange == NULL || !exchange->is_open || exchange->whole)
+				return -1;
+			body_complete(exchange);
 			return 0;
 
 		case LWS_CALLBACK_TIMER:

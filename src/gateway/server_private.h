@@ -90,6 +90,9 @@ extern Server *server_of(struct lws *wsi);
  */
 extern int add_date(struct lws *wsi, unsigned char **at, unsigned char *end);
 
+/* Answer an upgrade with that status, which is counted; the connection is then to be closed. */
+extern void refuse_upgrade(struct lws *wsi, int status);
+
 extern int http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in,
 						 size_t len);
 extern int channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in,

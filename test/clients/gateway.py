@@ -10,11 +10,13 @@ import hmac
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 
 import psycopg
@@ -331,23 +333,156 @@ def part_database():
         assert gateway.text().count("database is away") == 1, "said once"
 
 
-def part_limits():
-    def raw(gateway, data, wait=15):
-        with socket.create_connection(("127.0.0.1", gateway.port), wait) as one:
-            one.sendall(data)
-            answer = b""
+class Proxy:
+    """A way to the database that can hold back the end of a transaction, or be cut."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.conninfo = psycopg.conninfo.make_conninfo(CONNSTR, user="gw", host="127.0.0.1", port=self.listener.getsockname()[1], sslmode="disable", gssencmode="disable")
+        self.holds = False
+        self.held = threading.Event()
+        self.pair = ()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        known = psycopg.conninfo.conninfo_to_dict(CONNSTR)
+        while True:
+            front, _ = self.listener.accept()
+            back = socket.socket(socket.AF_UNIX)
+            back.connect(f"{known['host']}/.s.PGSQL.{known['port']}")
+            self.pair = (front, back)
+            threading.Thread(target=self.forward, args=(front, back), daemon=True).start()
+            threading.Thread(target=self.answer, args=(back, front), daemon=True).start()
+
+    def forward(self, source, target):
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+        self.cut()
+
+    def answer(self, source, target):
+        data = b""
+        try:
+            while more := source.recv(65536):
+                data += more
+                while len(data) >= 5 and len(data) > int.from_bytes(data[1:5], "big"):
+                    size = 1 + int.from_bytes(data[1:5], "big")
+                    if data[:1] == b"Z" and self.holds:  # ReadyForQuery: committed
+                        self.held.set()
+                        until(lambda: not self.holds, "it may go on")
+                    target.sendall(data[:size])
+                    data = data[size:]
+        except OSError:
+            pass
+
+    def cut(self):
+        for one in self.pair:
             try:
-                while chunk := one.recv(65536):
-                    answer += chunk
+                one.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
-            return answer
+
+
+def part_committed():
+    """The result of a statement comes before its commit does: it is acknowledged with the latter."""
+    proxy = Proxy()
+    with Gateway(f"--database={proxy.conninfo}") as gateway:
+        vm = VM(gateway)
+        for committed in (True, False):
+            until(lambda: gateway.beat(vm)[0] == 200, "it has its database")
+            proxy.held.clear()
+            proxy.holds = True
+            connection = gateway.connection()
+            connection.request("POST", "/v1/heartbeat", body="{}", headers={"Authorization": f"Bearer {vm.session_token}"})
+            assert proxy.held.wait(TIMEOUT)
+            assert gateway.get("/healthz")[0] == 200
+            assert not select.select([connection.sock], [], [], 0.3)[0], "not before it has committed"
+            if not committed:
+                proxy.cut()
+                assert connection.getresponse().status == 503, "nobody knows"
+            proxy.holds = False
+            if committed:
+                assert connection.getresponse().status == 200
+        until(lambda: gateway.beat(vm)[0] == 200, "it goes on")
+        assert gateway.metric("agentvm_gateway_requests_waiting ") == 0
+
+
+def raw(gateway, data, wait=15):
+    """What comes until the other side hangs up, and after how many seconds it did."""
+    began = time.time()
+    answer = b""
+    with socket.create_connection(("127.0.0.1", gateway.port), wait) as one:
+        try:
+            one.sendall(data)
+            while chunk := one.recv(65536):
+                answer += chunk
+        except ConnectionError:
+            pass
+    return answer, time.time() - began
+
+
+def part_hostile():
+    """Requests that libwebsockets lets through, or trips over."""
+    with Gateway("--request-timeout=120") as gateway:
+        vm = VM(gateway)
+        auth = f"Authorization: Bearer {vm.session_token}\r\n".encode()
+        beat = b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\n" + auth
+
+        def cpu():
+            with open(f"/proc/{gateway.process.pid}/stat", encoding="ascii") as stat:
+                return sum(map(int, stat.read().rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+        def ends(data, statuses, what):
+            """That many answers and a prompt end, without a time limit's help; the others are served on."""
+            answer, took = raw(gateway, data, wait=30)
+            got = [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.")]
+            assert got in statuses, (what, got)
+            assert took < 20, (what, took)
+            assert gateway.get("/healthz")[0] == 200, what
+
+        whole = beat + b"Content-Length: 2\r\n\r\n{}"
+        used = cpu()
+        ends(whole + whole, ([], [200]), "two requests at once")
+        ends(whole + b"x", ([], [200]), "more than its body")
+        ends(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + whole, ([], [200]), "two requests at once, the first without a body")
+        ends(b"GET /healthz HTTP/1.0\r\n\r\n", ([200],), "HTTP/1.0")
+        ends(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", ([200],), "Connection: close")
+        ends(beat + b"\r\n", ([411],), "no length")
+        ends(beat + b"Transfer-Encoding: chunked\r\n\r\n", ([400],), "chunks")
+        ends(beat + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n", ([400],), "a length, and chunks")
+        for length in (b"-1", b"+2", b"2x", b"0x2", b"2\r\nContent-Length: 2", b"2, 2", b""):
+            ends(beat + b"Content-Length: " + length + b"\r\n\r\n", ([400], [411], []), length)
+        ends(b"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n{", ([404],), "what is refused is not read on")
+        ends(b"PUT /v1/heartbeat HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{", ([405],), "nor of another method")
+        # upgrades: to nothing but a channel, since all else would escape the limits
+        upgrade = b"GET /v1/channel HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n" + auth
+        ends(upgrade + b"Upgrade: websocket\r\n\r\n", ([400],), "a WebSocket of no subprotocol")
+        ends(upgrade + b"Upgrade: websocket\r\nSec-WebSocket-Protocol: http\r\n\r\n", ([400],), "of another one")
+        ends(upgrade + b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n", ([],), "HTTP/2")
+        ends(upgrade + b"Upgrade: other\r\n\r\n", ([403], []), "something else")
+        ends(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", ([], [403]), "CONNECT")
+        ends(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ([], [403]), "HTTP/2 at once")
+        assert cpu() - used < 5, "it does not run in circles"
+        # a request that waits for the database does not keep it busy, either
+        with socket.create_connection(("127.0.0.1", gateway.port), 20) as one:
+            one.sendall(whole)
+            assert one.recv(65536).startswith(b"HTTP/1.1 200"), "one at a time is served"
+        # whoever may notify can say anything
+        for payload in ("a", "-", "", "00" * 16, "x" * 36, "0" * 7999):
+            sql("SELECT pg_notify(agentvm.gateway_channel(), %s)", payload)
+        assert gateway.beat(vm)[0] == 200
+        until(lambda: gateway.metric("agentvm_gateway_connections ") == 1, "nobody is left")
+
+
+def part_limits():
     with Gateway("--request-timeout=1", "--max-per-address=40", "--unauthenticated-rate=30") as gateway:
         vm = VM(gateway)
         auth = f"Authorization: Bearer {vm.session_token}\r\n".encode()
         head = b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\n" + auth
-        assert b" 413 " in raw(gateway, head + b"Content-Length: 999999\r\n\r\n").split(b"\r\n")[0]
-        assert b" 200 " not in raw(gateway, head + b"X: " + b"x" * 20000 + b"\r\n\r\n").split(b"\r\n")[0]
+        assert b" 413 " in raw(gateway, head + b"Content-Length: 999999\r\n\r\n")[0].split(b"\r\n")[0]
+        assert b" 200 " not in raw(gateway, head + b"X: " + b"x" * 20000 + b"\r\n\r\n")[0].split(b"\r\n")[0]
         # slow headers, a slow body, an answer that nobody reads: all end in time
         for slow in (b"POST /v1/heart", head, head + b"Content-Length: 100\r\n\r\n{"):
             began = time.time()
