@@ -85,16 +85,17 @@ install-runtime: runtime
 	$(MKDIR_P) '$(DESTDIR)$(bindir)'
 	$(INSTALL) -s -m 755 $(RUNTIME) '$(DESTDIR)$(bindir)/'
 
-# what it reads of a gateway, for SECONDS; what was found is in tmp_fuzz
-.PHONY: fuzz-runtime
-fuzz-runtime:
-	@mkdir -p tmp_fuzz/runtime
-	clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o tmp_fuzz/runtime_answer test/fuzz/runtime_answer.c src/runtime/answer.c -ljansson
-	printf '\0{"session_id": "0a", "heartbeat_interval_s": 1, "deadline": "2026-01-31T12:34:56.789+01:30", "deadline_grace_s": 0, "deadman_allowance_s": 1, "env": {"A": "b"}, "repos": [{"url": "u", "ref": "r", "path": "p"}], "files": [], "channel": "/v1/channel"}' >tmp_fuzz/runtime/boot
-	printf '\1{"type": "deadline", "deadline": "2026-01-31T12:34:56.789Z"}' >tmp_fuzz/runtime/frame
-	printf '\2{"deadline": "2026-01-31T12:34:56Z"}' >tmp_fuzz/runtime/deadline
-	printf '\4Sat, 31 Jan 2026 12:34:56 GMT' >tmp_fuzz/runtime/date
-	cd tmp_fuzz && ./runtime_answer -max_total_time=$(or $(SECONDS),60) -max_len=4096 -print_final_stats=1 runtime
+# What is fuzzed outside of a server, each a program of its own with libFuzzer in it: see test/fuzz/run
+FUZZERS = $(addprefix tmp_fuzz/,gateway_http gateway_channel runtime_answer)
+fuzz_flags = -std=gnu11 -D_GNU_SOURCE -g -O1 -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+.PHONY: fuzzers
+fuzzers: $(FUZZERS)
+tmp_fuzz/gateway_%: test/fuzz/gateway.c $(filter-out %/main.c,$(wildcard src/gateway/*.[ch])) $(wildcard src/common/*.[ch]) src/protocol.h
+	@mkdir -p $(@D)
+	clang $(fuzz_flags) -DTARGET_$* -rdynamic -o $@ $(filter %.c,$^) $(gateway_flags)
+tmp_fuzz/runtime_answer: test/fuzz/runtime_answer.c src/runtime/answer.c src/runtime/answer.h
+	@mkdir -p $(@D)
+	clang $(fuzz_flags) -o $@ $(filter %.c,$^) -ljansson
 
 # the cable between VMs and gateways, for SECONDS
 .PHONY: fuzz-mux

@@ -1,0 +1,624 @@
+/*-------------------------------------------------------------------------
+ *
+ * gateway.c
+ *		libFuzzer on the gateway: its requests, frames and notifications.
+ *
+ * The whole gateway but main(), behind libwebsockets, on its own loop. Clients
+ * are socketpairs, adopted as if they had been accepted.  The database stands in
+ * at the boundary of libpq: the connection functions are below, results are
+ * libpq's own.  The clock that libuv and libwebsockets see is ours, so that
+ * nothing is waited for.
+ *
+ * An input is a story: bytes for the current connection, and between them steps,
+ * each a MARK, a letter, and its text up to the next MARK (see do_step()).  Built
+ * twice: TARGET_channel begins with an open channel, and its bytes are frames.
+ *
+ * What is wrong is told with abort(): something that is left when all clients
+ * have gone, a token in an answer, an answer that is none.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../../src/common/log.h"
+#include "../../src/gateway/server_private.h"
+
+#ifdef TARGET_channel
+#define BEGINS_WITH_CHANNEL true
+#else
+#define BEGINS_WITH_CHANNEL false
+#endif
+
+#define MARK 0x1e
+#define MAX_STEPS 64
+#define MAX_CLIENTS 4
+#define TOKEN "of-the-session-" /* and a digit */
+
+extern int LLVMFuzzerInitialize(int *argc, char ***argv);
+extern int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+#define check(good) ((good) ? (void) 0 : wrong(#good))
+
+static void
+wrong(const char *what)
+{
+	fprintf(stderr, "not so: %s\n", what);
+	abort();
+}
+
+/* ---- the clock ---- */
+
+static int64_t skipped_ms;
+
+/* libFuzzer reads the time of day, which stays what it is. */
+int
+clock_gettime(clockid_t id, struct timespec *time)
+{
+	int result = (int) syscall(SYS_clock_gettime, id, time);
+
+	if (id == CLOCK_MONOTONIC || id == CLOCK_MONOTONIC_COARSE || id == CLOCK_BOOTTIME)
+	{
+		time->tv_sec += skipped_ms / 1000;
+		time->tv_nsec += skipped_ms % 1000 * 1000000;
+		if (time->tv_nsec >= 1000000000)
+		{
+			time->tv_sec++;
+			time->tv_nsec -= 1000000000;
+		}
+	}
+	return result;
+}
+
+/* ---- the database ---- */
+
+typedef enum Mood
+{
+	MOOD_GOOD,
+	MOOD_EMPTY, /* no row */
+	MOOD_NULL,
+	MOOD_GONE, /* AV006 */
+	MOOD_BAD,  /* 22P02 */
+	MOOD_FAIL, /* 57014 */
+	MOOD_SLOW, /* no answer until another mood comes */
+	MOOD_HALF, /* an answer, but its end not until another mood comes */
+	MOOD_LOST, /* the connection breaks when it is asked */
+	NUM_MOODS
+} Mood;
+
+typedef enum Stage
+{
+	STAGE_RESULT,
+	STAGE_END,
+	STAGE_SYNC
+} Stage;
+
+struct pg_conn
+{
+	int fd;
+	bool is_lost;
+	unsigned count;
+	Stage stage;
+	PGresult *results[64]; /* a ring of those that are still to be read */
+	unsigned first;
+	PGnotify *notice;
+};
+
+static PGconn *connection; /* the gateway's, while it has one */
+static Mood mood;
+static bool big_answers;
+static const char *state; /* SQLSTATE of the last error */
+
+static PGresult *
+make_result(int columns)
+{
+	PGresult *result = PQmakeEmptyPGresult(NULL, PGRES_TUPLES_OK);
+	PGresAttDesc attributes[2] = {{.name = "a", .format = 1}, {.name = "b", .format = 1}};
+
+	PQsetResultAttrs(result, columns, attributes);
+	return result;
+}
+
+/* What a query is answered with in the mood of now. */
+static PGresult *
+answer_query(const char *sql, const char *const *values, const int *lengths)
+{
+	static char id[16] = "\0a sessions id.";
+	static char text[100 * 1024];
+	PGresult *result;
+	int i;
+
+	if (strncmp(sql, "SET ", 4) == 0 || strncmp(sql, "LISTEN ", 7) == 0)
+		return PQmakeEmptyPGresult(NULL, PGRES_COMMAND_OK);
+	if (mood == MOOD_GONE || mood == MOOD_BAD || mood == MOOD_FAIL)
+		return PQmakeEmptyPGresult(NULL, PGRES_FATAL_ERROR);
+	if (strstr(sql, "gateway_channel") != NULL)
+	{
+		result = make_result(1);
+		PQsetvalue(result, 0, 0, "channel", 7);
+	}
+	else if (strstr(sql, "heartbeat_batch") != NULL)
+	{
+		/* those that live, in their order: in one mood nobody does, in another only the first */
+		result = make_result(2);
+		for (i = 0; lengths[0] > 20 && i < (lengths[0] - 20) / 20; i++)
+		{
+			if (mood == MOOD_EMPTY || (mood == MOOD_NULL && i > 0))
+				break;
+			PQsetvalue(result, i, 0, (char *) values[0] + 24 + 20 * i, 16);
+			PQsetvalue(result, i, 1, (char *) values[0] + 24 + 20 * i, 8);
+		}
+	}
+	else
+	{
+		bool is_bootstrap = strstr(sql, "agentvm.bootstrap") != NULL;
+
+		result = make_result(is_bootstrap ? 2 : 1);
+		id[0] = (char) (values[0][0] & 3);
+		if (mood == MOOD_NULL)
+			PQsetvalue(result, 0, 0, NULL, -1);
+		else if (is_bootstrap && mood != MOOD_EMPTY)
+		{
+			memset(text, 'x', sizeof(text));
+			PQsetvalue(result, 0, 0, text, big_answers ? (int) sizeof(text) : 100);
+			PQsetvalue(result, 0, 1, id, 16);
+		}
+		else if (mood != MOOD_EMPTY)
+			PQsetvalue(result, 0, 0, id, 16);
+	}
+	return result;
+}
+
+static void
+set_mood(Mood new)
+{
+	static const char *const states[NUM_MOODS] = {
+		[MOOD_GONE] = "AV006", [MOOD_BAD] = "22P02", [MOOD_FAIL] = "57014"};
+
+	mood = new;
+	state = states[mood];
+	if (connection != NULL)
+		eventfd_write(connection->fd, 1);
+}
+
+PGconn *
+PQconnectStartParams(const char *const *keywords, const char *const *values, int expand)
+{
+	connection = calloc(1, sizeof(PGconn));
+	connection->fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	return connection;
+}
+
+PGconn *
+PQconnectdbParams(const char *const *keywords, const char *const *values, int expand)
+{
+	return PQconnectStartParams(keywords, values, expand);
+}
+
+PostgresPollingStatusType
+PQconnectPoll(PGconn *conn)
+{
+	return PGRES_POLLING_OK;
+}
+
+void
+PQfinish(PGconn *conn)
+{
+	while (conn->count-- > 0)
+		PQclear(conn->results[conn->first++ % 64]);
+	free(conn->notice);
+	close(conn->fd);
+	free(conn);
+	connection = NULL;
+}
+
+ConnStatusType
+PQstatus(const PGconn *conn)
+{
+	return conn->is_lost ? CONNECTION_BAD : CONNECTION_OK;
+}
+
+char *
+PQerrorMessage(const PGconn *conn)
+{
+	return "no reason\n";
+}
+
+int
+PQsocket(const PGconn *conn)
+{
+	return conn->fd;
+}
+
+int
+PQsetnonblocking(PGconn *conn, int arg)
+{
+	return 0;
+}
+
+int
+PQenterPipelineMode(PGconn *conn)
+{
+	return 1;
+}
+
+int
+PQpipelineSync(PGconn *conn)
+{
+	return 1;
+}
+
+int
+PQflush(PGconn *conn)
+{
+	return conn->is_lost ? -1 : 0;
+}
+
+int
+PQsendQueryParams(PGconn *conn, const char *sql, int count, const Oid *types,
+				  const char *const *values, const int *lengths, const int *formats, int format)
+{
+	if (conn->count == 64)
+		return 0;
+	conn->results[(conn->first + conn->count++) % 64] = answer_query(sql, values, lengths);
+	if (mood == MOOD_LOST)
+		conn->is_lost = true;
+	eventfd_write(conn->fd, 1);
+	return 1;
+}
+
+int
+PQconsumeInput(PGconn *conn)
+{
+	eventfd_t value;
+
+	(void) eventfd_read(conn->fd, &value);
+	return !conn->is_lost;
+}
+
+int
+PQisBusy(PGconn *conn)
+{
+	if (conn->stage == STAGE_RESULT)
+		return conn->count == 0 || mood == MOOD_SLOW;
+	return mood == MOOD_HALF;
+}
+
+PGresult *
+PQgetResult(PGconn *conn)
+{
+	switch (conn->stage)
+	{
+		case STAGE_RESULT:
+			conn->stage = STAGE_END;
+			conn->count--;
+			return conn->results[conn->first++ % 64];
+		case STAGE_END:
+			conn->stage = STAGE_SYNC;
+			return NULL;
+		default:
+			conn->stage = STAGE_RESULT;
+			return PQmakeEmptyPGresult(NULL, PGRES_PIPELINE_SYNC);
+	}
+}
+
+PGnotify *
+PQnotifies(PGconn *conn)
+{
+	PGnotify *notice = conn->notice;
+
+	conn->notice = NULL;
+	return notice;
+}
+
+char *
+PQresultErrorField(const PGresult *result, int field)
+{
+	return field == PG_DIAG_SQLSTATE ? (char *) state : "a reason";
+}
+
+/* In one piece, as libpq does it: what is read beyond its end is found. */
+static void
+notify(const char *payload, size_t len)
+{
+	if (connection == NULL || connection->notice != NULL)
+		return;
+	connection->notice = malloc(sizeof(PGnotify) + len + 1);
+	connection->notice->relname = "channel";
+	connection->notice->extra = (char *) (connection->notice + 1);
+	memcpy(connection->notice->extra, payload, len);
+	connection->notice->extra[len] = '\0';
+	eventfd_write(connection->fd, 1);
+}
+
+/* ---- clients ---- */
+
+typedef struct Client
+{
+	int fd;		   /* -1: closed */
+	char head[12]; /* the first bytes that came */
+	size_t head_len;
+} Client;
+
+static uv_loop_t loop;
+static Options options;
+static Server *server;
+static Client clients[MAX_CLIENTS];
+static int current;
+
+static void
+run_loop(int turns)
+{
+	while (turns-- > 0)
+		uv_run(&loop, UV_RUN_NOWAIT);
+}
+
+/* Time passes, in steps, so that what is set by one timer is seen by the next. */
+static void
+pass_time(int64_t ms, int steps)
+{
+	int i;
+
+	for (i = 0; i < steps; i++)
+	{
+		skipped_ms += ms / steps;
+		run_loop(3);
+	}
+}
+
+static void
+read_answers(Client *client)
+{
+	char buffer[65536];
+	ssize_t got;
+
+	while (client->fd >= 0 && (got = recv(client->fd, buffer, sizeof(buffer), MSG_DONTWAIT)) > 0)
+	{
+		size_t part = sizeof(client->head) - client->head_len;
+
+		if (part > (size_t) got)
+			part = (size_t) got;
+		memcpy(client->head + client->head_len, buffer, part);
+		client->head_len += part;
+		check(memcmp(client->head, "HTTP/1.", client->head_len < 7 ? client->head_len : 7) == 0);
+		/* a WebSocket gives back what a ping has sent */
+		if (memcmp(client->head + 9, "101", 3) != 0)
+			check(memmem(buffer, (size_t) got, TOKEN, strlen(TOKEN)) == NULL);
+	}
+}
+
+static void
+close_client(Client *client)
+{
+	read_answers(client);
+	if (client->fd >= 0)
+		close(client->fd);
+	client->fd = -1;
+}
+
+static void
+send_bytes(const void *bytes, size_t len)
+{
+	if (clients[current].fd >= 0)
+		(void) !send(clients[current].fd, bytes, len, MSG_DONTWAIT | MSG_NOSIGNAL);
+	run_loop(3);
+}
+
+static void
+connect_client(void)
+{
+	int fds[2];
+	int i;
+
+	for (i = 0; i < MAX_CLIENTS && clients[i].fd >= 0; i++)
+		;
+	if (i == MAX_CLIENTS)
+		return;
+	check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fds) == 0);
+	current = i;
+	memset(&clients[i], 0, sizeof(Client));
+	clients[i].fd = fds[0];
+	check(lws_adopt_socket_vhost(lws_get_vhost_by_name(server->context, "default"), fds[1]) !=
+		  NULL);
+	run_loop(3);
+}
+
+static void
+connect_channel(char digit)
+{
+	char request[512];
+	int len = snprintf(request, sizeof(request),
+					   "GET " PROTOCOL_CHANNEL " HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+					   "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+					   "Sec-WebSocket-Protocol: " PROTOCOL_NAME "\r\n"
+					   "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+					   "Authorization: Bearer " TOKEN "%c\r\n\r\n",
+					   '0' + (digit & 7));
+
+	connect_client();
+	send_bytes(request, (size_t) len);
+	run_loop(3);
+}
+
+/* The first byte is the one of the frame's first: FIN, reserved bits, opcode. */
+static void
+send_frame(uint8_t first, const char *payload, size_t len)
+{
+	uint8_t frame[8192] = {first};
+	size_t at = 1;
+	size_t i;
+
+	if (len > sizeof(frame) - 16)
+		len = sizeof(frame) - 16;
+	if (len < 126)
+		frame[at++] = (uint8_t) (0x80 | len);
+	else
+	{
+		frame[at++] = 0x80 | 126;
+		frame[at++] = (uint8_t) (len >> 8);
+		frame[at++] = (uint8_t) len;
+	}
+	for (i = 0; i < 4; i++)
+		frame[at++] = (uint8_t) (0x11 * i);
+	for (i = 0; i < len; i++)
+		frame[at++] = (uint8_t) payload[i] ^ (uint8_t) (0x11 * (i % 4));
+	send_bytes(frame, at);
+}
+
+static void
+do_step(char letter, const char *text, size_t len)
+{
+	uint8_t number = len > 0 ? (uint8_t) *text : 0;
+
+	switch (letter)
+	{
+		case 'w': /* write bytes as they are */
+			send_bytes(text, len);
+			break;
+		case 'f': /* a frame, its first byte given */
+			if (len > 0)
+				send_frame(number, text + 1, len - 1);
+			break;
+		case 't': /* a text frame */
+			send_frame(0x81, text, len);
+			break;
+		case 'n': /* a new connection */
+			connect_client();
+			send_bytes(text, len);
+			break;
+		case 'N': /* a new channel of the session of that digit */
+			connect_channel((char) number);
+			break;
+		case 'u': /* use that connection from now on */
+			current = number % MAX_CLIENTS;
+			break;
+		case 'x':
+			close_client(&clients[current]);
+			run_loop(3);
+			break;
+		case 's':
+			if (clients[current].fd >= 0)
+				shutdown(clients[current].fd, SHUT_WR);
+			run_loop(3);
+			break;
+		case 'r':
+			read_answers(&clients[current]);
+			run_loop(3);
+			break;
+		case 'p': /* so many tenths of a second pass */
+			pass_time(number * 100, number > 20 ? 4 : 1);
+			break;
+		case 'd': /* the database's mood */
+			set_mood((Mood) (number % NUM_MOODS));
+			run_loop(3);
+			break;
+		case 'b': /* answers to bootstraps are big */
+			big_answers = true;
+			break;
+		case 'e': /* it notifies */
+			notify(text, len);
+			run_loop(3);
+			break;
+		case 'D': /* SIGTERM */
+			server_drain(server);
+			run_loop(3);
+			break;
+		default:
+			break;
+	}
+}
+
+/* Everybody goes; nothing may be left. */
+static void
+clean_up(void)
+{
+	int i;
+
+	set_mood(MOOD_GOOD);
+	big_answers = false;
+	for (i = 0; i < MAX_CLIENTS; i++)
+		close_client(&clients[i]);
+	run_loop(5);
+	for (i = 0; i < 50 && (server->counts.connections > 0 || !sessions_ready(server->sessions) ||
+						   sessions_counts(server->sessions).waiting > 0);
+		 i++)
+		pass_time(1000, 1);
+	server->draining = false;
+	check(server->counts.connections == 0);
+	check(server->counts.channels == 0);
+	check(server->open_requests == 0);
+	check(sessions_ready(server->sessions));
+	check(sessions_counts(server->sessions).waiting == 0);
+	/* and what is remembered is forgotten */
+	if (sessions_counts(server->sessions).known > 0)
+		pass_time(20 * 60000, 2);
+	pass_time(70000, 1);
+	server_tick(server);
+	check(sessions_counts(server->sessions).known == 0);
+	check(server->peers == NULL);
+}
+
+int
+LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+	int i;
+
+	log_set_level(LOG_LEVEL_ERROR);
+	srandom(1);
+	options = (Options){.database = "",
+						.name = "fuzz",
+						.listen = "127.0.0.1",
+						.port = 0,
+						.max_connections = 1000,
+						.max_per_address = 1000,
+						.request_timeout_s = 10,
+						.unauthenticated_rate = 20,
+						.drain_s = 10};
+	for (i = 0; i < MAX_CLIENTS; i++)
+		clients[i].fd = -1;
+	uv_loop_init(&loop);
+	server = server_create(&loop, &options);
+	check(server != NULL);
+	clean_up();
+	return 0;
+}
+
+int
+LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	const char *at = (const char *) data;
+	const char *end = at + size;
+	int steps;
+
+	current = 0;
+	if (BEGINS_WITH_CHANNEL)
+		connect_channel(0);
+	else
+		connect_client();
+	for (steps = 0; at < end && steps < MAX_STEPS; steps++)
+	{
+		char letter = BEGINS_WITH_CHANNEL ? 't' : 'w';
+		const char *text = at;
+
+		if (*at == MARK)
+		{
+			if (at + 1 == end)
+				break;
+			letter = at[1];
+			text = at + 2;
+		}
+		at = memchr(text, MARK, (size_t) (end - text));
+		if (at == NULL)
+			at = end;
+		do_step(letter, text, (size_t) (at - text));
+	}
+	clean_up();
+	return 0;
+}
