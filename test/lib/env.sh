@@ -16,7 +16,7 @@ pg_version() {
 
 as_root() { if ((EUID)); then sudo "$@"; else "$@"; fi; }
 
-# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, runtime, try, test or check
+# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, runtime, microvm, try, test or check
 packages() {
 	command -v dpkg-query >/dev/null || { say 'no dpkg here: taking for granted that everything needed is installed'; return; }
 	local version names=() missing kind status=0 log own_policy='' policy=/usr/sbin/policy-rc.d
@@ -27,9 +27,10 @@ packages() {
 			build) names+=(make gcc libc6-dev pkg-config postgresql-"$version" postgresql-server-dev-"$version" libcurl4-openssl-dev libxml2-dev libssl-dev) ;;
 			gateway) names+=(libwebsockets-dev libwebsockets-evlib-uv libuv1-dev libpq-dev libjansson-dev libssl-dev libsystemd-dev uthash-dev) ;;
 			runtime) names+=(libwebsockets-dev libc-ares-dev libjansson-dev libssl-dev libcap-dev zlib1g-dev) ;;
+			microvm) names+=(lz4 zstd mmdebstrap fakeroot fakechroot e2fsprogs qemu-utils) ;;
 			try) names+=(python3-venv) ;;
 			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
-			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl git) ;;
+			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl git qemu-system-x86) ;;
 		esac
 	done
 	missing=$(comm -23 <(printf '%s\n' "${names[@]}" | sort -u) <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort))
@@ -45,10 +46,13 @@ packages() {
 
 server_config() { printf '%s\n' "${PG_CONFIG:-/usr/lib/postgresql/$(pg_version)/bin/pg_config}"; }
 
+# Where what is kept between runs lies
+cache() { if ((EUID)); then printf '%s\n' "${XDG_CACHE_HOME:-$HOME/.cache}/agentvm"; else echo /var/cache/agentvm; fi; }
+
 # Print where the Python environment of test/requirements.txt is, having made it if need be; it is kept between runs
 venv() {
-	local cache=/var/cache/agentvm dir
-	((!EUID)) || cache=${XDG_CACHE_HOME:-$HOME/.cache}/agentvm
+	local cache dir
+	cache=$(cache)
 	dir=$cache/venv-$(sha256sum <"$root/test/requirements.txt" | cut -c1-12)
 	mkdir -p "$cache"
 	(

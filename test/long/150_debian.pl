@@ -1,0 +1,42 @@
+# infra/microvm debian: boots into systemd, is told by its boot disk, has its tools and its disk, and powers off
+use strict;
+use warnings;
+use AgentVM::QEMU;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(time);
+
+my $debian = debian_image();
+my $began = time;
+my $machine = AgentVM::QEMU->new($debian, memory => 512, cmdline => 'systemd.journald.forward_to_console=1', boot => <<'END')->start;
+#!/bin/sh
+umask 077
+mkdir -p /etc/agentvm
+cat >/etc/agentvm/runtime.env <<'ENV'
+AGENTVM_SESSION_ID=01234567-89ab-7def-8123-456789abcdef
+AGENTVM_GATEWAY_URL=http://127.0.0.1:1
+AGENTVM_BOOTSTRAP_TOKEN=ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff
+AGENTVM_DEADMAN_ALLOWANCE=40
+ENV
+systemctl restart --no-block agentvm-runtime.service
+{
+	until systemctl --quiet is-active agentvm-runtime agentvm-grow; do sleep 0.2; [ "$((n = n + 1))" -lt 300 ] || break; done
+	echo "tools $(git --version) $(python3 --version) node $(node --version) end"
+	echo "disk $(df --output=size -BG / | tail -1) name $(hostname) left $(ls /run | grep -c agentvm-boot)"
+	echo "gettys $(systemctl list-units --no-legend 'getty@*' 'serial-getty@*' | wc -l) failed $(systemctl --failed --no-legend | wc -l)"
+	echo "links $(ls /sys/class/net) modules $(modinfo -F filename overlay) runtimes $(pgrep -c agentvm-runtime)"
+} >/dev/console 2>&1 &
+exit 0
+END
+$machine->says(qr/msg=bootstrapping/, 'the runtime has started');
+note(sprintf 'after %.1f s', time - $began);
+$machine->says(qr/links .*end|links lo modules/, 'the boot script has run');
+like($machine->output, qr/tools git version 2\S+ Python 3\S+ node v\d\S+ end/, 'git, python3 and nodejs');
+like($machine->output, qr/disk +8G name agentvm-01234567-89ab-7def-8123-456789abcdef left 0/, 'the file system is as large as the disk; the machine has its name');
+like($machine->output, qr/gettys 0 failed 0/, 'no getty; nothing has failed');
+like($machine->output, qr/links lo modules \/lib\/modules\S+overlay.ko runtimes 1/, 'no network but lo; modules are there; one runtime');
+$machine->exits(0, 'without control plane it powers off after the allowance');
+like($machine->output, qr/powers itself off" reason="the control plane has been gone/, 'by itself');
+like($machine->output, qr/Stopped agentvm-runtime.service|systemd-shutdown|poweroff.target/, 'through systemd');
+
+done_testing();
