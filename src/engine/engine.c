@@ -934,9 +934,10 @@ engine_claim(Engine *engine, int limit)
 	if (chosen.count > 0)
 	{
 		qsort(chosen.jobs, chosen.count, sizeof(Job), compare_jobs);
-		take_turns(engine, chosen.jobs, chosen.count, now);
+		/* of an error that take_turns() lets through, too: statement_timeout ends the whole batch */
 		engine->suspect = chosen.jobs[0];
 		engine->have_suspect = chosen.count == 1;
+		take_turns(engine, chosen.jobs, chosen.count, now);
 	}
 	for (i = 0; i < chosen.count; i++)
 	{
@@ -980,8 +981,9 @@ record(Engine *engine, Job *jobs, int count)
 
 	begin_batch(engine, &scope);
 	qsort(jobs, count, sizeof(Job), compare_jobs);
-	take_turns(engine, jobs, count, DT_NOEND);
 	engine->suspect = jobs[0];
+	engine->have_suspect = count == 1;
+	take_turns(engine, jobs, count, DT_NOEND);
 	engine->have_suspect = count == 1 && jobs[0].done;
 
 	/* What is left has raised, or was locked by somebody, or has a newer lease, or is gone. */
