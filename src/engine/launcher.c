@@ -82,7 +82,7 @@ worker_init(void)
 static void
 launcher_exit(int code, Datum arg)
 {
-	shared_set_launcher(0, NULL);
+	shared_set_launcher(NULL);
 }
 
 static bool
@@ -331,7 +331,7 @@ agentvm_launcher_main(Datum arg)
 	worker_settings();
 	pgstat_report_appname("agentvm launcher");
 	before_shmem_exit(launcher_exit, (Datum) 0);
-	shared_set_launcher(MyProcPid, MyLatch);
+	shared_set_launcher(MyLatch);
 
 	for (;;)
 	{

@@ -226,11 +226,15 @@ shared_launcher(Shortage *shortage)
 }
 
 void
-shared_set_launcher(int pid, Latch *latch)
+shared_set_launcher(Latch *latch)
 {
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	shared->launcher_pid = pid;
-	shared->launcher_latch = latch;
+	/* who ends takes nobody's place but his own */
+	if (latch != NULL || shared->launcher_pid == MyProcPid)
+	{
+		shared->launcher_pid = latch != NULL ? MyProcPid : 0;
+		shared->launcher_latch = latch;
+	}
 	LWLockRelease(shared->lock);
 }
 

@@ -77,8 +77,8 @@ extern void shared_unlock(void);
  */
 extern DispatcherSlot *shared_reserve(Oid database, int lane, int index);
 
-/* Tell everybody which process is the launcher (pid 0: none). */
-extern void shared_set_launcher(int pid, Latch *latch);
+/* Tell everybody that this process is the launcher; with NULL, that it is no more. */
+extern void shared_set_launcher(Latch *latch);
 
 /* What keeps the launcher from running all the dispatchers that are asked for. */
 typedef enum Shortage
