@@ -187,7 +187,7 @@ CREATE TABLE agentvm.session (
 	handle jsonb,
 	payload_key_id text, -- of payload_enc, where that is not key_id any more: rotate_keys(); key_id stays that of the bootstrap token
 	CONSTRAINT session_is_sound CHECK (agentvm.session_is_sound(state, end_reason, purchase, ended_at, next_check_at))
-) WITH (fillfactor = 85);
+) WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05); -- every row changes about six times, and most stay for a month
 COMMENT ON TABLE agentvm.session IS 'one row per VM, also after its end; see view agentvm.sessions';
 
 -- The one index for all work that has a deadline: state is in neither key nor predicate, so that a change of state can stay HOT.

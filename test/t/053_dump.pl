@@ -23,6 +23,8 @@ await_state($node, $live, 'ready');
 
 my @tables = qw(team team_member former_team provider_config provider_secret profile session session_heartbeat session_ending session_token session_event gateway);
 my $all = join(' UNION ALL ', map { "SELECT '$_', count(*), md5(string_agg(t::text, E'\\n' ORDER BY t::text)) FROM agentvm.$_ t" } @tables);
+my $storage = "SELECT string_agg(oid::regclass || ' ' || reloptions::text, E'\n' ORDER BY 1) FROM pg_class WHERE relnamespace = 'agentvm'::regnamespace AND relkind = 'r'";
+like($node->safe_psql('postgres', $storage), qr/agentvm\.session \{fillfactor=85,autovacuum_vacuum_scale_factor=0\.05\}/, 'autovacuum looks after the sessions');
 for my $format (qw(plain custom inserts))
 {
 	my $db = "restored_$format";
@@ -31,6 +33,7 @@ for my $format (qw(plain custom inserts))
 	command_ok([ 'pg_dump', '-f', $file, $format eq 'custom' ? '-Fc' : $format eq 'inserts' ? '--inserts' : '-Fp', '-d', $node->connstr('postgres') ], "$format: pg_dump");
 	command_ok($format eq 'custom' ? [ 'pg_restore', '--exit-on-error', '-d', $node->connstr($db), $file ] : [ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-o', $node->basedir . '/out', '-d', $node->connstr($db), '-f', $file ], "$format: restore");
 	is($node->safe_psql($db, $all), $node->safe_psql('postgres', $all), "$format: every row of every table is there");
+	is($node->safe_psql($db, $storage), $node->safe_psql('postgres', $storage), "$format: tables are stored as before");
 
 	# nothing in it acts: nobody serves this database, and its rows are as they were
 	like(fails_or_warns($db, "SELECT agentvm.provision('acme', idempotency_key => 'new')"), qr/WARNING:  no agentvm dispatcher serves this database/, "$format: provision() works, and warns");
