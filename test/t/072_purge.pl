@@ -121,6 +121,15 @@ is(sql("SELECT string_agg(concat_ws(' ', team_id, role), ', ' ORDER BY team_id, 
 isnt(channel($_), $channel{$_}, "who knew the channel of $_ does not know the new one") for qw(acme globex);
 is(channel('gone'), $channel{gone}, 'a team that nobody has left keeps its own');
 
+# ---- many: more than fit into one step of a purge, of sessions and of seals, all of one moment ----
+sql("INSERT INTO agentvm.session (session_id, team_id, provider, state, end_reason, ended_at, next_check_at) SELECT gen_random_uuid(), 'acme', 'noop', 'terminated', 'requested', now() - interval '50 days', NULL FROM generate_series(1, 1200)");
+sql("INSERT INTO agentvm.session_event (session_id, team_id, at, kind) SELECT gen_random_uuid(), 'many' || t, now() - interval '50 days', 'test' FROM generate_series(1, 250) t, generate_series(1, 20) e");
+sql('SELECT agentvm.seal_audit()');
+is(sql("SELECT count(*) >= 250, count(DISTINCT newest_at) FROM agentvm.event_seal WHERE team_id LIKE 'many%'"), 't|1', 'seals of one moment');
+is(sql("SELECT agentvm.purge('40 days')"), 1200 + 250 * 20, 'one purge takes away many');
+is(sql("SELECT (SELECT count(*) FROM agentvm.session WHERE ended_at < now() - interval '40 days') + (SELECT count(*) FROM agentvm.session_event WHERE at < now() - interval '40 days')"), 0, 'and all');
+fails_with($node, "SELECT agentvm.purge('40 days'); DELETE FROM agentvm.session_event", '42501', qr/append-only/, 'after which the log is closed, in the same session, too');
+
 # ---- a dropped team ----
 ended('gone', 0);
 sql("SELECT agentvm.drop_team('gone')");
@@ -128,6 +137,12 @@ fails_with($node, "SELECT agentvm.create_team('gone')", '42710', undef, 'its id 
 sql("SELECT agentvm.purge('1 hour')");
 fails_with($node, "SELECT agentvm.create_team('gone')", '42710', undef, 'while its history is');
 is(sql("SELECT count(*) FROM agentvm.verify_audit('gone')"), 0, 'which can be checked');
+# a tombstone that somebody has locked keeps it, too
+$holder->run("BEGIN; SELECT FROM agentvm.session WHERE team_id = 'gone' FOR UPDATE");
+sql("SELECT agentvm.purge('0')");
+is(left('session_event', 'gone') . left('session', 'gone'), '01', 'a tombstone is left');
+fails_with($node, "SELECT agentvm.create_team('gone')", '42710', undef, 'and keeps the id');
+$holder->run('ROLLBACK');
 sql("SELECT agentvm.purge('0')");
 is(left($_, 'gone'), 0, "nothing is left in $_") for qw(session session_event event_seal former_team);
 psql_ok($node, "SELECT agentvm.create_team('gone')", 'then the id is free');
