@@ -786,13 +786,15 @@ warn_unless_served(int lane)
 	if (lane == LANE_BLOCKING)
 	{
 		ereport(WARNING,
-				(errmsg("no agentvm runner serves this database, so the session is not launched"),
+				(errcode(ERRCODE_WARNING),
+				 errmsg("no agentvm runner serves this database, so the session is not launched"),
 				 errhint("Row \"runner\" of agentvm.health says why. CALL agentvm.dispatch() does "
 						 "not launch it either.")));
 		return;
 	}
 	ereport(WARNING,
-			(errmsg("no agentvm dispatcher serves this database, so the session is not launched by "
+			(errcode(ERRCODE_WARNING),
+			 errmsg("no agentvm dispatcher serves this database, so the session is not launched by "
 					"itself"),
 			 shared_available()
 				 ? errhint("Add the database to agentvm.databases, or run CALL agentvm.dispatch().")
@@ -881,7 +883,8 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	else if (has_payload)
 		ereport(
 			WARNING,
-			(errmsg(
+			(errcode(ERRCODE_WARNING),
+			 errmsg(
 				 "env and repos are ignored: the session has no runtime that could receive them"),
 			 hide_caller()));
 

@@ -337,7 +337,7 @@ agentvm_rotate_keys(PG_FUNCTION_ARGS)
 		CHECK_FOR_INTERRUPTS();
 	}
 	if (rotation.done == 0 && rows > rotation.failed)
-		ereport(WARNING,
+		ereport(WARNING, errcode(ERRCODE_WARNING),
 				errmsg("%lld rows are locked by other transactions",
 					   (long long) (rows - rotation.failed)),
 				errhint("Call agentvm.rotate_keys() again."));

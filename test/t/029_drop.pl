@@ -1,6 +1,7 @@
 # Letting go: of the extension, of a database, while idle and in mid-call
 use strict;
 use warnings;
+use AgentVM::Client;
 use AgentVM::EC2;
 use AgentVM::Faults;
 use AgentVM::Test;
@@ -68,6 +69,19 @@ prompt('CREATE EXTENSION agentvm', 5, 'CREATE EXTENSION');
 serves('it serves again');
 is($node->safe_psql('postgres', 'SELECT pid FROM agentvm.stat_dispatcher'), $pid, 'still the same dispatcher');
 await($node, 'SELECT sum(in_flight) FROM agentvm.stat_dispatcher', 0, name => 'which lets the answer to the call go by');
+
+# A dispatcher that comes along while it is being dropped waits for the end of that, and does not stumble
+my $dropper = AgentVM::Client->new($node);
+$dropper->run('BEGIN; SELECT * FROM agentvm.abandon()');
+$dropper->run('DROP EXTENSION agentvm');
+my $from = -s $node->logfile;
+$node->safe_psql('postgres', 'SELECT agentvm.wake()');
+await($node, "SELECT locktype FROM pg_locks WHERE pid = $pid AND NOT granted", 'object', name => 'a DROP EXTENSION that has not committed is waited for');
+$dropper->run('COMMIT');
+await($node, "SELECT count(*) FROM pg_locks WHERE pid = $pid", 0, name => 'and seen');
+unlike(PostgreSQL::Test::Utils::slurp_file($node->logfile, $from), qr/ERROR:.*relation|ERROR:.*cache lookup/, 'without an error');
+prompt('CREATE EXTENSION agentvm', 5, 'CREATE EXTENSION');
+serves('it serves again');
 
 # A rolled back DROP changes nothing
 psql_ok($node, "BEGIN; SELECT * FROM agentvm.abandon(); DROP EXTENSION agentvm; ROLLBACK; SELECT agentvm.provision('noop')", 'DROP EXTENSION, rolled back');

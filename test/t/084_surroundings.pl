@@ -119,12 +119,16 @@ $as
 SELECT agentvm.create_team('cursed'), agentvm.create_team('blessed');
 CREATE FUNCTION curse() RETURNS trigger LANGUAGE plpgsql AS \$\$ BEGIN RAISE 'cursed'; END \$\$;
 CREATE TRIGGER curse BEFORE UPDATE ON agentvm.session FOR EACH ROW WHEN (NEW.team_id = 'cursed') EXECUTE FUNCTION curse();
+CREATE TABLE role_seen (role text);
+CREATE FUNCTION see_role() RETURNS trigger LANGUAGE plpgsql AS \$\$ BEGIN INSERT INTO public.role_seen VALUES (current_setting('role')); RETURN NULL; END \$\$;
+CREATE TRIGGER see_role AFTER UPDATE ON agentvm.session FOR EACH ROW WHEN (NEW.team_id = 'blessed') EXECUTE FUNCTION see_role();
 SELECT agentvm.provision('cursed');
 SELECT agentvm.provision('blessed');
 SQL
 await($node, "$as SELECT state FROM agentvm.sessions WHERE team_id = 'blessed'", 'ready', name => 'serves');
 is($node->safe_psql('postgres', "$as SELECT pid FROM agentvm.stat_dispatcher"), $pid, 'and survives an error');
-$node->safe_psql('postgres', "$as ALTER ROLE postgres RESET ALL; DROP TRIGGER curse ON agentvm.session");
+is($node->safe_psql('postgres', "$as SELECT DISTINCT role FROM role_seen"), 'none', 'in no role but its own');
+$node->safe_psql('postgres', "$as ALTER ROLE postgres RESET ALL; DROP TRIGGER curse ON agentvm.session; DROP TRIGGER see_role ON agentvm.session");
 
 # a launcher that would wait for a safe snapshot, with somebody writing
 sql("ALTER SYSTEM SET default_transaction_isolation = 'serializable'; ALTER SYSTEM SET default_transaction_read_only = on; ALTER SYSTEM SET default_transaction_deferrable = on; SELECT pg_reload_conf()");
