@@ -72,6 +72,12 @@ SELECT public.regress_config_error(format('SELECT agentvm.set_provider(''regress
 	($$'{"access_key_id": "EXAMPLE", "secret_access_key": 1}'$$)) AS v(secrets);
 SELECT public.regress_config_error($$SELECT agentvm.set_provider('nobody', 'ec2', '{}', '{"access_key_id": "EXAMPLE"}')$$);
 SELECT agentvm.set_provider('regress_config_b', 'ec2', '{}', jsonb_build_object('access_key_id', repeat('x', 4096)));
+-- a region becomes a host name that gets signatures
+SELECT region, left(public.regress_config_error(format('SELECT agentvm.set_provider(''regress_config_b'', ''ec2'', jsonb_build_object(''region'', %L))', region)), 9) FROM (VALUES
+	('us-east-1'), ('us-gov-west-1'), ('ap-southeast-12'), (''), ('us'), ('us-1'), ('us-east'), ('us-east-'), ('us-east1'), ('u-east-1'), ('usa-east-1'), ('us--1'), ('us-east--1'), ('US-EAST-1'), ('us-East-1'), ('us-east-1a'), ('us-east-1-a'),
+	('us-east-1.'), ('us-east-1.evil.example'), ('evil.example'), ('evil.example/us-east-1'), ('us-east-1/'), ('us-east-1@evil.example'), ('us-east-1:443'), ('us-east-1#'), ('us-east-1?'), ('us-east-1%2e'), ('us-east-1 '), (' us-east-1'), (E'us-east-1\n'),
+	('us-' || repeat('e', 200) || '-1')) AS v(region);
+SELECT public.regress_config_error($$SELECT agentvm.set_provider('regress_config_b', 'ec2', '{"endpoint": "https://evil.example"}')$$);
 -- an error has changed nothing
 SELECT options FROM agentvm.provider_config WHERE team_id = 'regress_config' AND provider = 'ec2';
 RESET ROLE;
