@@ -25,6 +25,9 @@ $moto->run('stop-instance', $vm);
 is(decode_json($node->safe_psql('postgres', $ask{inspect}))->{state}, 'stopped', 'inspect() asks anew');
 $faults->set(action => 'DescribeInstances', mode => 'error', code => 'InvalidInstanceID.NotFound', message => 'no such instance', n => 1);
 is_deeply(decode_json($node->safe_psql('postgres', $ask{inspect})), { state => 'not_found' }, 'an instance that is not there is an answer');
+$node->safe_psql('postgres', "UPDATE agentvm.session SET region = 'us-east-1.evil.example' WHERE session_id = '$session'");
+fails_with($node, $ask{inspect}, 'AV004', qr/invalid AWS region/, 'what a row has as its region is not believed either');
+$node->safe_psql('postgres', "UPDATE agentvm.session SET region = 'us-east-1' WHERE session_id = '$session'");
 my $events = $node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_event');
 is($events, $node->safe_psql('postgres', "$ask{inspect}; SELECT count(*) FROM agentvm.session_event") =~ s/.*\n//sr, 'asking leaves no trace in the log of the session');
 

@@ -56,6 +56,24 @@ await_state($node, $session, 'ready');
 await($node, 'SELECT sum(stale_replies) FROM agentvm.stat_dispatcher', '2', name => 'and the reply to the former one is stale');
 is(scalar vms_of($moto, $session), 1, 'one VM');
 
+# While the worker waits for an answer it holds nothing: no transaction, snapshot or lock
+$session = slow_launch(ms => 6000);
+await($node, "SELECT concat_ws(' ', state, xact_start, backend_xid, backend_xmin, (SELECT count(*) FROM pg_locks l WHERE l.pid = a.pid)) FROM pg_stat_activity a WHERE backend_type = 'agentvm dispatcher'", 'idle 0', timeout => 4, name => 'no transaction, snapshot or lock in mid-call');
+is($node->safe_psql('postgres', 'SELECT sum(in_flight) FROM agentvm.stat_dispatcher'), 1, 'which goes on');
+await_state($node, $session, 'ready');
+
+# What the log has of calls: those that change something, and failures; the others are but counted
+my ($logged, @more) = events($node, $session);
+is("$logged->{operation} $logged->{http_status} " . ($logged->{ms} >= 6000), 'RunInstances 200 1', 'a launch is in the log: what, how it ended, how long it took');
+is(scalar @more, 0, 'and nothing else');
+cmp_ok($faults->count('DescribeInstances'), '>', 0, 'though the cloud was asked more');
+cmp_ok($node->safe_psql('postgres', "SELECT calls FROM agentvm.stat_provider WHERE operation = 'DescribeInstances'"), '>', 0, 'which is counted');
+my $answer = '<Response><Errors><Error><Code>InternalError</Code><Message>later</Message></Error></Errors></Response>';
+$faults->set(action => 'RunInstances', n => 1, mode => 'raw', head => "HTTP/1.1 500 X\r\nContent-Type: text/xml\r\nx-amzn-RequestId: 11d8e1a5-request\r\nContent-Length: " . length($answer) . "\r\n\r\n", piece => $answer);
+$session = launch($node, 'acme', 'ready');
+($logged) = events($node, $session);
+is(join(' ', map { $logged->{$_} } qw(operation http_status error_class error request_id)), 'RunInstances 500 transient InternalError: later 11d8e1a5-request', 'so is one that has failed: with class, error and request id');
+
 # terminate() while the launch is in flight
 my $before = $faults->count('RunInstances');
 $session = slow_launch();

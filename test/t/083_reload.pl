@@ -120,10 +120,10 @@ foreach my $lease ('2min', '10s')
 	await($node, "SELECT extract(epoch FROM next_check_at - now()) BETWEEN " . ($lease eq '10s' ? '5 AND 10' : '100 AND 120') . " FROM agentvm.session WHERE session_id = '$session' AND lease IS NOT NULL", 't', name => "a lease of $lease");
 	forget();
 }
-set('lease', '1500ms');
-slow(8000);
+set('lease', '6s');
+slow(20000);
 my $session = launch($node, 'acme');
-await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND kind = 'provider_call' AND (detail ->> 'ms')::int BETWEEN 700 AND 3000", 't', name => 'a call is given up at two thirds of it');
+await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND kind = 'provider_call' AND (detail ->> 'ms')::int BETWEEN 3900 AND 5500", 't', name => 'a call is given up at two thirds of it');
 sql('ALTER SYSTEM RESET agentvm.lease');
 $node->reload;
 forget();
