@@ -246,6 +246,11 @@ ec2_check_launch(Jsonb *options, bool runtime)
 
 	if (!runtime)
 		return;
+	/* env and repositories would travel in clear, and whoever is on the way could answer */
+	if (pg_strncasecmp(avm_gateway_url, "http://", 7) == 0 && !avm_allow_insecure_endpoints)
+		ereport(
+			ERROR, errcode(AVM_INVALID_CONFIGURATION), errmsg("agentvm.gateway_url is without TLS"),
+			errhint("Use an https URL, or set agentvm.allow_insecure_endpoints."), hide_caller());
 	session.session_id = "00000000-0000-0000-0000-000000000000";
 	session.runtime = true;
 	session.boot_key_id = keyring_current_id();

@@ -139,8 +139,15 @@ set('allow_insecure_endpoints', 'off');
 $session = launch($node, 'acme');
 await($node, "SELECT detail ~ 'without TLS' FROM agentvm.sessions WHERE session_id = '$session'", 't', name => 'no plain http is spoken any more');
 is($faults->count('RunInstances'), 1, 'and nothing sent');
+my $boots = "BEGIN; SELECT agentvm.provision('acme', profile => 'runtime'); ROLLBACK";
+set('gateway_url', 'http://gateway.example');
+fails_with($node, $boots, 'AV010', qr/gateway_url is without TLS.*HINT/s, 'nor is any VM told to');
+set('gateway_url', 'https://gateway.example');
+psql_ok($node, $boots, 'but with TLS');
 set('allow_insecure_endpoints', 'on');
-hurry_until($node, "SELECT launched_at IS NOT NULL FROM agentvm.session WHERE session_id = '$session'", 't', name => 'until it is allowed again');
+set('gateway_url', 'http://gateway.example');
+psql_ok($node, $boots, 'until it is allowed again');
+hurry_until($node, "SELECT launched_at IS NOT NULL FROM agentvm.session WHERE session_id = '$session'", 't', name => 'and launches go on');
 
 # keys and credentials
 my $keys = $node->basedir . '/keys';
