@@ -16,6 +16,11 @@ $blocking->await_runner('pid > 0', 'a runner serves the database');
 # ---- a launch hangs, and others go on ----
 my $hung = provision($node, 'acme', $blocking->with(hang => 'create'));
 $blocking->await_runner('in_flight = 1');
+{
+	my @threads = threads($blocking->runner('pid'));
+	cmp_ok(scalar @threads, '>', 0, 'it is made on a thread');
+	is(join(' ', map { unblocked($_) } @threads), '', 'which gets no signal');
+}
 prompt($node, 'DROP DATABASE other', 1, 'DROP DATABASE of another database');
 my $session = provision($node, 'acme', $blocking->with());
 is(sql("SELECT agentvm.wait('$session', timeout => '60 s')"), 'ready', 'another session of the same team goes on');

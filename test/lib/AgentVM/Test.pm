@@ -18,7 +18,7 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 our @EXPORT = qw(new_node create_extension await await_state psql_ok fails_with as_role make_role provision state_of
-  set_ec2 literal json log_text log_lacks);
+  set_ec2 literal json log_text log_lacks threads unblocked);
 
 # Options: conf (more lines), preload (libraries beside agentvm, or undef for none at all), databases, moto (or faults: any
 # object with endpoint), extension => 0, start => 0, init => {...} for Cluster's init
@@ -180,6 +180,17 @@ sub literal
 	return "'$value'";
 }
 sub json { return literal(JSON::PP->new->canonical->allow_nonref->encode($_[0])) . '::jsonb'; }
+
+# The threads of a process beside its main one, and which signals that mean something to PostgreSQL such a thread might get
+sub threads { my ($pid) = @_; return grep { !m{/$pid$} } glob("/proc/$pid/task/*"); }
+
+sub unblocked
+{
+	my ($thread) = @_;
+	my ($mask) = slurp_file("$thread/status") =~ /^SigBlk:\s*([0-9a-f]+)$/m;
+	my %signals = (HUP => 1, INT => 2, QUIT => 3, USR1 => 10, USR2 => 12, PIPE => 13, ALRM => 14, TERM => 15, CHLD => 17, URG => 23);
+	return grep { !(hex($mask) >> ($signals{$_} - 1) & 1) } sort keys %signals;
+}
 
 # The server log, and that a text is nowhere in it
 sub log_text { return slurp_file($_[0]->logfile); }
