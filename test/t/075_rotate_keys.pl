@@ -34,7 +34,7 @@ sub rotate
 	my ($total, $said) = (0);
 	while (1)
 	{
-		my ($code, $count, $error) = $node->psql($opt{dbname} // 'postgres', 'SELECT agentvm.rotate_keys()');
+		my ($code, $count, $error) = $node->psql($opt{dbname} // 'postgres', "SET lock_timeout = '20s'; SELECT agentvm.rotate_keys()");
 		die $error if $code;
 		($total, $said) = ($total + $count, $error);
 		return ($total, $said) if $count == 0;
