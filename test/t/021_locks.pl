@@ -65,7 +65,7 @@ $node->safe_psql('postgres', "SELECT agentvm.terminate('$beating')");
 await_state($node, $beating, 'terminated', timeout => 10);
 served('others are served while a heartbeat of a session that has ended is held open') for 1 .. 2;
 my $gone = "SELECT agentvm.heartbeat_batch('{$beating}', '{now}')";
-$node->safe_psql('postgres', "SET statement_timeout = '10 s'; SELECT agentvm.sweep_heartbeat()");
+psql_ok($node, "SET statement_timeout = '10 s'; SELECT agentvm.sweep_heartbeat(), agentvm.purge('0')", 'neither a sweep nor a purge waits for it');
 $alice->run('COMMIT');
 is($node->safe_psql('postgres', $gone), $beating, 'its VM, should it beat on, is told that it is gone');
 $node->safe_psql('postgres', 'SELECT agentvm.sweep_heartbeat()');
@@ -107,6 +107,17 @@ cmp_ok(time - $committed, '<', 1, 'and is done right after');
 await_state($node, $session, 'ready');
 is($faults->count('RunInstances'), 1, 'without another call');
 is(scalar vms_of($moto, $session), 1, 'one VM');
+
+# Whoever changes a team, its members, its provider or a profile, or has its quota locked, delays none of its sessions
+$faults->set(action => 'RunInstances', n => 1, mode => 'slow', ms => 1500);
+my @changed = (launch($node, 'acme'), provision($node, 'other', q(options => '{"launch_delay": "1 s"}')), provision($node, 'other', "profile => 'runtime'"));
+$alice->run('BEGIN');
+$alice->run(q(SELECT agentvm.alter_team(t, limits => '{"max_sessions": 100}'), agentvm.set_provider(t, 'noop', '{}'), agentvm.create_profile('p', 'noop', team_id => t), agentvm.add_member(t, current_user), agentvm.provision(t, provider => 'noop') FROM unnest('{acme,other}'::text[]) t));
+$alice->run('SELECT FROM agentvm.team, agentvm.installation FOR UPDATE; SELECT FROM agentvm.provider_secret, agentvm.provider_config, agentvm.team_member FOR UPDATE; SELECT FROM agentvm.session_token FOR UPDATE; SELECT FROM agentvm.profile FOR UPDATE');
+await_state($node, $changed[$_], 'ready', timeout => 10) for 0, 1;
+$node->safe_psql('postgres', "SELECT agentvm.terminate('$_')") for @changed;
+await_state($node, $_, 'terminated', timeout => 10) for @changed;
+$alice->run('ROLLBACK');
 
 # A team at its cap (1) whose next session is locked goes on with the one after it
 $faults->set(action => 'RunInstances', n => 1, mode => 'slow', ms => 1000);
