@@ -8,6 +8,7 @@
 #include "tls.h"
 
 #include <openssl/err.h>
+#include <openssl/pem.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 #include <stdio.h>
@@ -56,6 +57,70 @@ verify_chain(X509_STORE_CTX *store, void *arg)
 	return ok;
 }
 
+/* ---- authorities ---- */
+
+/*
+ * The authorities of that name in a PEM file, or of any name, into the store.
+ * Returns how many there are, or -1 when the file cannot be read to its end.
+ */
+static int
+read_authorities(const char *file, const X509_NAME *name, X509_STORE *store)
+{
+	BIO *bio = BIO_new_file(file, "r");
+	X509 *certificate;
+	int count = 0;
+	bool at_end;
+
+	if (bio == NULL)
+		return -1;
+	while ((certificate = PEM_read_bio_X509_AUX(bio, NULL, NULL, NULL)) != NULL)
+	{
+		if (name == NULL || X509_NAME_cmp(X509_get_subject_name(certificate), name) == 0)
+		{
+			count++;
+			if (store != NULL)
+				X509_STORE_add_cert(store, certificate);
+		}
+		X509_free(certificate);
+	}
+	at_end = ERR_GET_REASON(ERR_peek_last_error()) == PEM_R_NO_START_LINE;
+	BIO_free(bio);
+	return at_end ? count : -1;
+}
+
+/*
+ * OpenSSL lacks an authority: read those of that name.  So the many public ones
+ * are never in memory at once.
+ */
+static int
+find_authority(X509_LOOKUP *lookup, X509_LOOKUP_TYPE type, const X509_NAME *name,
+			   X509_OBJECT *found)
+{
+	X509_STORE *store = X509_LOOKUP_get_store(lookup);
+	X509_OBJECT *object;
+
+	if (type != X509_LU_X509 ||
+		read_authorities(X509_LOOKUP_get_method_data(lookup), name, store) <= 0)
+		return 0;
+	ERR_clear_error();
+	object = X509_OBJECT_retrieve_by_subject(X509_STORE_get0_objects(store), type, name);
+	/* it counts a reference that nobody drops: once, since the store has it from now on */
+	return object != NULL && X509_OBJECT_set1_X509(found, X509_OBJECT_get0_X509(object));
+}
+
+static bool
+trust(SSL_CTX *context, const char *file)
+{
+	X509_LOOKUP_METHOD *method = X509_LOOKUP_meth_new("authorities");
+	X509_LOOKUP *lookup;
+
+	if (read_authorities(file, NULL, NULL) <= 0)
+		return false;
+	X509_LOOKUP_meth_set_get_by_subject(method, find_authority);
+	lookup = X509_STORE_add_lookup(SSL_CTX_get_cert_store(context), method);
+	return lookup != NULL && X509_LOOKUP_set_method_data(lookup, (void *) file);
+}
+
 SSL_CTX *
 tls_create(const Settings *settings, const char **problem)
 {
@@ -86,7 +151,7 @@ tls_create(const Settings *settings, const char **problem)
 		if (access(bundles[i], R_OK) == 0)
 			file = bundles[i];
 	}
-	if (file == NULL || SSL_CTX_load_verify_file(context, file) != 1)
+	if (file == NULL || !trust(context, file))
 	{
 		if (file == NULL)
 			snprintf(text, sizeof(text),

@@ -30,7 +30,7 @@ packages() {
 			microvm) names+=(lz4 zstd mmdebstrap fakeroot fakechroot e2fsprogs qemu-utils) ;;
 			try) names+=(python3-venv) ;;
 			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
-			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl git prometheus qemu-system-x86) ;;
+			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86) ;;
 		esac
 	done
 	missing=$(comm -23 <(printf '%s\n' "${names[@]}" | sort -u) <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort))

@@ -107,33 +107,68 @@ while (my $from = $server->recv(my $query, 512))
 PERL
 
 # An image: the binary, its settings, the CA, and where names come from. /dev stands for what a kernel would mount there,
-# which nobody but the real root may
+# which nobody but the real root may. With "busybox" it has that as well, as its /bin and first program; with
+# "authorities" there is no AGENTVM_CA_FILE, but the public ones' file with our CA at its end
 sub image
 {
 	my ($gateway, %files) = @_;
+	my ($busybox, $authorities) = delete @files{qw(busybox authorities)};
 	my $root = PostgreSQL::Test::Utils::tempdir('image');
 	my $id = launched();
 	system_or_bail('strip', '-o', "$root/init", $AgentVM::VM::binary);
 	mkdir "$root/$_" for qw(etc proc dev);
-	copy($ca, "$root/etc/ca.pem");
+	my ($trust, @first) = ('', '/init');
+	if ($busybox)
+	{
+		mkdir "$root/bin";
+		copy('/bin/busybox', "$root/bin/busybox");
+		chmod 0755, "$root/bin/busybox";
+		symlink('busybox', "$root/bin/$_") for qw(sh echo ls);
+		@first = ('/bin/sh', '-c', 'echo "libraries: $(echo /lib* /usr/lib* /etc/nsswitch.conf)"; exec "$0" "$@"', '/init');
+	}
+	if ($authorities)
+	{
+		mkdir "$root/etc/$_" for qw(ssl ssl/certs);
+		append_to_file("$root/etc/ssl/certs/ca-certificates.crt", slurp_file('/etc/ssl/certs/ca-certificates.crt') . slurp_file($ca));
+	}
+	else
+	{
+		copy($ca, "$root/etc/ca.pem");
+		$trust = "AGENTVM_CA_FILE=/etc/ca.pem\n";
+	}
 	append_to_file("$root/etc/$_", $files{$_}) for keys %files;
-	append_to_file("$root/etc/runtime.env", "AGENTVM_GATEWAY_URL=https://gateway.test:" . $gateway->port . "\nAGENTVM_BOOTSTRAP_TOKEN=" . bootstrap_token($node, $id) . "\nAGENTVM_CA_FILE=/etc/ca.pem\nAGENTVM_BOOTSTRAP_INTERVAL=0.5\n");
+	append_to_file("$root/etc/runtime.env", "AGENTVM_GATEWAY_URL=https://gateway.test:" . $gateway->port . "\nAGENTVM_BOOTSTRAP_TOKEN=" . bootstrap_token($node, $id) . "\n${trust}AGENTVM_BOOTSTRAP_INTERVAL=0.5\n");
 	chmod 0600, "$root/etc/runtime.env";
 	# the gateway is in there, too: it needs but the database's socket
 	my $machine = AgentVM::Process->new('image', @namespaces, '--net', '--kill-child', 'sh', '-c',
-		'mount --rbind /dev "$0/dev" && { perl "$1" & root=$0; shift; "$@" & exec chroot "$root" /init --config=/etc/runtime.env quiet --splash; }', $root, $names, @{ $gateway->{command} });
-	return ($id, $machine, "$root/etc/runtime.env");
+		'mount --rbind /dev "$0/dev" && { perl "$1" & root=$0; shift; "$@" & exec chroot "$root" ' . join(' ', map { "'" . $_ . "'" } @first) . ' --config=/etc/runtime.env quiet --splash; }', $root, $names, @{ $gateway->{command} });
+	return ($id, $machine, "$root/etc/runtime.env", $root);
 }
 
 $gateway = AgentVM::Gateway->new($node, tls => $good);
 $gateway->stop;    # its port and command are used
-for ([ 'by DNS', 'resolv.conf' => "nameserver 127.0.0.1\n" ], [ 'by /etc/hosts', hosts => "127.0.0.1 gateway.test\n" ])
+# KiB of the process that has that root and that name
+sub resident
+{
+	my ($root, $name) = @_;
+	for my $process (glob '/proc/[0-9]*')
+	{
+		my $status = (readlink("$process/root") // '') eq $root ? eval { slurp_file("$process/status") } // '' : '';
+		return $1 if $status =~ /^Name:\t\Q$name\E\n.*^VmRSS:\s+(\d+) kB/ms;
+	}
+	return 1e9;
+}
+for ([ 'by DNS', 'resolv.conf' => "nameserver 127.0.0.1\n" ], [ 'by /etc/hosts', hosts => "127.0.0.1 gateway.test\n" ],
+	[ 'by DNS, among busybox, the gateway\'s CA among the public ones', 'resolv.conf' => "nameserver 127.0.0.1\n", busybox => 1, authorities => 1 ])
 {
 	my ($how, %files) = @$_;
-	my ($id, $machine) = image($gateway, %files);
+	my ($id, $machine, undef, $root) = image($gateway, %files);
 	$machine->start;
 	await_state($node, $id, 'ready', name => "in an empty root, as PID 1: $how") || diag($machine->output);
 	$machine->says(qr/first heartbeat acknowledged/, 'it beats');
+	like($machine->output, qr{^libraries: /lib\* /usr/lib\* /etc/nsswitch.conf$}m, 'where there is no library that could resolve a name') if $files{busybox};
+	my $resident = resident($root, 'init');
+	cmp_ok($resident, '<=', 6 * 1024, "resident: $resident kB");
 	psql_ok($node, "SELECT agentvm.terminate('$id')");
 	# in a namespace of its own reboot() ends PID 1 by SIGINT, which unshare passes on
 	is($machine->code(AgentVM::Process::timeout()), 130, 'as PID 1 it powers off when its session has ended') || diag($machine->output);
