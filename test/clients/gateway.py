@@ -447,6 +447,7 @@ def part_hostile():
         ends(whole + whole, ([], [200]), "two requests at once")
         ends(whole + b"x", ([], [200]), "more than its body")
         ends(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + whole, ([], [200]), "two requests at once, the first without a body")
+        ends(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 2, ([], [200]), "two requests at once, both without one")
         ends(b"GET /healthz HTTP/1.0\r\n\r\n", ([200],), "HTTP/1.0")
         ends(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", ([200],), "Connection: close")
         ends(beat + b"\r\n", ([411],), "no length")
@@ -482,7 +483,10 @@ def part_limits():
         auth = f"Authorization: Bearer {vm.session_token}\r\n".encode()
         head = b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\n" + auth
         assert b" 413 " in raw(gateway, head + b"Content-Length: 999999\r\n\r\n")[0].split(b"\r\n")[0]
-        assert b" 200 " not in raw(gateway, head + b"X: " + b"x" * 20000 + b"\r\n\r\n")[0].split(b"\r\n")[0]
+        assert b" 200 " in raw(gateway, head + b"Content-Length: 0\r\nConnection: close\r\nFoo: " + b"x" * 6000 + b"\r\n\r\n")[0].split(b"\r\n")[0]
+        for name in (b"Foo", b"Cookie"):
+            assert b" 200 " not in raw(gateway, head + b"Content-Length: 0\r\n" + name + b": " + b"x" * 20000 + b"\r\n\r\n")[0].split(b"\r\n")[0]
+        assert b" 200 " not in raw(gateway, head + b"Content-Length: 0\r\n" + b"Foo: x\r\n" * 4000 + b"\r\n")[0].split(b"\r\n")[0]
         # slow headers, a slow body, an answer that nobody reads: all end in time
         for slow in (b"POST /v1/heart", head, head + b"Content-Length: 100\r\n\r\n{"):
             began = time.time()
@@ -491,17 +495,17 @@ def part_limits():
                 while one.recv(4096):
                     pass
             assert time.time() - began < 10, slow
-        # so many connections of one address, and no more; a slot comes free again
-        many = [socket.create_connection(("127.0.0.1", gateway.port), 10) for _ in range(60)]
-        until(lambda: refused_total(many) >= 20, "the surplus is closed")
-        for one in many:
-            one.close()
-        until(lambda: gateway.metric("agentvm_gateway_connections ") <= 2, "they are gone")
-        assert gateway.beat(vm)[0] == 200
+        # nor does it help to send a byte now and then
+        for slow in (b"POST /v1/heartbeat HTTP/1.1\r\nFoo: ", head + b"Foo: ", head + b"Content-Length: 1000\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", gateway.port), 20) as one:
+                one.sendall(slow)
+                until(lambda: not drips(one), slow, 10)
+        until(lambda: gateway.metric("agentvm_gateway_connections ") == 1, "they are gone")
         # guessing tokens
         statuses = [gateway.request("POST", "/v1/heartbeat", os.urandom(32).hex(), {})[0] for _ in range(40)]
         assert statuses.count(401) == 30 and statuses[-1] == 429, statuses
         assert gateway.metric("agentvm_gateway_http_responses_total{status=\"429\"}") == 10
+        assert asyncio.run(refused_channel(gateway, vm.session_token)) == 429, "channels, too"
         # garbage
         for garbage in (b"\x00" * 100, b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + os.urandom(200), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", os.urandom(5000)):
             raw(gateway, garbage)
@@ -510,6 +514,49 @@ def part_limits():
         log = gateway.text()
         for secret in (vm.session_token, vm.bootstrap_token):
             assert secret not in log
+
+
+def drips(connection):
+    """Send one more byte; whether the connection is still there."""
+    try:
+        connection.sendall(b"x")
+        return not select.select([connection], [], [], 0.2)[0] or connection.recv(4096) != b""
+    except OSError:
+        return False
+
+
+async def refused_channel(gateway, token):
+    """The status that an upgrade is refused with, or the code that its channel is closed with."""
+    try:
+        async with gateway.channel(token) as channel:
+            return await closed(channel)
+    except websockets.InvalidStatus as problem:
+        return problem.response.status_code
+
+
+def part_bounds():
+    """One limit at a time, with nothing else near its own."""
+    # each way to show a token that is none counts
+    for show in (lambda gateway, _: gateway.request("POST", "/v1/heartbeat", os.urandom(32).hex(), {})[0],
+                 lambda gateway, _: gateway.request("POST", "/v1/heartbeat", "short", {})[0],
+                 lambda gateway, vm: vm.bootstrap(gateway, token=os.urandom(32).hex())[0],
+                 lambda gateway, _: asyncio.run(refused_channel(gateway, os.urandom(32).hex())),
+                 lambda gateway, _: asyncio.run(refused_channel(gateway, "short"))):
+        with Gateway("--unauthenticated-rate=3") as gateway:
+            vm = VM(gateway)
+            assert [show(gateway, vm) % 4000 for _ in range(5)] == [401] * 3 + [429] * 2, show(gateway, vm)
+            assert gateway.beat(vm)[0] == 429, "nor good ones, for a while"
+    # connections: of one address, and in all; a slot comes free again
+    for option in ("--max-per-address=20", "--max-connections=20"):
+        with Gateway(option) as gateway:
+            vm = VM(gateway)
+            many = [socket.create_connection(("127.0.0.1", gateway.port), 10) for _ in range(30)]
+            until(lambda: refused_total(many) == 10, option)
+            for one in many:
+                one.close()
+            until(lambda: gateway.knock() and gateway.metric("agentvm_gateway_connections ") == 1, "they are gone", 120)
+            assert gateway.metric("agentvm_gateway_connections_refused_total ") >= 10
+            assert gateway.beat(vm)[0] == 200
 
 
 def refused_total(sockets):
@@ -588,6 +635,10 @@ def part_tls():
         gateway.process.send_signal(signal.SIGHUP)
         until(lambda: "certificate not read" in gateway.text(), "a broken one is refused")
         assert works()
+        os.replace(certificate("three")[0], cert)
+        gateway.process.send_signal(signal.SIGHUP)
+        until(lambda: gateway.text().count("certificate not read") == 2, "so is one without its key")
+        assert works()
 
 
 def part_options():
@@ -617,9 +668,44 @@ def part_options():
 
 
 def part_drain():
-    with Gateway() as gateway:
+    proxy = Proxy()
+    with Gateway(f"--database={proxy.conninfo}", "--drain=600") as gateway:
         vm = VM(gateway)
-
+        kept = gateway.connection()
+        assert gateway.request("GET", "/readyz", connection=kept)[0] == 200
+        kept_beat = gateway.connection()
+        assert gateway.beat(vm, connection=kept_beat)[0] == 200
+        proxy.holds = True
+        waits = gateway.connection()
+        waits.request("POST", "/v1/heartbeat", body="{}", headers={"Authorization": f"Bearer {vm.session_token}"})
+        assert proxy.held.wait(TIMEOUT)
+        gateway.process.send_signal(signal.SIGTERM)
+        until(lambda: "msg=draining" in gateway.text(), "it drains")
+        assert gateway.request("GET", "/readyz", connection=kept)[0] == 503
+        status, _, headers = gateway.beat(vm, connection=kept_beat)
+        assert status == 503 and headers["connection"] == "close" and int(headers["retry-after"]) > 0
+        with socket.create_connection(("127.0.0.1", gateway.port), 20) as late:
+            try:
+                assert late.recv(1) == b"", "nobody new"
+            except ConnectionError:
+                pass
+        time.sleep(0.5)
+        assert gateway.process.poll() is None, "it waits for what is under way"
+        proxy.holds = False
+        assert waits.getresponse().status == 200, "which is answered"
+        assert gateway.process.wait(TIMEOUT) == 0, "and then ends, long before its time is up"
+    # but not for ever
+    proxy = Proxy()
+    with Gateway(f"--database={proxy.conninfo}", "--drain=1") as gateway:
+        vm = VM(gateway)
+        proxy.holds = True
+        waits = gateway.connection()
+        waits.request("POST", "/v1/heartbeat", body="{}", headers={"Authorization": f"Bearer {vm.session_token}"})
+        assert proxy.held.wait(TIMEOUT)
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(10) == 0
+        proxy.holds = False
+    with Gateway("--drain=600") as gateway:
         async def story():
             async with gateway.channel(vm.session_token) as channel:
                 await receive(channel)
