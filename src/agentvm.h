@@ -49,7 +49,7 @@ extern int avm_max_lifetime_s;
 extern int avm_max_lifetime_ceiling_s;
 extern int avm_deadline_grace_s;
 extern int avm_deadman_allowance_s;
-extern int avm_lease_ms;
+extern PGDLLEXPORT int avm_lease_ms; /* these marked ones are for libraries of providers, too */
 extern int avm_retention_s;
 extern int avm_launch_settle_s;
 extern char *avm_gateway_url;

@@ -24,7 +24,7 @@
  * that had launched would have been answered with its instance.
  *
  * This file has what all operations share, and all operations but the launch,
- * which is in ec2_launch.c; ec2_boot.c makes the user data.
+ * which is in ec2_launch.c; boot.c makes the user data.
  *
  *-------------------------------------------------------------------------
  */
@@ -46,9 +46,6 @@
 #define YOUNG_MS (5 * INT64CONST(60000)) /* a younger instance needs more looks to be called gone */
 #define LOOKS_IF_YOUNG 6
 #define LOOKS 3
-
-#define EPOCH_SHIFT_MS                                                                             \
-	((int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY * INT64CONST(1000))
 
 static const ProviderOption ec2_options[] = {
 	{"region", 's', false, "AWS region, such as us-east-1"},
@@ -78,28 +75,27 @@ typedef struct ProgressMember
 } ProgressMember;
 
 static const ProgressMember integers[] = {
-	{"attempt", offsetof(Ec2Progress, attempt)},	 {"launched", offsetof(Ec2Progress, launched)},
-	{"wait", offsetof(Ec2Progress, wait)},			 {"looks", offsetof(Ec2Progress, looks)},
-	{"look_at", offsetof(Ec2Progress, look_at)},	 {"subnet", offsetof(Ec2Progress, subnet)},
-	{"sends", offsetof(Ec2Progress, sends)},		 {"sent_at", offsetof(Ec2Progress, sent_at)},
-	{"hard_stop", offsetof(Ec2Progress, hard_stop)}, {"longest", offsetof(Ec2Progress, longest)},
+	{"attempt", offsetof(Ec2Progress, attempt)},
+	{"launched", offsetof(Ec2Progress, launched)},
+	{"wait", offsetof(Ec2Progress, wait)},
+	{"looks", offsetof(Ec2Progress, looks)},
+	{"look_at", offsetof(Ec2Progress, look_at)},
+	{"subnet", offsetof(Ec2Progress, subnet)},
+	{"sends", offsetof(Ec2Progress, sends)},
+	{"sent_at", offsetof(Ec2Progress, sent_at)},
+	{"hard_stop", offsetof(Ec2Progress, boot.hard_stop)},
+	{"longest", offsetof(Ec2Progress, boot.longest)},
 };
 
 static const ProgressMember texts[] = {
 	{"phase", offsetof(Ec2Progress, phase)},   {"vm_id", offsetof(Ec2Progress, vm_id)},
 	{"region", offsetof(Ec2Progress, region)}, {"market", offsetof(Ec2Progress, market)},
-	{"key", offsetof(Ec2Progress, key)},	   {"env", offsetof(Ec2Progress, env)},
-	{"ca", offsetof(Ec2Progress, ca)},		   {"form", offsetof(Ec2Progress, form)},
+	{"key", offsetof(Ec2Progress, boot.key)},  {"env", offsetof(Ec2Progress, boot.env)},
+	{"ca", offsetof(Ec2Progress, boot.ca)},	   {"form", offsetof(Ec2Progress, form)},
 };
 
 #define INTEGER_AT(progress, i) (*(int64 *) ((char *) (progress) + integers[i].offset))
 #define TEXT_AT(progress, i) (*(const char **) ((char *) (progress) + texts[i].offset))
-
-int64
-ec2_epoch_ms(TimestampTz at)
-{
-	return at / 1000 + EPOCH_SHIFT_MS;
-}
 
 /* ---- the handle ---- */
 
@@ -136,8 +132,8 @@ void
 ec2_settle_launch(Ec2Progress *progress)
 {
 	progress->subnet = progress->sends = progress->sent_at = 0;
-	progress->hard_stop = progress->longest = 0;
-	progress->market = progress->key = progress->env = progress->ca = progress->form = NULL;
+	progress->market = progress->form = NULL;
+	memset(&progress->boot, 0, sizeof(progress->boot));
 }
 
 /* ---- ways in which a step ends ---- */
@@ -277,19 +273,6 @@ ec2_is_made_of(const char *text, const char *characters, size_t max_len)
 	return len > 0 && len <= max_len && strspn(text, characters) == len;
 }
 
-bool
-ec2_is_printable(const char *text, size_t max_len)
-{
-	size_t len = strlen(text);
-
-	for (; *text != '\0'; text++)
-	{
-		if (*text < 0x20 || *text > 0x7e)
-			return false;
-	}
-	return len > 0 && len <= max_len;
-}
-
 static void
 check_id_list(Jsonb *options, const char *name, const char *prefix, const char *hint)
 {
@@ -326,7 +309,7 @@ ec2_validate(OptionScope scope, Jsonb *options)
 	check_id_list(options, "security_group_ids", "sg-",
 				  "A security group id looks like \"sg-0123456789abcdef0\".");
 	if ((value = option_text(options, "instance_profile")) != NULL &&
-		(!ec2_is_printable(value, 512) || strchr(value, ' ') != NULL))
+		(!boot_is_printable(value, 512) || strchr(value, ' ') != NULL))
 		bad_option("instance_profile", value, "Give the name or the ARN of an instance profile.");
 	if ((value = option_text(options, "spot_max_price")) != NULL &&
 		(!ec2_is_made_of(value, DIGITS ".", 16) || strtod(value, NULL) <= 0 ||
@@ -335,7 +318,7 @@ ec2_validate(OptionScope scope, Jsonb *options)
 	if ((value = option_text(options, "volume_device")) != NULL &&
 		(strncmp(value, "/dev/", 5) != 0 || !ec2_is_made_of(value + 5, LOWER DIGITS, 32)))
 		bad_option("volume_device", value, "A device name looks like \"/dev/sda1\".");
-	if ((value = option_text(options, "key_name")) != NULL && !ec2_is_printable(value, 255))
+	if ((value = option_text(options, "key_name")) != NULL && !boot_is_printable(value, 255))
 		bad_option("key_name", value, "Give the name of an EC2 key pair.");
 	if ((value = option_text(options, "volume_size_gib")) != NULL)
 	{
@@ -402,7 +385,7 @@ look_failed(Ec2Step *step)
 	int needed;
 
 	if (launched == 0 && step->session->launched_at != 0)
-		launched = ec2_epoch_ms(step->session->launched_at);
+		launched = boot_epoch_ms(step->session->launched_at);
 	needed = step->now < launched + YOUNG_MS ? LOOKS_IF_YOUNG : LOOKS;
 	if (++progress->looks >= needed)
 		step->out->kind = STEP_DONE;
@@ -652,7 +635,7 @@ ec2_step(const ProviderContext *context, ProviderStep *out)
 	step.session = context->session;
 	step.reply = context->reply;
 	step.out = out;
-	step.now = ec2_epoch_ms(context->now);
+	step.now = boot_epoch_ms(context->now);
 	read_progress(context->handle, &step.progress);
 
 	/* An end may need no call; all else does, and is refused like a call with bad keys. */

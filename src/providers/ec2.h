@@ -12,6 +12,7 @@
 
 #include "net/aws.h"
 #include "net/xml.h"
+#include "providers/boot.h"
 #include "providers/provider.h"
 
 #define EC2_VERSION "2016-11-15"
@@ -42,16 +43,12 @@ typedef struct Ec2Progress
 	const char *region;
 
 	/* the launch attempt that is under way */
-	int64 subnet;	 /* index into subnet_ids */
-	int64 sends;	 /* how often it may have been sent */
-	int64 sent_at;	 /* epoch ms of the last time, 0: settled */
-	int64 hard_stop; /* epoch s of the VM's own end */
-	int64 longest;	 /* s from launch to there, should the VM's clock be wrong */
+	int64 subnet;  /* index into subnet_ids */
+	int64 sends;   /* how often it may have been sent */
+	int64 sent_at; /* epoch ms of the last time, 0: settled */
 	const char *market;
-	const char *key;  /* id of the bootstrap token's key, NULL: no runtime */
-	const char *env;  /* runtime.env */
-	const char *ca;	  /* gateway-ca.pem */
 	const char *form; /* the encoded form, without UserData */
+	BootPlan boot;	  /* what its user data is made of */
 } Ec2Progress;
 
 /* One step of one operation. */
@@ -67,9 +64,6 @@ typedef struct Ec2Step
 } Ec2Step;
 
 /* ---- ec2.c: shared by all operations ---- */
-
-/* Milliseconds since 1970. */
-extern int64 ec2_epoch_ms(TimestampTz at);
 
 /* The region of the session's VM, or of the one to be. */
 extern const char *ec2_region(Ec2Step *step);
@@ -98,25 +92,13 @@ extern void ec2_settle_launch(Ec2Progress *progress);
 /* Forms of text. */
 extern bool ec2_is_id(const char *text, const char *prefix);
 extern bool ec2_is_made_of(const char *text, const char *characters, size_t max_len);
-extern bool ec2_is_printable(const char *text, size_t max_len);
 
 extern void ec2_validate(OptionScope scope, Jsonb *options);
 
-/* ---- ec2_boot.c: user data ---- */
-
-/* Settle what the user data of a new attempt is made of.  Raises AV010. */
-extern void ec2_plan_boot(Ec2Step *step);
-
-/* The user data of the attempt under way, the same on every call; sets *len. Wipe it after use. */
-extern char *ec2_user_data(Ec2Step *step, int *len);
+/* ---- ec2_launch.c ---- */
 
 /* Raise AV010 or AV012 for what would keep the user data of a session from being made. */
 extern void ec2_check_launch(Jsonb *options, bool runtime);
-
-/* Base64 of bytes, palloc'd. */
-extern char *ec2_base64(const char *bytes, int len);
-
-/* ---- ec2_launch.c ---- */
 
 extern void ec2_provision(Ec2Step *step);
 

@@ -10,6 +10,7 @@
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 
+#include "db.h"
 #include "providers/ec2.h"
 #include "secret/secret.h"
 
@@ -130,7 +131,7 @@ begin_attempt(Ec2Step *step)
 	add_tags(&form, 2, "volume", session);
 	progress->form = form.body.data;
 
-	ec2_plan_boot(step);
+	boot_plan(&progress->boot, session, step->now, NULL);
 }
 
 /* Send the attempt's request, for the first time or once more. */
@@ -143,7 +144,7 @@ send_launch(Ec2Step *step)
 	char *encoded;
 	int len;
 
-	script = ec2_user_data(step, &len);
+	script = boot_script(&progress->boot, step->session->session_id, (int) progress->attempt, &len);
 	if (len > MAX_USER_DATA)
 	{
 		secret_wipe(script, len);
@@ -155,7 +156,7 @@ send_launch(Ec2Step *step)
 		return;
 	}
 
-	encoded = ec2_base64(script, len);
+	encoded = boot_base64(script, len);
 	secret_wipe(script, len);
 	initStringInfo(&form.body);
 	appendStringInfoString(&form.body, progress->form);
@@ -304,7 +305,7 @@ poll_launch(Ec2Step *step, const char *vm_id)
 		int64 launched = progress->launched;
 
 		if (launched == 0 && step->session->launched_at != 0)
-			launched = ec2_epoch_ms(step->session->launched_at);
+			launched = boot_epoch_ms(step->session->launched_at);
 		if (step->now < launched + APPEARS_WITHIN_MS)
 			ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, 0);
 		else
@@ -355,4 +356,19 @@ ec2_provision(Ec2Step *step)
 		}
 		send_launch(step);
 	}
+}
+
+/* All that varies in size between sessions is known before there is one. */
+void
+ec2_check_launch(Jsonb *options, bool runtime)
+{
+	int len = runtime ? boot_script_size(NULL) : 0;
+
+	if (len > MAX_USER_DATA)
+		ereport(
+			ERROR, errcode(AVM_OVER_LIMIT),
+			errmsg("user data of %d bytes, more than the %d that EC2 takes", len, MAX_USER_DATA),
+			errhint("The file that agentvm.gateway_ca_file names takes most of it: leave only "
+					"the gateway's authority in it."),
+			hide_caller());
 }

@@ -25,6 +25,7 @@
 
 #include "datatype/timestamp.h"
 #include "net/http.h"
+#include "providers/blocking.h"
 #include "providers/error_class.h"
 #include "secret/secret.h"
 #include "utils/jsonb.h"
@@ -87,29 +88,6 @@ typedef struct ProviderContext
 	bool
 		ending; /* OP_PROVISION: the session is to end: begin nothing new, just take in the reply */
 } ProviderContext;
-
-/*
- * A call of a provider whose library blocks, as its thread sees it: what the step
- * put into the HttpRequest.
- */
-typedef struct BlockingCall
-{
-	const char *operation; /* request->method */
-	const char *target;	   /* request->url */
-	const char *body;	   /* "" when there is none */
-	size_t body_len;
-	int timeout_ms; /* the caller gives up then; the thread should, too, if it can */
-} BlockingCall;
-
-/* Its answer, which comes zeroed; becomes the HttpReply that the next step sees. */
-typedef struct BlockingReply
-{
-	int status;		 /* the provider's own meaning, above 0; 0: no answer, see error */
-	bool maybe_done; /* without an answer: it may have taken effect */
-	char *body; /* malloc()ed, NULL for none; at most HTTP_MAX_REPLY bytes; the runner frees it */
-	size_t body_len;
-	char *error; /* malloc()ed, or NULL; never holds a secret; the runner frees it */
-} BlockingReply;
 
 typedef enum StepKind
 {
@@ -219,34 +197,34 @@ extern void provider_check_options(const Provider *provider, OptionScope scope, 
 /* ---- reading options (options.c) ---- */
 
 /* Text of a string, number or boolean member, or NULL. Palloc'd. */
-extern char *option_text(Jsonb *options, const char *name);
+extern PGDLLEXPORT char *option_text(Jsonb *options, const char *name);
 
 /* A boolean member, or the default. */
-extern bool option_bool(Jsonb *options, const char *name, bool fallback);
+extern PGDLLEXPORT bool option_bool(Jsonb *options, const char *name, bool fallback);
 
 /* An integer member, or the default. */
-extern int option_int(Jsonb *options, const char *name, int fallback);
+extern PGDLLEXPORT int option_int(Jsonb *options, const char *name, int fallback);
 
 /* A duration in milliseconds (JSON number: seconds; string: interval), or the default. */
-extern int64 option_ms(Jsonb *options, const char *name, int64 fallback);
+extern PGDLLEXPORT int64 option_ms(Jsonb *options, const char *name, int64 fallback);
 
 /* Members of a list of strings, as a List of char *; a single string is a list of one. */
-extern List *option_list(Jsonb *options, const char *name);
+extern PGDLLEXPORT List *option_list(Jsonb *options, const char *name);
 
 /* A member of any type, or NULL; points into "object" or is palloc'd. */
-extern JsonbValue *option_value(Jsonb *object, const char *name);
+extern PGDLLEXPORT JsonbValue *option_value(Jsonb *object, const char *name);
 
 /*
  * A copy of "object" ('{}' when NULL) with one member set to a string (NULL
  * removes it), an integer, a boolean, or an object or array.  For handles and results.
  */
-extern Jsonb *handle_set_text(Jsonb *object, const char *name, const char *value);
-extern Jsonb *handle_set_bool(Jsonb *object, const char *name, bool value);
-extern Jsonb *handle_set_document(Jsonb *object, const char *name, Jsonb *value);
-extern Jsonb *handle_set_int(Jsonb *object, const char *name, int64 value);
+extern PGDLLEXPORT Jsonb *handle_set_text(Jsonb *object, const char *name, const char *value);
+extern PGDLLEXPORT Jsonb *handle_set_bool(Jsonb *object, const char *name, bool value);
+extern PGDLLEXPORT Jsonb *handle_set_document(Jsonb *object, const char *name, Jsonb *value);
+extern PGDLLEXPORT Jsonb *handle_set_int(Jsonb *object, const char *name, int64 value);
 
 /* Integer member of a handle, or the default. */
-extern int64 handle_int(Jsonb *object, const char *name, int64 fallback);
+extern PGDLLEXPORT int64 handle_int(Jsonb *object, const char *name, int64 fallback);
 
 extern const Provider noop_provider;
 extern const Provider ec2_provider;

@@ -3,7 +3,7 @@
  * settings.c
  *		Settings of the runtime: lines KEY=VALUE of a file that only its owner may read.
  *
- * The file comes from the boot payload (see providers/ec2_boot.c) or from an
+ * The file comes from the boot payload (see providers/boot.c) or from an
  * image.  It is read here rather than by systemd, so that the token in it is in
  * nobody's environment.
  *

@@ -32,10 +32,10 @@ extern const char *secret_bytes(const Secret *secret);
 extern size_t secret_len(const Secret *secret);
 
 /* Overwrite memory in a way that the compiler may not remove. */
-extern void secret_wipe(void *bytes, size_t len);
+extern PGDLLEXPORT void secret_wipe(void *bytes, size_t len);
 
 /* The same when CurrentMemoryContext, in which the bytes are, is reset or deleted; until then they stay where they are. */
-extern void secret_wipe_later(void *bytes, size_t len);
+extern PGDLLEXPORT void secret_wipe_later(void *bytes, size_t len);
 
 /* ---- named secrets of one (team, provider) (secret.c) ---- */
 

@@ -35,7 +35,7 @@ my $binary = $AgentVM::VM::binary;
 like(scalar `$binary --version`, qr/^agentvm-runtime [0-9.]+\n$/, '--version');
 my $help = `$binary --help`;
 like($help, qr/--config=FILE.*AGENTVM_GATEWAY_URL.*Exit codes: 0/s, '--help');
-ok(index($help, $_) > 0, "--help tells of $_") for slurp_file("$ENV{TESTDIR}/src/providers/ec2_boot.c") =~ /add_env\(&env, "(\w+)"/g;
+ok(index($help, $_) > 0, "--help tells of $_") for slurp_file("$ENV{TESTDIR}/src/providers/boot.c") =~ /add_env\(&env, "(\w+)"/g;
 like(scalar `ldd $binary 2>&1`, qr/not a dynamic executable/, 'it needs no library');
 my $stripped = PostgreSQL::Test::Utils::tempdir() . '/stripped';
 is(system('strip', '-o', $stripped, $binary), 0, 'stripped');

@@ -1,19 +1,19 @@
 /*-------------------------------------------------------------------------
  *
- * ec2_boot.c
- *		What an EC2 instance is told at its first boot.
+ * boot.c
+ *		What a VM is told at its first boot.
  *
- * User data is a constant script plus one base64 payload and two numbers, and
- * nothing else is ever interpolated.  It arms a power-off at the ceiling of the
- * session's lifetime, for which no control plane is needed (instances terminate
- * when they shut down), then unpacks the payload: files of text lines, for
- * which bash and coreutils suffice.
+ * The boot script is a constant text plus one base64 payload and two numbers,
+ * and nothing else is ever interpolated.  It arms a power-off at the ceiling of
+ * the session's lifetime, for which no control plane is needed (VMs end when
+ * they shut down), then unpacks the payload: files of text lines.  It is POSIX
+ * sh and runs under bash with systemd as well as under busybox without.
  *
  * A launch that is repeated must send the very same bytes.  So what goes into
  * the payload is settled once per attempt and kept in the handle, except for
  * the bootstrap token: that is derived anew each time, so that it never gets
- * into a table.  (A new version of the script between two sends of one launch
- * is answered with IdempotentParameterMismatch, which the launch survives.)
+ * into a table.  (EC2 answers a new version of the script between two sends of
+ * one launch with IdempotentParameterMismatch, which the launch survives.)
  *
  *-------------------------------------------------------------------------
  */
@@ -25,16 +25,19 @@
 #include "utils/timestamp.h"
 
 #include "db.h"
-#include "providers/ec2.h"
+#include "providers/boot.h"
 #include "secret/secret.h"
 
 #define MAX_CA_FILE (64 * 1024)
 
+#define EPOCH_SHIFT_MS                                                                             \
+	((int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY * INT64CONST(1000))
+
 /* Stands for the bootstrap token in what the handle keeps. */
 #define TOKEN_MARK "@bootstrap-token@"
 
-/* User data: what comes before the numbers and the payload, and after. */
-static const char boot_script_head[] = "#!/bin/bash\n"
+/* The script: what comes before the numbers and the payload, and after. */
+static const char boot_script_head[] = "#!/bin/sh\n"
 									   "# Written by agentvm. All that varies is in the next three "
 									   "lines.\n";
 
@@ -45,31 +48,53 @@ static const char boot_script_tail[] =
 	"# Whatever else happens, this machine ends itself by then; armed again at every boot.\n"
 	"echo \"$hard_stop $longest\" > /etc/agentvm/hard-stop\n"
 	"cat > /etc/agentvm/hard-stop.sh <<'END'\n"
-	"#!/bin/bash\n"
+	"#!/bin/sh\n"
 	"read -r hard_stop longest < /etc/agentvm/hard-stop\n"
 	"left=$((hard_stop - $(date +%s)))\n"
 	"[ \"$left\" -le \"$longest\" ] || left=$longest\n"
 	"minutes=$(((left + 59) / 60))\n"
 	"[ \"$minutes\" -ge 1 ] || minutes=1\n"
-	"shutdown -P \"+$minutes\"\n"
-	"nohup bash -c \"sleep $((minutes * 60 + 60)); systemctl poweroff -f || poweroff -f\" \\\n"
+	"shutdown -P \"+$minutes\" 2> /dev/null\n"
+	"$(command -v nohup) sh -c \\\n"
+	"\t\"sleep $((minutes * 60 + 60)); systemctl poweroff -f || poweroff -f\" \\\n"
 	"\t> /dev/null 2>&1 < /dev/null &\n"
 	"END\n"
 	"chmod 0700 /etc/agentvm/hard-stop.sh\n"
 	"[ ! -d /var/lib/cloud/scripts/per-boot ] ||\n"
 	"\tcp /etc/agentvm/hard-stop.sh /var/lib/cloud/scripts/per-boot/agentvm-hard-stop\n"
-	"bash /etc/agentvm/hard-stop.sh\n"
+	"sh /etc/agentvm/hard-stop.sh\n"
 	"\n"
 	"# The payload: for each file a line \"MODE PATH LINES\", then its lines.\n"
 	"printf %s \"$payload\" | base64 -d | while read -r mode path lines; do\n"
-	"\tfor ((; lines > 0; lines--)); do\n"
+	"\twhile [ \"$lines\" -gt 0 ]; do\n"
 	"\t\tIFS= read -r line || break\n"
 	"\t\tprintf '%s\\n' \"$line\"\n"
+	"\t\tlines=$((lines - 1))\n"
 	"\tdone > \"$path.new\" && chmod \"$mode\" \"$path.new\" && mv -f \"$path.new\" \"$path\"\n"
 	"done\n"
 	"if systemctl cat agentvm-runtime.service > /dev/null 2>&1; then\n"
 	"\tsystemctl restart --no-block agentvm-runtime.service\n"
-	"fi\n";
+	"fi\n"
+	"exit 0\n";
+
+int64
+boot_epoch_ms(TimestampTz at)
+{
+	return at / 1000 + EPOCH_SHIFT_MS;
+}
+
+bool
+boot_is_printable(const char *text, size_t max_len)
+{
+	size_t len = strlen(text);
+
+	for (; *text != '\0'; text++)
+	{
+		if (*text < 0x20 || *text > 0x7e)
+			return false;
+	}
+	return len > 0 && len <= max_len;
+}
 
 /*
  * Append "NAME=value" to runtime.env.  It is read by systemd and may be by a
@@ -78,7 +103,7 @@ static const char boot_script_tail[] =
 static void
 add_env(StringInfo env, const char *name, const char *value)
 {
-	if (!ec2_is_printable(value, 2048) || strpbrk(value, " \"'`\\$#") != NULL)
+	if (!boot_is_printable(value, 2048) || strpbrk(value, " \"'`\\$#") != NULL)
 		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
 				errmsg("value for %s of the VM has characters that are not allowed there", name));
 	appendStringInfo(env, "%s=%s\n", name, value);
@@ -122,20 +147,16 @@ read_ca_file(void)
 	return text.data;
 }
 
-/* Settle what the user data of a new attempt is made of. */
 void
-ec2_plan_boot(Ec2Step *step)
+boot_plan(BootPlan *plan, const ProviderSession *session, int64 now, const char *device)
 {
-	const ProviderSession *session = step->session;
-	Ec2Progress *progress = &step->progress;
-	int64 ceiling = session->ceiling_at != 0
-						? ec2_epoch_ms(session->ceiling_at)
-						: step->now + avm_max_lifetime_ceiling_s * INT64CONST(1000);
+	int64 ceiling = session->ceiling_at != 0 ? boot_epoch_ms(session->ceiling_at)
+											 : now + avm_max_lifetime_ceiling_s * INT64CONST(1000);
 	StringInfoData env;
 
-	progress->hard_stop = ceiling / 1000 + avm_deadline_grace_s;
-	progress->longest = Max(progress->hard_stop - step->now / 1000, 60);
-	progress->key = progress->env = progress->ca = NULL;
+	memset(plan, 0, sizeof(*plan));
+	plan->hard_stop = ceiling / 1000 + avm_deadline_grace_s;
+	plan->longest = Max(plan->hard_stop - now / 1000, 60);
 	if (!session->runtime)
 		return;
 
@@ -144,11 +165,13 @@ ec2_plan_boot(Ec2Step *step)
 				errmsg("agentvm.gateway_url is not set, and the VM's runtime needs it"));
 	if (session->boot_key_id == NULL)
 		elog(ERROR, "session has no key for its bootstrap token");
-	progress->key = pstrdup(session->boot_key_id);
+	plan->key = pstrdup(session->boot_key_id);
 
 	initStringInfo(&env);
 	add_env(&env, "AGENTVM_SESSION_ID", session->session_id);
 	add_env(&env, "AGENTVM_GATEWAY_URL", avm_gateway_url);
+	if (device != NULL)
+		add_env(&env, "AGENTVM_GATEWAY_DEVICE", device);
 	add_env(&env, "AGENTVM_BOOTSTRAP_TOKEN", TOKEN_MARK);
 	add_env(&env, "AGENTVM_HEARTBEAT_INTERVAL", psprintf("%d", avm_heartbeat_interval_s));
 	add_env(&env, "AGENTVM_DEADLINE_GRACE", psprintf("%d", avm_deadline_grace_s));
@@ -157,9 +180,9 @@ ec2_plan_boot(Ec2Step *step)
 	if (avm_gateway_ca_file != NULL && avm_gateway_ca_file[0] != '\0')
 	{
 		add_env(&env, "AGENTVM_CA_FILE", "/etc/agentvm/gateway-ca.pem");
-		progress->ca = read_ca_file();
+		plan->ca = read_ca_file();
 	}
-	progress->env = env.data;
+	plan->env = env.data;
 }
 
 static void
@@ -173,7 +196,7 @@ add_file(StringInfo payload, const char *path, const char *content)
 }
 
 char *
-ec2_base64(const char *bytes, int len)
+boot_base64(const char *bytes, int len)
 {
 	int size = pg_b64_enc_len(len);
 	char *text = palloc(size + 1);
@@ -185,41 +208,38 @@ ec2_base64(const char *bytes, int len)
 	return text;
 }
 
-/* The user data of the attempt under way, the same on every call; sets *len. */
 char *
-ec2_user_data(Ec2Step *step, int *len)
+boot_script(const BootPlan *plan, const char *session_id, int attempt, int *len)
 {
-	Ec2Progress *progress = &step->progress;
 	StringInfoData payload;
 	StringInfoData script;
 	char *encoded;
 
 	/* Room for all of it at once: a buffer that grows leaves its former self behind. */
 	initStringInfo(&payload);
-	enlargeStringInfo(&payload, (progress->env != NULL ? strlen(progress->env) : 0) +
-									(progress->ca != NULL ? strlen(progress->ca) : 0) + 1024);
-	if (progress->env != NULL && progress->key != NULL)
+	enlargeStringInfo(&payload, (plan->env != NULL ? strlen(plan->env) : 0) +
+									(plan->ca != NULL ? strlen(plan->ca) : 0) + 1024);
+	if (plan->env != NULL && plan->key != NULL)
 	{
-		char *mark = strstr(progress->env, TOKEN_MARK);
+		char *mark = strstr(plan->env, TOKEN_MARK);
 		const Secret *token;
 		StringInfoData env;
 
 		if (mark == NULL)
 			elog(ERROR, "boot environment has no place for the token");
-		token = keyring_bootstrap_token(progress->key, step->session->session_id,
-										(int) progress->attempt);
+		token = keyring_bootstrap_token(plan->key, session_id, attempt);
 		initStringInfo(&env);
-		enlargeStringInfo(&env, strlen(progress->env) + secret_len(token));
-		appendBinaryStringInfo(&env, progress->env, mark - progress->env);
+		enlargeStringInfo(&env, strlen(plan->env) + secret_len(token));
+		appendBinaryStringInfo(&env, plan->env, mark - plan->env);
 		appendStringInfoString(&env, secret_bytes(token));
 		appendStringInfoString(&env, mark + strlen(TOKEN_MARK));
 		add_file(&payload, "/etc/agentvm/runtime.env", env.data);
 		secret_wipe(env.data, env.len);
 	}
-	if (progress->ca != NULL)
-		add_file(&payload, "/etc/agentvm/gateway-ca.pem", progress->ca);
+	if (plan->ca != NULL)
+		add_file(&payload, "/etc/agentvm/gateway-ca.pem", plan->ca);
 
-	encoded = ec2_base64(payload.data, payload.len);
+	encoded = boot_base64(payload.data, payload.len);
 	secret_wipe(payload.data, payload.len);
 	initStringInfo(&script);
 	enlargeStringInfo(&script,
@@ -227,46 +247,32 @@ ec2_user_data(Ec2Step *step, int *len)
 	appendStringInfoString(&script, boot_script_head);
 	appendStringInfo(&script,
 					 "hard_stop=" INT64_FORMAT "\nlongest=" INT64_FORMAT "\npayload='%s'\n",
-					 progress->hard_stop, progress->longest, encoded);
+					 plan->hard_stop, plan->longest, encoded);
 	appendStringInfoString(&script, boot_script_tail);
 	secret_wipe(encoded, strlen(encoded));
 	*len = script.len;
 	return script.data;
 }
 
-/* All that varies in size between sessions is known before there is one. */
-void
-ec2_check_launch(Jsonb *options, bool runtime)
+int
+boot_script_size(const char *device)
 {
 	ProviderSession session = {0};
-	ProviderContext context = {0};
-	Ec2Step step = {0};
+	BootPlan plan;
 	char *script;
 	int len;
 
-	if (!runtime)
-		return;
-	/* env and repositories would travel in clear, and whoever is on the way could answer */
-	if (pg_strncasecmp(avm_gateway_url, "http://", 7) == 0 && !avm_allow_insecure_endpoints)
+	/* env and repositories would travel in clear, and whoever is on the way could answer; a port has no way */
+	if (device == NULL && avm_gateway_url != NULL &&
+		pg_strncasecmp(avm_gateway_url, "http://", 7) == 0 && !avm_allow_insecure_endpoints)
 		ereport(
 			ERROR, errcode(AVM_INVALID_CONFIGURATION), errmsg("agentvm.gateway_url is without TLS"),
 			errhint("Use an https URL, or set agentvm.allow_insecure_endpoints."), hide_caller());
 	session.session_id = "00000000-0000-0000-0000-000000000000";
 	session.runtime = true;
 	session.boot_key_id = keyring_current_id();
-	context.options = options;
-	context.session = step.session = &session;
-	step.context = &context;
-	step.now = ec2_epoch_ms(GetCurrentTimestamp());
-	step.progress.attempt = 1;
-	ec2_plan_boot(&step);
-	script = ec2_user_data(&step, &len);
+	boot_plan(&plan, &session, boot_epoch_ms(GetCurrentTimestamp()), device);
+	script = boot_script(&plan, session.session_id, 1, &len);
 	secret_wipe(script, len);
-	if (len > MAX_USER_DATA)
-		ereport(
-			ERROR, errcode(AVM_OVER_LIMIT),
-			errmsg("user data of %d bytes, more than the %d that EC2 takes", len, MAX_USER_DATA),
-			errhint("The file that agentvm.gateway_ca_file names takes most of it: leave only "
-					"the gateway's authority in it."),
-			hide_caller());
+	return len;
 }

@@ -1,0 +1,489 @@
+/*-------------------------------------------------------------------------
+ *
+ * libvirt_host.c
+ *		Connections to hypervisors, shared by all threads; errors; directories.
+ *
+ * There is one connection for each URI.  Who finds none opens it while others
+ * wait, but not for long, so that a host that does not answer holds up one
+ * thread only.  A thread runs libvirt's event loop: without it there are no
+ * keepalive messages, and a call to a host that has died would never end.
+ *
+ * This side of the provider knows nothing of PostgreSQL (see libvirt.h).
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <libxml/parser.h>
+
+#include "providers/libvirt.h"
+
+#define KEEPALIVE_S 5
+#define KEEPALIVE_COUNT 3
+#define OPEN_PATIENCE_MS 5000 /* for somebody else to have opened a connection */
+
+typedef struct Host
+{
+	struct Host *next;
+	char *uri;
+	virConnectPtr conn; /* NULL: none */
+	bool opening;
+} Host;
+
+typedef struct Busy
+{
+	struct Busy *next;
+	char session[40];
+} Busy;
+
+/* guards all below */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t opened;
+static Host *hosts = NULL; /* never freed: as many as there are URIs */
+static Busy *busy = NULL;
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+int64_t
+lv_now(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+const char *
+lv_text(const LvJob *job, const char *name)
+{
+	return json_string_value(json_object_get(job->ask, name));
+}
+
+int
+lv_int(const LvJob *job, const char *name)
+{
+	return (int) json_integer_value(json_object_get(job->ask, name));
+}
+
+char *
+lv_format(const char *format, ...)
+{
+	char *text = NULL;
+	va_list args;
+	int len;
+
+	va_start(args, format);
+	len = vasprintf(&text, format, args);
+	va_end(args);
+	if (len < 0)
+		abort();
+	return text;
+}
+
+/* ---- errors ---- */
+
+bool
+lv_fail(LvJob *job, ErrorClass class, const char *code, const char *format, ...)
+{
+	va_list args;
+
+	if (job->failed)
+		return false;
+	job->failed = true;
+	job->error.class = class;
+	snprintf(job->error.code, sizeof(job->error.code), "%s", code);
+	va_start(args, format);
+	vsnprintf(job->error.message, sizeof(job->error.message), format, args);
+	va_end(args);
+	return false;
+}
+
+int
+lv_error_code(void)
+{
+	virErrorPtr error = virGetLastError();
+
+	return error != NULL ? error->code : VIR_ERR_OK;
+}
+
+/* Whether there was no room, as QEMU and the kernel put it. */
+static bool
+says_no_room(const char *message)
+{
+	static const char *const texts[] = {"Cannot allocate memory", "cannot set up guest memory",
+										"No space left on device", "Disk quota exceeded",
+										"Too many open files"};
+
+	for (size_t i = 0; i < sizeof(texts) / sizeof(texts[0]); i++)
+	{
+		if (strstr(message, texts[i]) != NULL)
+			return true;
+	}
+	return false;
+}
+
+static ErrorClass
+classify(const virError *error, const char *message)
+{
+	switch (error->code)
+	{
+		case VIR_ERR_NO_MEMORY:
+			return CLASS_CAPACITY;
+		case VIR_ERR_NO_DOMAIN:
+		case VIR_ERR_NO_STORAGE_VOL:
+			return CLASS_NOT_FOUND;
+		case VIR_ERR_RPC:
+		case VIR_ERR_NO_CONNECT:
+		case VIR_ERR_INVALID_CONN:
+		case VIR_ERR_RESOURCE_BUSY:
+		case VIR_ERR_OPERATION_TIMEOUT:
+		case VIR_ERR_OPERATION_ABORTED:
+		case VIR_ERR_OPERATION_INVALID: /* something is going on that passes */
+		case VIR_ERR_DOM_EXIST:
+			return CLASS_TRANSIENT;
+		case VIR_ERR_AUTH_FAILED:
+		case VIR_ERR_AUTH_CANCELLED:
+		case VIR_ERR_AUTH_UNAVAILABLE:
+		case VIR_ERR_ACCESS_DENIED:
+			return CLASS_PERMANENT;
+		case VIR_ERR_SYSTEM_ERROR:
+			switch (error->int1)
+			{
+				case ENOMEM:
+				case ENOSPC:
+				case EDQUOT:
+					return CLASS_CAPACITY;
+				case ECONNREFUSED:
+				case ECONNRESET:
+				case ETIMEDOUT:
+				case EHOSTUNREACH:
+				case ENETUNREACH:
+				case EPIPE:
+				case EAGAIN:
+				case EINTR:
+					return CLASS_TRANSIENT;
+			}
+			break;
+	}
+	return says_no_room(message) ? CLASS_CAPACITY : CLASS_PERMANENT;
+}
+
+bool
+lv_fail_libvirt(LvJob *job, const char *what)
+{
+	virErrorPtr error = virGetLastError();
+	const char *message;
+	char code[32];
+
+	if (error == NULL || error->code == VIR_ERR_OK)
+		return lv_fail(job, CLASS_PERMANENT, "Libvirt", "%s: failed without a reason", what);
+	message = error->message != NULL ? error->message : "no message";
+	snprintf(code, sizeof(code), "Libvirt%d", error->code);
+	lv_fail(job, classify(error, message), code, "%s: %s", what, message);
+	/* what broke is the line, not the call */
+	if (job->conn != NULL && virConnectIsAlive(job->conn) != 1)
+	{
+		job->error.class = CLASS_TRANSIENT;
+		job->error.no_answer = true;
+	}
+	return false;
+}
+
+bool
+lv_in_time(LvJob *job)
+{
+	if (!job->failed && lv_now() < job->deadline)
+		return true;
+	return lv_fail(job, CLASS_TRANSIENT, "TooLate", "the host took too long");
+}
+
+/* ---- connections ---- */
+
+static void
+say_nothing(void *arg, virErrorPtr error)
+{
+}
+
+static void *
+run_events(void *arg)
+{
+	for (;;)
+	{
+		/* it fails only for want of memory */
+		if (virEventRunDefaultImpl() < 0)
+			(void) nanosleep(&(struct timespec){.tv_sec = 1}, NULL);
+	}
+	return NULL;
+}
+
+/* A timer that fires keeps the event loop from sleeping without one. */
+static void
+begin(void)
+{
+	pthread_condattr_t attributes;
+	pthread_attr_t detached;
+	pthread_t thread;
+	sigset_t all;
+	sigset_t before;
+
+	pthread_condattr_init(&attributes);
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	pthread_cond_init(&opened, &attributes);
+	xmlInitParser();
+	virSetErrorFunc(NULL, say_nothing);
+	if (virInitialize() < 0 || virEventRegisterDefaultImpl() < 0)
+		return;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	pthread_attr_init(&detached);
+	pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+	(void) pthread_create(&thread, &detached, run_events, NULL);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static Host *
+find_host(const char *uri)
+{
+	Host *host;
+
+	for (host = hosts; host != NULL; host = host->next)
+	{
+		if (strcmp(host->uri, uri) == 0)
+			return host;
+	}
+	host = calloc(1, sizeof(Host));
+	if (host == NULL)
+		abort();
+	host->uri = lv_format("%s", uri);
+	host->next = hosts;
+	hosts = host;
+	return host;
+}
+
+bool
+lv_connect(LvJob *job)
+{
+	int64_t until = lv_now() + OPEN_PATIENCE_MS;
+	struct timespec at;
+	virConnectPtr conn = NULL;
+	virConnectPtr dead = NULL;
+	Host *host;
+
+	pthread_once(&once, begin);
+	if (until > job->deadline)
+		until = job->deadline;
+	at.tv_sec = until / 1000;
+	at.tv_nsec = until % 1000 * 1000000;
+
+	pthread_mutex_lock(&lock);
+	host = find_host(job->uri);
+	while (host->opening)
+	{
+		if (pthread_cond_timedwait(&opened, &lock, &at) == ETIMEDOUT)
+			break;
+	}
+	if (host->opening)
+	{
+		pthread_mutex_unlock(&lock);
+		return lv_fail(job, CLASS_TRANSIENT, "NoConnection",
+					   "could not connect to %s: it does not answer", job->uri);
+	}
+	if (host->conn != NULL && virConnectIsAlive(host->conn) == 1)
+	{
+		conn = host->conn;
+		virConnectRef(conn);
+	}
+	else
+	{
+		dead = host->conn;
+		host->conn = NULL;
+		host->opening = true;
+	}
+	pthread_mutex_unlock(&lock);
+	if (conn != NULL)
+	{
+		job->conn = conn;
+		return true;
+	}
+
+	if (dead != NULL)
+		virConnectClose(dead);
+	virResetLastError();
+	conn = virConnectOpen(job->uri);
+	if (conn != NULL)
+		(void) virConnectSetKeepAlive(conn, KEEPALIVE_S, KEEPALIVE_COUNT);
+
+	pthread_mutex_lock(&lock);
+	host->opening = false;
+	host->conn = conn;
+	if (conn != NULL)
+		virConnectRef(conn);
+	pthread_cond_broadcast(&opened);
+	pthread_mutex_unlock(&lock);
+
+	if (conn == NULL)
+	{
+		lv_fail_libvirt(job, "could not connect");
+		/* it may be starting, or on its way back */
+		if (job->error.class == CLASS_PERMANENT && lv_error_code() == VIR_ERR_SYSTEM_ERROR)
+			job->error.class = CLASS_TRANSIENT;
+		return false;
+	}
+	job->conn = conn;
+	return true;
+}
+
+void
+lv_disconnect(LvJob *job)
+{
+	if (job->conn != NULL)
+		virConnectClose(job->conn);
+	job->conn = NULL;
+}
+
+bool
+lv_is_local(const char *uri)
+{
+	return strstr(uri, ":///") != NULL;
+}
+
+/* ---- directories ---- */
+
+/* A name that is the same for the same directory. */
+static char *
+pool_name(const char *directory)
+{
+	uint64_t hash = UINT64_C(14695981039346656037);
+
+	for (const char *c = directory; *c != '\0'; c++)
+		hash = (hash ^ (unsigned char) *c) * UINT64_C(1099511628211);
+	return lv_format("agentvm-%016llx", (unsigned long long) hash);
+}
+
+virStoragePoolPtr
+lv_pool(LvJob *job, const char *directory)
+{
+	char *name = pool_name(directory);
+	char *xml = lv_pool_xml(name, directory);
+	virStoragePoolPtr pool = NULL;
+
+	/* Another thread, or another client, may make it at the same time. */
+	for (int tries = 0; pool == NULL && tries < 3; tries++)
+	{
+		pool = virStoragePoolLookupByName(job->conn, name);
+		if (pool == NULL && lv_error_code() == VIR_ERR_NO_STORAGE_POOL)
+			pool = virStoragePoolLookupByTargetPath(job->conn, directory);
+		if (pool == NULL && virConnectIsAlive(job->conn) == 1)
+			pool = virStoragePoolCreateXML(job->conn, xml, 0);
+	}
+	if (pool != NULL && virStoragePoolIsActive(pool) == 0 && virStoragePoolCreate(pool, 0) < 0 &&
+		virStoragePoolIsActive(pool) == 0)
+	{
+		virStoragePoolFree(pool);
+		pool = NULL;
+	}
+	if (pool == NULL)
+	{
+		char *what = lv_format("directory \"%s\"", directory);
+
+		lv_fail_libvirt(job, what);
+		free(what);
+	}
+	free(name);
+	free(xml);
+	return pool;
+}
+
+virStorageVolPtr
+lv_volume(virStoragePoolPtr pool, const char *name)
+{
+	virStorageVolPtr volume = virStorageVolLookupByName(pool, name);
+
+	if (volume == NULL && lv_error_code() == VIR_ERR_NO_STORAGE_VOL &&
+		virStoragePoolRefresh(pool, 0) == 0)
+		volume = virStorageVolLookupByName(pool, name);
+	return volume;
+}
+
+virStorageVolPtr
+lv_image(LvJob *job, const char *path)
+{
+	virStorageVolPtr volume = virStorageVolLookupByPath(job->conn, path);
+	virStoragePoolPtr pool;
+	const char *slash = strrchr(path, '/');
+	char *directory;
+
+	if (volume != NULL)
+		return volume;
+	directory = slash == path ? lv_format("/") : lv_format("%.*s", (int) (slash - path), path);
+	pool = lv_pool(job, directory);
+	free(directory);
+	if (pool == NULL)
+		return NULL;
+	volume = lv_volume(pool, slash + 1);
+	virStoragePoolFree(pool);
+	if (volume == NULL)
+	{
+		if (lv_error_code() == VIR_ERR_NO_STORAGE_VOL)
+			lv_fail(job, CLASS_PERMANENT, "NoImage",
+					"image file \"%s\" is not on the host, or not readable there", path);
+		else
+			lv_fail_libvirt(job, path);
+	}
+	return volume;
+}
+
+/* ---- one thread for each session ---- */
+
+bool
+lv_session_enter(LvJob *job, const char *session)
+{
+	Busy *entry = calloc(1, sizeof(Busy));
+	Busy *other;
+
+	if (entry == NULL)
+		abort();
+	snprintf(entry->session, sizeof(entry->session), "%s", session);
+	pthread_mutex_lock(&lock);
+	for (other = busy; other != NULL; other = other->next)
+	{
+		if (strcmp(other->session, entry->session) == 0)
+			break;
+	}
+	if (other == NULL)
+	{
+		entry->next = busy;
+		busy = entry;
+	}
+	pthread_mutex_unlock(&lock);
+	if (other == NULL)
+		return true;
+	free(entry);
+	return lv_fail(job, CLASS_TRANSIENT, "Busy", "an earlier call for this VM is still under way");
+}
+
+void
+lv_session_leave(const char *session)
+{
+	Busy *found = NULL;
+
+	pthread_mutex_lock(&lock);
+	for (Busy **at = &busy; *at != NULL; at = &(*at)->next)
+	{
+		if (strcmp((*at)->session, session) == 0)
+		{
+			found = *at;
+			*at = found->next;
+			break;
+		}
+	}
+	pthread_mutex_unlock(&lock);
+	free(found);
+}
