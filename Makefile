@@ -1,6 +1,7 @@
 # agentvm: PostgreSQL as the control plane for AI agents' machines
 #
 #   make, make install, make clean    as with any PGXS extension (PG_CONFIG=... names the server)
+#   make libvirt, install-libvirt     the provider libvirt, a library of its own (needs libvirt and yajl)
 #   make gateway, install-gateway     the program that VMs knock at, into the server's bindir
 #   make runtime, install-runtime     the program inside the VMs: one static binary, into the server's bindir
 #   make check                        regress, isolation and TAP against this build, as an ordinary user: the extension
@@ -19,7 +20,7 @@ else
 
 EXTENSION = agentvm
 MODULE_big = agentvm
-OBJS = $(patsubst %.c,%.o,$(filter-out src/providers/libvirt.c,$(wildcard src/*.c \
+OBJS = $(patsubst %.c,%.o,$(filter-out $(wildcard src/providers/libvirt*.c),$(wildcard src/*.c \
 	$(foreach room,session team secret engine net providers,src/$(room)/*.c))))
 DATA = $(wildcard sql/agentvm--*.sql)
 TEST_MODULES = $(patsubst %.c,%.so,$(wildcard test/modules/*.c))
@@ -48,8 +49,8 @@ ISOLATION_OPTS = --inputdir=$(srcdir)/test --load-extension=pgcrypto --load-exte
 PROVE_TESTS = $(sort $(wildcard test/t/*.pl))
 
 # one file tree of sources, objects and dependencies; test outputs
-dependencies = $(OBJS:.o=.d) $(TEST_MODULES:.so=.d)
-EXTRA_CLEAN = $(dependencies) $(GATEWAY) $(RUNTIME) $(TEST_MODULES) tmp_install tmp_check tmp_check_regress tmp_check_iso output_iso results \
+dependencies = $(OBJS:.o=.d) $(TEST_MODULES:.so=.d) $(patsubst %.c,%.d,$(wildcard src/providers/libvirt*.c))
+EXTRA_CLEAN = $(dependencies) $(LIBVIRT) $(libvirt_objects) $(GATEWAY) $(RUNTIME) $(TEST_MODULES) tmp_install tmp_check tmp_check_regress tmp_check_iso output_iso results \
 	regression.diffs regression.out tmp_fuzz
 
 # no bitcode: nothing in here is worth inlining into a query, and it would need clang with the same flags
@@ -57,6 +58,18 @@ override with_llvm = no
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 -include $(dependencies)
+
+# The provider libvirt: a library of its own, so that the core does not need libvirt
+LIBVIRT = agentvm_libvirt.so
+libvirt_objects = $(patsubst %.c,%.o,$(wildcard src/providers/libvirt*.c))
+.PHONY: libvirt install-libvirt
+libvirt: $(LIBVIRT)
+$(libvirt_objects): CPPFLAGS += $(shell pkg-config --cflags libvirt yajl)
+$(LIBVIRT): $(libvirt_objects)
+	$(CC) $(CFLAGS) $(CFLAGS_SL) -shared -o $@ $^ $(shell pkg-config --libs libvirt yajl libxml-2.0) -pthread $(checks)
+install-libvirt: libvirt
+	$(MKDIR_P) '$(DESTDIR)$(pkglibdir)'
+	$(INSTALL_SHLIB) $(LIBVIRT) '$(DESTDIR)$(pkglibdir)/'
 
 $(TEST_MODULES): %.so: %.c
 	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -shared -o $@ $<
@@ -111,9 +124,9 @@ ISOLATION_TESTDB = regression
 in_tree = cd $(CURDIR) && PATH="$(TREE)$(bindir):$$PATH"
 
 .PHONY: check-regress check-isolation check-tap tree format lint lint-format lint-gcc lint-clang lint-cppcheck lint-scripts
-tree: all $(TEST_MODULES)
+tree: all libvirt $(TEST_MODULES)
 	@test/lib/env.sh tree $(TREE) $(PG_CONFIG)
-	@$(MAKE) -s --no-print-directory install DESTDIR=$(TREE)
+	@$(MAKE) -s --no-print-directory install install-libvirt DESTDIR=$(TREE)
 	@$(if $(TEST_MODULES),$(INSTALL_SHLIB) $(TEST_MODULES) $(TREE)$(pkglibdir)/)
 
 check-regress: tree

@@ -26,6 +26,8 @@
 #define ASK_TIMEOUT_MS 10000
 #define MAX_STEPS 16
 
+static DbQuery cluster_query = {"SELECT installation_id::text FROM agentvm.installation", 0, {0}};
+
 /* What a question is about. */
 typedef struct Ask
 {
@@ -152,6 +154,11 @@ provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Json
 	DbScope scope;
 
 	db_enter(&scope);
+	if (row == NULL)
+	{
+		db_run(&cluster_query, NULL, NULL);
+		asked.context.cluster = SPI_processed > 0 ? db_text(0, 1, caller) : NULL;
+	}
 	asked.context.secrets = credentials_load(team_id, provider_name, caller);
 	MemoryContextSwitchTo(caller);
 	if (asked.provider->placed && row != NULL)

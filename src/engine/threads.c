@@ -96,6 +96,8 @@ free_call(Call *call)
 {
 	free(call->operation);
 	free(call->target);
+	if (call->body != NULL)
+		explicit_bzero(call->body, call->call.body_len); /* there may be a token in it */
 	free(call->body);
 	free(call->reply.body);
 	free(call->reply.error);

@@ -8,7 +8,7 @@
  * thread only.  A thread runs libvirt's event loop: without it there are no
  * keepalive messages, and a call to a host that has died would never end.
  *
- * This side of the provider knows nothing of PostgreSQL (see libvirt.h).
+ * This side of the provider knows nothing of PostgreSQL (see libvirt_thread.h).
  *
  *-------------------------------------------------------------------------
  */
@@ -23,7 +23,7 @@
 
 #include <libxml/parser.h>
 
-#include "providers/libvirt.h"
+#include "providers/libvirt_thread.h"
 
 #define KEEPALIVE_S 5
 #define KEEPALIVE_COUNT 3
@@ -60,16 +60,55 @@ lv_now(void)
 	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
+static yajl_val
+member(const LvJob *job, const char *name, yajl_type type)
+{
+	const char *path[] = {name, NULL};
+
+	return yajl_tree_get(job->ask, path, type);
+}
+
 const char *
 lv_text(const LvJob *job, const char *name)
 {
-	return json_string_value(json_object_get(job->ask, name));
+	return YAJL_GET_STRING(member(job, name, yajl_t_string));
 }
 
 int
 lv_int(const LvJob *job, const char *name)
 {
-	return (int) json_integer_value(json_object_get(job->ask, name));
+	yajl_val value = member(job, name, yajl_t_number);
+
+	return YAJL_IS_INTEGER(value) ? (int) YAJL_GET_INTEGER(value) : 0;
+}
+
+void
+lv_put_string(LvJob *job, const char *text)
+{
+	yajl_gen_string(job->result, (const unsigned char *) text, strlen(text));
+}
+
+void
+lv_put_text(LvJob *job, const char *name, const char *value)
+{
+	if (value == NULL)
+		return;
+	lv_put_string(job, name);
+	lv_put_string(job, value);
+}
+
+void
+lv_put_int(LvJob *job, const char *name, int64_t value)
+{
+	lv_put_string(job, name);
+	yajl_gen_integer(job->result, value);
+}
+
+void
+lv_put_bool(LvJob *job, const char *name, bool value)
+{
+	lv_put_string(job, name);
+	yajl_gen_bool(job->result, value);
 }
 
 char *
@@ -102,6 +141,11 @@ lv_fail(LvJob *job, ErrorClass class, const char *code, const char *format, ...)
 	va_start(args, format);
 	vsnprintf(job->error.message, sizeof(job->error.message), format, args);
 	va_end(args);
+	for (char *c = job->error.message; *c != '\0'; c++)
+	{
+		if (*c < ' ' || *c > '~')
+			*c = *c == '\n' ? ' ' : '?';
+	}
 	return false;
 }
 
@@ -223,7 +267,7 @@ run_events(void *arg)
 	return NULL;
 }
 
-/* A timer that fires keeps the event loop from sleeping without one. */
+/* Once in a process. */
 static void
 begin(void)
 {
@@ -428,15 +472,16 @@ lv_image(LvJob *job, const char *path)
 	if (pool == NULL)
 		return NULL;
 	volume = lv_volume(pool, slash + 1);
-	virStoragePoolFree(pool);
 	if (volume == NULL)
 	{
+		/* before the pool is freed, which forgets the error */
 		if (lv_error_code() == VIR_ERR_NO_STORAGE_VOL)
 			lv_fail(job, CLASS_PERMANENT, "NoImage",
 					"image file \"%s\" is not on the host, or not readable there", path);
 		else
 			lv_fail_libvirt(job, path);
 	}
+	virStoragePoolFree(pool);
 	return volume;
 }
 

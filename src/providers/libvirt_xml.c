@@ -7,7 +7,7 @@
  * unless the profile names a network, no USB, no video.  Devices sit on the root
  * bus, where a guest finds them soonest.
  *
- * This side of the provider knows nothing of PostgreSQL (see libvirt.h).
+ * This side of the provider knows nothing of PostgreSQL (see libvirt_thread.h).
  *
  *-------------------------------------------------------------------------
  */
@@ -20,7 +20,7 @@
 #include <libxml/xmlwriter.h>
 #include <libxml/xpath.h>
 
-#include "providers/libvirt.h"
+#include "providers/libvirt_thread.h"
 
 #define DEFAULT_VCPUS 1
 #define DEFAULT_MEMORY_MIB 512

@@ -79,8 +79,9 @@ typedef struct ProviderContext
 	ProviderOp op;
 	const ProviderSession *session; /* NULL for OP_CHECK */
 	const ProviderHost
-		*host;		/* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
-	Jsonb *options; /* merged: team, then profile, then caller; frozen at provision() */
+		*host;			 /* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
+	const char *cluster; /* installation uuid, for OP_CHECK; else it is the session's */
+	Jsonb *options;		 /* merged: team, then profile, then caller; frozen at provision() */
 	const SecretSet *secrets; /* decrypted credentials of the team for this provider */
 	Jsonb *handle;			  /* progress that the last step kept, or NULL */
 	const HttpReply *reply; /* answer to the last step's request; NULL: (re)start from the handle */

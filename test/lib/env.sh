@@ -16,7 +16,7 @@ pg_version() {
 
 as_root() { if ((EUID)); then sudo "$@"; else "$@"; fi; }
 
-# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, runtime, microvm, try, test or check
+# Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, runtime, libvirt, microvm, try, test or check
 packages() {
 	command -v dpkg-query >/dev/null || { say 'no dpkg here: taking for granted that everything needed is installed'; return; }
 	local version names=() missing kind status=0 log own_policy='' policy=/usr/sbin/policy-rc.d
@@ -28,6 +28,7 @@ packages() {
 			gateway) names+=(libwebsockets-dev libwebsockets-evlib-uv libuv1-dev libpq-dev libjansson-dev libssl-dev libsystemd-dev uthash-dev) ;;
 			runtime) names+=(libwebsockets-dev libc-ares-dev libjansson-dev libssl-dev libcap-dev zlib1g-dev) ;;
 			microvm) names+=(lz4 zstd mmdebstrap fakeroot fakechroot e2fsprogs qemu-utils) ;;
+			libvirt) names+=(libvirt-dev libyajl-dev libvirt-daemon libvirt-clients libvirt-daemon-driver-qemu qemu-system-x86 qemu-utils busybox-static) ;;
 			try) names+=(python3-venv) ;;
 			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
 			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86) ;;
