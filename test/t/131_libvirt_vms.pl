@@ -3,6 +3,7 @@ use strict;
 use warnings;
 use AgentVM::Libvirt;
 use AgentVM::Test;
+use Digest::SHA qw(sha256_hex);
 use MIME::Base64;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -76,7 +77,7 @@ is($guest{'env:AGENTVM_GATEWAY_URL'}, 'https://gateway.example', 'runtime.env: t
 note("up after $guest{uptime} s");
 my $token = $guest{'env:AGENTVM_BOOTSTRAP_TOKEN'};
 like($token, qr/^[0-9a-f]{64}$/, 'runtime.env: the token');
-is(sql("SELECT count(*) FROM agentvm.session_token WHERE token_sha256 = sha256('$token') AND session_id = '$session'"), 1, 'it is the one that was committed');
+is(sql("SELECT count(*) FROM agentvm.session_token WHERE token_sha256 = '\\x@{[ sha256_hex($token) ]}' AND session_id = '$session'"), 1, 'it is the one that was committed');
 is("@{[ $libvirt->files ]}", "$session.boot $session.sock", 'the files on the host');
 is(sprintf('%04o', (stat($libvirt->vms . "/$session.boot"))[2] & 07777), '0600', 'the boot disk is for its user only');
 
@@ -90,8 +91,8 @@ foreach my $needle ($token, substr($secret, 0, 60))
 	is("@found", '', 'no command line and no environment has the token');
 	ok(index($libvirt->virsh('dumpxml', '--security-info', "agentvm-$session"), $needle) < 0, 'nor dumpxml');
 	is(scalar(grep { index(slurp_file($_), $needle) >= 0 } glob($libvirt->dir . '/home/.cache/libvirt/qemu/log/*'), $node->logfile), 0, 'nor a log');
-	is(sql("SELECT count(*) FROM agentvm.session_event WHERE detail::text LIKE '%$needle%'"), 0, 'nor the audit log');
-	is(sql("SELECT count(*) FROM agentvm.session WHERE handle::text LIKE '%$needle%'"), 0, 'nor the handle');
+	ok(index(sql('SELECT detail FROM agentvm.session_event'), $needle) < 0, 'nor the audit log');
+	ok(index(sql('SELECT handle FROM agentvm.session'), $needle) < 0, 'nor the handle');
 }
 ends($session);
 
@@ -135,7 +136,7 @@ foreach my $what (sort keys %wrong)
 	$libvirt->nothing_left($session);
 }
 sql('UPDATE agentvm.host SET memory_mib = 2000000000');
-profile('huge', {}, 'runtime => false', 'memory_mib => 1900000000');
+profile('huge', {}, 'runtime => false', 'memory_mib => 16000000');
 $session = provision($node, 'acme', "profile => 'huge'");
 await_state($node, $session, 'failed', timeout => 120);
 like(state_of($node, $session), qr/^failed capacity Libvirt1: start: .*Cannot allocate memory/, 'more memory than there is');

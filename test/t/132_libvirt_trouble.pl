@@ -1,0 +1,137 @@
+# Real VMs by the provider libvirt when things go wrong: libvirtd that stops answering, dies or is away; a server that is
+# killed in mid-call, or restarted; a VM that vanishes. Never a second VM, nothing left, nobody else held up
+use strict;
+use warnings;
+use AgentVM::Libvirt;
+use AgentVM::Test;
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $libvirt = AgentVM::Libvirt->new;
+my $image = $libvirt->options;
+my $node = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_libvirt'\nagentvm.lease = '12s'\nagentvm.launch_settle = '10min'\nrestart_after_crash = on\n");
+sub sql { return $node->safe_psql('postgres', @_); }
+sub inspected { return sql("SELECT agentvm.inspect('$_[0]') ->> 'state'"); }
+sub launched { my $session = provision($node, 'acme', "profile => 'plain'"); await_state($node, $session, 'ready', timeout => 120); return $session; }
+sub terminate { psql_ok($node, "SELECT agentvm.terminate('$_[0]')", 'terminate()'); return; }
+sub ends { terminate($_[0]); await_state($node, $_[0], 'terminated', timeout => 120); $libvirt->nothing_left($_[0]); return; }
+sub stop_daemon { my $pid = $libvirt->daemon; kill('STOP', $pid) == 1 or die 'no libvirtd'; return $pid; }
+sub runner_pid { return sql("SELECT pid FROM agentvm.stat_dispatcher WHERE kind = 'runner'"); }
+# after kill9: the processes of the server that is gone have to notice first
+sub start_again
+{
+	my $end = time + AgentVM::Process::timeout();
+	do { sleep 0.2; delete $node->{_pid} } until $node->start(fail_ok => 1) || time > $end;
+	return;
+}
+# how long a statement took, in seconds
+sub seconds { my ($code) = @_; my $began = time; $code->(); return time - $began; }
+
+sql("SELECT agentvm.create_team('acme', provider => 'libvirt'); SELECT agentvm.set_provider('acme', 'libvirt', " . json($image) . ')');
+sql("SELECT agentvm.create_profile('plain', 'libvirt', memory_mib => 256, runtime => false); CREATE DATABASE other");
+$libvirt->host($node, accel => 'tcg');
+await($node, "SELECT count(*) FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a runner');
+my $steady = launched();
+
+# ---- libvirtd stops answering in mid-call ----
+my $daemon = stop_daemon();
+my $session = provision($node, 'acme', "profile => 'plain'");
+await($node, "SELECT in_flight FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a launch is under way');
+cmp_ok(seconds(sub { sql('DROP DATABASE other') }), '<', 1, 'an unrelated DROP DATABASE takes under 1 s');
+my $took = seconds(sub { fails_with($node, "SET statement_timeout = '500ms'; SELECT agentvm.inspect('$steady')", '57014', undef, 'inspect() obeys statement_timeout') });
+cmp_ok($took, '<', 3, 'at once');
+$took = seconds(sub { fails_with($node, "SET statement_timeout = '500ms'; SELECT agentvm.check_provider('acme')", '57014', undef, 'so does check_provider()') });
+cmp_ok($took, '<', 3, 'at once');
+await($node, "SELECT detail ~ 'NoReply' FROM agentvm.sessions WHERE session_id = '$session'", 't', timeout => 120, name => 'the launch has not been answered');
+kill('CONT', $daemon);
+await_state($node, $session, 'ready', timeout => 120);
+is(scalar(grep { $_ eq "agentvm-$session" } $libvirt->domains), 1, 'it goes on: one domain');
+ends($session);
+is(inspected($steady), 'running', 'the other VM did not notice');
+
+# ---- the same, and the session is to end meanwhile ----
+stop_daemon();
+$session = provision($node, 'acme', "profile => 'plain'");
+await($node, "SELECT in_flight FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a launch is under way');
+my $began = time;
+terminate($session);
+await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND detail ->> 'operation' = 'terminate'", 't', timeout => 120, name => 'no answer to the end either');
+is(sql("SELECT state FROM agentvm.sessions WHERE session_id = '$session'"), 'terminating', 'so it is not over');
+is(sql("SELECT count(*) FROM agentvm.placement WHERE session_id = '$session'"), 1, 'and its place is not given away');
+kill('CONT', $daemon);
+await_state($node, $session, 'terminated', timeout => 120);
+cmp_ok(time - $began, '>=', 11, 'not before the lease of the launch is over');
+$libvirt->nothing_left($session);
+
+# ---- the runner is killed in mid-call ----
+stop_daemon();
+$session = provision($node, 'acme', "profile => 'plain'");
+await($node, "SELECT in_flight FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a launch is under way');
+my $runner = runner_pid();
+kill('KILL', $runner);
+$node->poll_query_until('postgres', "SELECT count(*) = 1 FROM agentvm.stat_dispatcher WHERE kind = 'runner' AND pid <> $runner") or die 'no new runner';
+kill('CONT', $daemon);
+await_state($node, $session, 'ready', timeout => 120);
+is(scalar(grep { $_ eq "agentvm-$session" } $libvirt->domains), 1, 'crash restart: one domain');
+is(scalar(my @pids = $libvirt->qemu($session)), 1, 'one process');
+is(inspected($steady), 'running', 'the other one lives through it');
+ends($session);
+
+# ---- the server is killed just when the VM is being made ----
+foreach my $wait (0.02, 0.1, 0.2, 0.3)
+{
+	$session = provision($node, 'acme', "profile => 'plain'");
+	sleep $wait;
+	$node->kill9;
+	start_again();
+	await_state($node, $session, 'ready', timeout => 120);
+	is(scalar(@pids = $libvirt->qemu($session)), 1, "killed after $wait s: one VM");
+	is("@{[ sort grep { /^$session/ } $libvirt->files ]}", "$session.boot", 'and its file');
+	ends($session);
+}
+is(inspected($steady), 'running', 'the other one lives through it');
+
+# ---- the database is restarted; libvirtd dies; both are adopted again ----
+my $qemu = $libvirt->qemu($steady);
+$node->restart;
+is(state_of($node, $steady), 'ready', 'a restart of the database');
+await($node, "SELECT count(*) FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a runner');
+is(inspected($steady), 'running', 'the VM is known');
+kill('KILL', $daemon);
+await($node, "SELECT agentvm.inspect('$steady') ->> 'state'", 'running', timeout => 120, name => 'libvirtd is killed: another one is started, which knows the VM');
+isnt($libvirt->daemon, $daemon, 'another one');
+is($libvirt->qemu($steady), $qemu, 'the same QEMU');
+
+# ---- VMs that vanish ----
+kill('KILL', $qemu);
+await($node, "SELECT agentvm.inspect('$steady') ->> 'state'", 'not_found', name => 'inspect(): the VM has vanished');
+ends($steady);
+$session = launched();
+$libvirt->virsh('destroy', "agentvm-$session");
+ends($session);
+$session = launched();
+$daemon = $libvirt->daemon;
+kill('KILL', $daemon, $libvirt->qemu($session));
+ends($session);
+
+# ---- not ours: left alone ----
+$session = launched();
+my $xml = $libvirt->virsh('dumpxml', "agentvm-$session");
+$libvirt->virsh('metadata', "agentvm-$session", '--uri', 'urn:agentvm:vm', '--key', 'agentvm', '--set', '<vm><cluster>another</cluster></vm>');
+fails_with($node, "SELECT agentvm.inspect('$session')", 'AV004', qr/NotOurs/, 'a domain of another installation is not looked at');
+terminate($session);
+await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND detail ->> 'error' ~ 'NotOurs'", 't', name => 'nor ended');
+is("@{[ $libvirt->domains ]}", "agentvm-$session", 'it is there');
+my ($ours) = $xml =~ m{<agentvm:cluster>(.*?)<};
+$libvirt->virsh('metadata', "agentvm-$session", '--uri', 'urn:agentvm:vm', '--key', 'agentvm', '--set', "<vm><cluster>$ours</cluster></vm>");
+await_state($node, $session, 'terminated', timeout => 120);
+$libvirt->nothing_left($session);
+
+# ---- made persistent by somebody: gone all the same ----
+$session = launched();
+system('sh', '-c', "virsh -q -c qemu:///session dumpxml agentvm-$session > " . $libvirt->dir . '/xml && virsh -q -c qemu:///session define ' . $libvirt->dir . '/xml') == 0 or die 'define';
+ends($session);
+
+is(join(' ', $libvirt->domains, $libvirt->files, $libvirt->qemu), '', 'nothing is left');
+unlike(log_text($node), qr/libvirt.*error :/, 'libvirt writes nothing into the log');
+done_testing();
