@@ -168,7 +168,7 @@ run_ec2(const char *data, size_t size)
 	if (how & 4)
 		session.vm_id = "i-0123456789abcdef0";
 	if (how & 8)
-		step_context.handle = handle_set_int(NULL, "sent_at", ec2_epoch_ms(session.created_at));
+		step_context.handle = handle_set_int(NULL, "sent_at", boot_epoch_ms(session.created_at));
 
 	for (int round = 0; round < 64; round++)
 	{
