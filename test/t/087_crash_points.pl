@@ -95,7 +95,7 @@ sub crash
 	my $worker = worker();
 	my $done = sub { my $runs = grep { $_->{state} eq 'running' } vms_of($moto, $session->()); return $what eq 'launch' ? $runs : !$runs; };
 
-	$faults->set(action => $o->{action}, mode => 'slow', ms => $n == 6 ? 3000 : 700, n => 1) if $n == 3 || $n == 4 || $n == 6;
+	$faults->set(action => $o->{action}, mode => 'slow', ms => 2000, n => 1) if $n == 3 || $n == 4 || $n == 6;
 	stop_before_commit('OLD.lease IS NULL AND NEW.lease IS NOT NULL') if $n == 1;
 	stop_after_commit() if $n == 2;
 	stop_before_commit($o->{recorded}) if $n == 5;
@@ -103,16 +103,17 @@ sub crash
 	worker_waits('advisory', "$what: it has claimed") if $n == 1;
 	worker_waits('SyncRep', "$what: it has committed the claim") if $n == 2;
 	until_true('the call is sent', sub { $faults->count($o->{action}) > $before }) if $n > 2;
-	if ($n == 4)
+	worker_waits('advisory', "$what: it has the answer") if $n == 5;
+	kill('STOP', $worker) if $n == 3 || $n == 4 || $n == 6;    # it does not come to read the answer
+	stop_after_commit() if $n == 6;
+	if ($n == 4 || $n == 6)
 	{
-		kill('STOP', $worker);
 		until_true('the cloud has done it', $done);
 		until_true('and answered', sub { $faults->requests($o->{action}) > $before });
 	}
-	worker_waits('advisory', "$what: it has the answer") if $n == 5;
 	if ($n == 6)
 	{
-		stop_after_commit();
+		kill('CONT', $worker);
 		worker_waits('SyncRep', "$what: it has committed the record");
 	}
 	is($faults->count($o->{action}) - $before, $n < 3 ? 0 : 1, "$what: calls so far");
