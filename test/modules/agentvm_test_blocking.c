@@ -5,7 +5,8 @@
  *		VMs are on hosts.
  *
  * A VM is a file <directory>/<session>.vm.  The directory is the host's, or an
- * option.  A call that hangs does so until the file <directory>/go is there.
+ * option.  A call that hangs does so until the file <directory>/go is there.  As
+ * with many a library, exit() waits for the calls that are under way.
  *
  *-------------------------------------------------------------------------
  */
@@ -36,6 +37,27 @@ static const ProviderOption blocking_options[] = {
 
 static const ProviderOption no_secrets[] = {{NULL}};
 
+static pthread_mutex_t counting = PTHREAD_MUTEX_INITIALIZER;
+static int under_way = 0;
+
+static int
+count_calls(int change)
+{
+	int count;
+
+	pthread_mutex_lock(&counting);
+	count = under_way += change;
+	pthread_mutex_unlock(&counting);
+	return count;
+}
+
+static void
+wait_for_calls(void)
+{
+	while (count_calls(0) > 0)
+		usleep(20000);
+}
+
 /* ---- on a thread ---- */
 
 static bool
@@ -65,7 +87,7 @@ say(BlockingReply *reply, int status, const char *text)
 
 /* The body: "<sleep in ms> <hang> <fail>". */
 static void
-blocking_perform(const BlockingCall *call, BlockingReply *reply)
+make_call(const BlockingCall *call, BlockingReply *reply)
 {
 	char file[MAXPGPATH];
 	char go[MAXPGPATH];
@@ -128,6 +150,14 @@ blocking_perform(const BlockingCall *call, BlockingReply *reply)
 		say(reply, 200, access(file, F_OK) == 0 ? "running" : "gone");
 	else
 		say(reply, 200, "fine");
+}
+
+static void
+blocking_perform(const BlockingCall *call, BlockingReply *reply)
+{
+	count_calls(1);
+	make_call(call, reply);
+	count_calls(-1);
 }
 
 /* ---- steps ---- */
@@ -236,6 +266,7 @@ static const Provider placed_provider = {
 void
 _PG_init(void)
 {
+	atexit(wait_for_calls);
 	agentvm_register_provider(&blocking_provider);
 	agentvm_register_provider(&placed_provider);
 }

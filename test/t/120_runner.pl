@@ -1,16 +1,16 @@
 # Providers whose library blocks: calls on threads of a runner, asked from backends, with and without hosts
 use strict;
 use warnings;
+use AgentVM::Blocking;
 use AgentVM::Test;
-use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $node = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_test_blocking'\n");
-my $dir = $node->basedir . '/vms';
-mkdir $dir or die "could not make $dir: $!";
+my $node = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_test_blocking'\nagentvm.sweep_interval = '1h'\n");    # what wakes the runner is commits
+my $blocking = AgentVM::Blocking->new($node);
+my $dir = $blocking->dir;
 sub sql { return $node->safe_psql('postgres', @_); }
-sub options { my (%o) = @_; return 'options => ' . json({ directory => $dir, %o }); }
-sub vm { my ($session) = @_; return -e "$dir/$session.vm" ? slurp_file("$dir/$session.vm") : 'none'; }
+sub options { my (%o) = @_; return "options => " . $blocking->options(%o); }
+sub vm { return $blocking->vm(@_); }
 sql("SELECT agentvm.create_team('acme'); SELECT agentvm.set_provider('acme', 'blocking', '{}')");
 
 # ---- the runner is there, and seen ----
