@@ -13,6 +13,8 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
+#include "access/xlog.h"
 #include "agentvm.h"
 #include "db.h"
 #include "engine/ask.h"
@@ -107,6 +109,21 @@ says_ok(Jsonb *answer)
 	return !JB_ROOT_IS_OBJECT(answer) || option_bool(answer, "ok", true);
 }
 
+/* What a check has learned of a host is kept, where it may be. */
+static void
+keep_kvm(const ProviderHost *host, int kvm)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	DbScope scope;
+
+	if (XactReadOnly || RecoveryInProgress())
+		return;
+	db_enter(&scope);
+	placement_learn_kvm(host, kvm);
+	db_leave(&scope);
+	MemoryContextSwitchTo(caller);
+}
+
 /* OP_CHECK of a placed provider: of each enabled host, whatever the others say. */
 static Jsonb *
 ask_hosts(Ask *asked, List *hosts)
@@ -134,6 +151,8 @@ ask_hosts(Ask *asked, List *hosts)
 				answer = handle_set_text(answer, "detail",
 										 secret_redact(asked->context.secrets, step.error_message));
 		}
+		if (step.host_kvm != 0)
+			keep_kvm(host, step.host_kvm);
 		ok = ok && says_ok(answer);
 		answers = handle_set_document(answers, host->name, answer);
 	}

@@ -317,7 +317,7 @@ questions_run(void)
 	if (client == NULL)
 		client = thread_transport.create();
 	old = MemoryContextSwitchTo(memory);
-	thread_transport.run(client);
+	/* without run(): what it takes off the pool's fd may be about the engine's calls, too */
 	while ((reply = thread_transport.finished(client, &arg)) != NULL)
 	{
 		answer(arg, reply);

@@ -24,7 +24,10 @@ extern HttpReply *question_ask(const char *provider, const HttpRequest *request)
 
 /* ---- the runner's side ---- */
 
-/* Take the questions that are asked, and answer those whose calls are done.  Outside a transaction. */
+/*
+ * Take the questions that are asked, and answer those whose calls are done.  After
+ * engine_run(), which shares the pool's fd with them.  Outside a transaction.
+ */
 extern void questions_run(void);
 
 #endif /* AGENTVM_ENGINE_QUESTION_H */

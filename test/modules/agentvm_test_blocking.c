@@ -148,6 +148,8 @@ make_call(const BlockingCall *call, BlockingReply *reply)
 		say(reply, unlink(file) == 0 ? 200 : 404, "gone");
 	else if (strcmp(call->operation, "inspect") == 0)
 		say(reply, 200, access(file, F_OK) == 0 ? "running" : "gone");
+	else if (slash != NULL && (*slash = '\0', access(go, F_OK)) != 0 && strcmp(go, "/nowhere") != 0)
+		say(reply, 400, "no such directory");
 	else
 		say(reply, 200, "fine");
 }
@@ -235,8 +237,10 @@ blocking_step(const ProviderContext *context, ProviderStep *step)
 			break;
 		case OP_TERMINATE:
 			break;
-		case OP_INSPECT:
 		case OP_CHECK:
+			step->host_kvm = option_int(context->options, "kvm", 0);
+			/* FALLTHROUGH */
+		case OP_INSPECT:
 			step->result = handle_set_text(NULL, "says", reply->body);
 			step->result =
 				handle_set_text(step->result, "host", context->host ? context->host->name : NULL);

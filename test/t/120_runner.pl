@@ -4,6 +4,7 @@ use warnings;
 use AgentVM::Blocking;
 use AgentVM::Test;
 use Test::More;
+use Time::HiRes qw(time);
 
 my $node = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_test_blocking'\nagentvm.sweep_interval = '1h'\n");    # what wakes the runner is commits
 my $blocking = AgentVM::Blocking->new($node);
@@ -30,6 +31,15 @@ psql_ok($node, "SELECT agentvm.terminate('$session')", 'terminate');
 await_state($node, $session, 'terminated');
 is(vm($session), 'none', 'nothing is left');
 like(sql("SELECT string_agg(operation, ' ' ORDER BY operation) FROM agentvm.stat_provider WHERE provider = 'blocking'"), qr/^create destroy$/, 'the calls are counted');
+
+# ---- commits and answers wake it, not the clock ----
+my $started = time;
+for (1 .. 20)
+{
+	my $next = provision($node, 'acme', "provider => 'blocking'", options());
+	sql("SELECT agentvm.wait('$next', timeout => '25 s'); SELECT agentvm.terminate('$next'); SELECT agentvm.wait('$next', 'terminated', timeout => '25 s')");
+}
+cmp_ok(time - $started, '<', 20, sprintf('20 sessions one after the other in %.1f s', time - $started));
 
 # ---- answers that are none ----
 $session = provision($node, 'acme', "provider => 'blocking'", options(fail => 'capacity'));
@@ -64,6 +74,11 @@ is(sql("SELECT agentvm.check_provider('acme', 'placed')"), '{"ok": false, "error
 sql("INSERT INTO agentvm.host (name, directory, vcpus, memory_mib) VALUES ('one', '$dir', 4, 2048), ('two', '$dir', 4, 1024), ('off', '$dir', 64, 65536); UPDATE agentvm.host SET enabled = false WHERE name = 'off'");
 is(sql("SELECT bool_and(updated_at > created_at) FROM agentvm.host WHERE name = 'off'"), 't', 'when a host was changed is noted');
 is(sql("SELECT agentvm.check_provider('acme', 'placed')"), '{"ok": true, "hosts": {"one": {"host": "one", "says": "fine"}, "two": {"host": "two", "says": "fine"}}}', 'each enabled host is asked');
+sql("UPDATE agentvm.host SET directory = '$dir/none' WHERE name = 'two'; SELECT agentvm.set_provider('acme', 'placed', '{\"kvm\": 1}')");
+is(sql("SELECT agentvm.check_provider('acme', 'placed')"), '{"ok": false, "hosts": {"one": {"host": "one", "says": "fine"}, "two": {"ok": false, "error": "Refused", "detail": "no such directory", "error_class": "permanent"}}}', 'one that refuses keeps the others from nothing');
+is(sql("SELECT string_agg(name || coalesce(kvm::text, '?'), ' ' ORDER BY name) FROM agentvm.host"), 'off? onetrue two?', 'a check may learn of KVM');
+is(sql("UPDATE agentvm.host SET kvm = NULL WHERE name = 'one'; BEGIN READ ONLY; SELECT agentvm.check_provider('acme', 'placed') ->> 'ok'; COMMIT"), 'false', 'in a read-only transaction, too, which learns nothing');
+sql("UPDATE agentvm.host SET directory = '$dir' WHERE name = 'two'; SELECT agentvm.set_provider('acme', 'placed', '{}')");
 $session = provision($node, 'acme', "provider => 'placed'", options(kvm => -1));
 await_state($node, $session, 'ready');
 is(sql("SELECT host, p.vcpus, p.memory_mib, region, s.vcpus, s.memory_mib FROM agentvm.placement p JOIN agentvm.session s USING (session_id) WHERE session_id = '$session'"), 'one|1|512|one|1|512', 'placed where there is the most room, with the default size');
@@ -77,6 +92,13 @@ await_state($node, $session, 'terminated');
 is(sql('SELECT count(*) FROM agentvm.placement'), 0, 'its room is free again');
 sql("SELECT agentvm.create_profile('big', 'placed', vcpus => 5, memory_mib => 512); SELECT agentvm.create_profile('huge', 'placed', memory_mib => 2049); SELECT agentvm.create_profile('most', 'placed', memory_mib => 2000)");
 fails_with($node, "SELECT agentvm.provision('acme', profile => '$_')", 'AV012', qr/no host is large enough.*4 vCPUs and 2048 MiB/s, "$_: more than any enabled host has") for qw(big huge);
+
+sql(q(SELECT agentvm.create_team('small', limits => '{"max_vcpus": 1}')));
+$session = provision($node, 'small', "provider => 'placed'", options());
+await_state($node, $session, 'ready');
+fails_with($node, "SELECT agentvm.provision('small', provider => 'placed', " . options() . ')', 'AV003', qr/max_vcpus = 1.*1 are in use, 1 more/s, 'the default size counts against the limits of the team');
+sql("SELECT agentvm.terminate('$session')");
+await_state($node, $session, 'terminated');
 
 # ---- no room, and none of the engine's business with locks ----
 my $most = provision($node, 'acme', "profile => 'most'", options());
