@@ -19,7 +19,8 @@ my $gateway = AgentVM::Gateway->new($node, options => [ '--vm-sockets', $dir ]);
 
 sub launched
 {
-	my $id = provision($node, 'acme', 'options => \'{"runtime": true}\'');
+	my (@arguments) = @_;
+	my $id = provision($node, 'acme', 'options => \'{"runtime": true}\'', @arguments);
 	await($node, "SELECT running FROM agentvm.session WHERE session_id = '$id'", 't', name => 'a session with a runtime');
 	return $id;
 }
@@ -51,16 +52,18 @@ for to in 127.0.0.1:%d 10.0.2.2:%d 8.8.8.8:53; do
 	nc -w 2 ${to%%:*} ${to##*:} </dev/null && echo "reaches $to" || echo "does not reach $to"
 done
 SH
-my @ids = map { launched() } 1 .. 3;
+my $size = 'until [ -s /run/agentvm/env.json ]; do sleep 1; done; echo "env.json:" $(wc -c </run/agentvm/env.json)';
+my @ids = (launched('env => ' . json({ BIG => 'x' x 200000 })), launched(), launched());
 my @guests = map {
-	AgentVM::Guest->new($dir, $ids[$_], ($_ == 0 ? sprintf($look, $gateway->port, $gateway->port) : '') .
-		  AgentVM::Guest::settings(GATEWAY_URL => 'http://gateway.test', BOOTSTRAP_TOKEN => bootstrap_token($node, $ids[$_]), SESSION_ID => $ids[$_]))->start
+	AgentVM::Guest->new($dir, $ids[$_], ($_ == 0 ? sprintf($look, $gateway->port, $gateway->port) . "($size) &\n" : '') .
+		  AgentVM::Guest::settings(GATEWAY_URL => 'http://gateway.test', BOOTSTRAP_TOKEN => bootstrap_token($node, $ids[$_]), SESSION_ID => $ids[$_], STATE_DIR => '/run/agentvm'))->start
 } 0 .. 2;
 await_state($node, $_, 'ready', name => 'a VM without a network reports for duty') for @ids;
 $guests[0]->says(qr/^interfaces: lo\r?$/m, 'it has no interface but lo');
 $guests[0]->says(qr/^routes: 0 0\r?$/m, 'and no route');
 $guests[0]->says(qr/does not reach $_/, "it does not reach $_") for '127.0.0.1', '10.0.2.2', '8.8.8.8';
 $guests[0]->says(qr/first heartbeat acknowledged.*by=channel/, 'its channel is open, and carries the heartbeats');
+$guests[0]->says(qr/^env.json: 200\d+\r?$/m, 'an answer of 200 kB has come');
 beats_again($_, 'it beats') for @ids, @ids;
 is(metric('vms'), 3, 'metrics: three VMs');
 cmp_ok(metric('vm_streams'), '>=', 3, 'and their streams');
@@ -87,6 +90,47 @@ $guests[0]->says(qr/channel is open.*channel is open.*channel is open.*heartbeat
 sleep 10;
 $gateway->signal('CONT');
 beats_again($_, 'and goes on where it was') for @ids;
+
+# ---- a VM that floods the gateway as fast as it can ----
+my $flood = <<'SH';
+for port in /sys/class/virtio-ports/*; do [ "$(cat $port/name)" = org.agentvm.gateway ] && break; done
+echo "floods ${port##*/}"
+while :; do cat /dev/urandom >/dev/${port##*/}; done
+SH
+my ($before) = slurp_file('/proc/' . $gateway->pid . '/status') =~ /VmRSS:\s+(\d+) kB/;
+my $hostile = AgentVM::Guest->new($dir, 'hostile', $flood)->start;
+$hostile->says(qr/floods vport/, 'a VM that floods the gateway');
+sleep 5;
+beats_again($_, 'others are served') for @ids, @ids;
+my ($after) = slurp_file('/proc/' . $gateway->pid . '/status') =~ /VmRSS:\s+(\d+) kB/;
+cmp_ok($after - $before, '<', 2048, 'memory is bounded: ' . ($after - $before) . ' kB more');
+$hostile->stop('KILL');
+
+# ---- TLS ----
+my $tls = PostgreSQL::Test::Utils::tempdir('tls');
+for my $name ('good', 'other')
+{
+	run_command([ 'openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-subj', "/CN=$name", '-addext', 'subjectAltName=DNS:gateway.test', '-days', 10, '-keyout', "$tls/$name.key", '-out', "$tls/$name.pem" ]);
+}
+my $tls_dir = PostgreSQL::Test::Utils::tempdir_short();
+my $tls_gateway = AgentVM::Gateway->new($node, tls => [ "$tls/good.pem", "$tls/good.key" ], options => [ '--vm-sockets', $tls_dir ]);
+sub over_tls
+{
+	my ($id, $authority) = @_;
+	return AgentVM::Guest->new($tls_dir, $id, "mkdir -p /etc/agentvm\ncat >/etc/agentvm/ca.pem <<'END'\n" . slurp_file("$tls/$authority.pem") . "END\n" .
+		  AgentVM::Guest::settings(GATEWAY_URL => 'https://gateway.test:8443', CA_FILE => '/etc/agentvm/ca.pem', BOOTSTRAP_TOKEN => bootstrap_token($node, $id), SESSION_ID => $id))->start;
+}
+my $secure = launched();
+my $secure_guest = over_tls($secure, 'good');
+await_state($node, $secure, 'ready', name => 'over TLS a VM reports for duty');
+$secure_guest->says(qr/first heartbeat acknowledged.*by=channel/, 'and has its channel');
+beats_again($secure, 'it beats');
+my $betrayed = launched();
+my $betrayed_guest = over_tls($betrayed, 'other');
+$betrayed_guest->says(qr/certificate is refused/, 'a gateway of another authority is refused');
+unlike($tls_gateway->output, qr/msg=token token=@{[ substr(bootstrap_token($node, $betrayed), 0, 4) ]}/, 'before any token is sent');
+$_->stop('KILL') for $secure_guest, $betrayed_guest;
+$tls_gateway->stop;
 
 # ---- the end ----
 psql_ok($node, "SELECT agentvm.terminate('$ids[0]')");
