@@ -9,7 +9,7 @@
  * made from, so that a byte that is lost, doubled or in the wrong stream is seen.
  * At last all that can move is moved, and both ends must agree.
  *
- * With libFuzzer: make fuzz-mux.  With -DSTANDALONE: a program that invents inputs
+ * With libFuzzer: see test/fuzz/run.  With -DSTANDALONE: a program that invents inputs
  * from SEED on; test/t/140_mux.pl runs it.
  *
  *-------------------------------------------------------------------------

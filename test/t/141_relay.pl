@@ -1,4 +1,4 @@
-# Real VMs whose only way out is the cable to the gateway
+# Real VMs (of the micro_image) whose only way out is the cable to the gateway
 use strict;
 use warnings;
 use AgentVM::Gateway;
@@ -9,8 +9,6 @@ use HTTP::Tiny;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
-
-plan skip_all => AgentVM::Guest::missing() if AgentVM::Guest::missing();
 
 my $node = new_node('main', conf => "agentvm.heartbeat_interval = 1\nagentvm.heartbeat_timeout = 600\nagentvm.bootstrap_timeout = 600\n");
 $node->safe_psql('postgres', "SELECT agentvm.create_team('acme')");
