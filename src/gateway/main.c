@@ -25,6 +25,7 @@
 #include "server.h"
 
 #define TICK_MS 100
+#define WATCHDOG_TICKS 50
 
 typedef struct Gateway
 {
@@ -65,6 +66,8 @@ on_tick(uv_timer_t *timer)
 
 	if (++gateway->ticks % 600 == 0)
 		server_tick(gateway->server);
+	if (gateway->ticks % WATCHDOG_TICKS == 0)
+		sd_notify(0, "WATCHDOG=1");
 	if (gateway->end_by != 0 &&
 		(server_is_idle(gateway->server) || uv_now(&gateway->loop) >= gateway->end_by))
 		uv_stop(&gateway->loop);
