@@ -221,10 +221,15 @@ boot_section(Writer *w, const LvJob *job, const LvMachine *machine, bool test)
 		text_element(w, "kernel", kernel);
 		if (initrd != NULL)
 			text_element(w, "initrd", initrd);
-		/* a guest that crashes ends; but a probe is only to end by switching itself off */
-		line = lv_format("console=ttyS0 quiet panic=%s%s%s%s", machine->probe ? "0" : "-1",
-						 machine->disk != NULL ? " root=/dev/vda rw" : "",
-						 machine->probe ? " agentvm.probe" : "", "");
+		/*
+		 * A guest that crashes ends; but a probe is only to end by switching itself
+		 * off. On a busy host an emulated timer may be too late for the kernel's check
+		 * of it, which is a panic.
+		 */
+		line =
+			lv_format("console=ttyS0 quiet no_timer_check panic=%s%s%s%s",
+					  machine->probe ? "0" : "-1", machine->disk != NULL ? " root=/dev/vda rw" : "",
+					  machine->probe ? " agentvm.probe" : "", "");
 		if (more != NULL && more[0] != '\0')
 		{
 			char *longer = lv_format("%s %s", line, more);

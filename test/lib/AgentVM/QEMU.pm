@@ -51,7 +51,7 @@ sub new
 	}
 	return $class->SUPER::new('machine', 'qemu-system-x86_64', '-nodefaults', '-no-user-config', '-machine', 'q35,accel=tcg', '-cpu', 'max', '-m', $opt{memory} // 256,
 		'-display', 'none', '-serial', 'stdio', '-no-reboot', '-kernel', "$image/kernel", '-initrd', "$image/initrd",
-		'-append', join(' ', 'console=ttyS0 quiet panic=-1', grep { defined } $cmdline, $opt{cmdline}), '-device', 'virtio-rng-pci', @disks, @{ $opt{more} // [] });
+		'-append', join(' ', 'console=ttyS0 quiet no_timer_check panic=-1', grep { defined } $cmdline, $opt{cmdline}), '-device', 'virtio-rng-pci', @disks, @{ $opt{more} // [] });
 }
 
 1;
