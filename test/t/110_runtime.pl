@@ -114,7 +114,7 @@ for my $secret ($boot_token, $state->{session_token}, 'sesame-open', 'pass@word'
 }
 like($vm->output, qr/token=@{[ substr($boot_token, 0, 4) ]}\.\.\.@{[ substr($boot_token, -4) ]}/, 'tokens are shown by their ends');
 my ($resident) = slurp_file('/proc/' . $vm->pid . '/status') =~ /VmRSS:\s+(\d+) kB/;
-cmp_ok($resident, '<=', 6 * 1024, "resident: $resident kB");
+cmp_ok($resident * 1024, '<=', 6_000_000, "resident: $resident kB");
 
 # the deadline in force is kept, in ms since boot
 sub deadline_is

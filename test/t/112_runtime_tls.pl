@@ -54,7 +54,7 @@ sub believes
 	$vm->says(qr/channel is open/, $name);
 	$vm->says(qr/first heartbeat acknowledged/, 'and it beats');
 	my ($resident) = slurp_file('/proc/' . $vm->pid . '/status') =~ /VmRSS:\s+(\d+) kB/;
-	cmp_ok($resident, '<=', 6 * 1024, "resident: $resident kB");
+	cmp_ok($resident * 1024, '<=', 6_000_000, "resident: $resident kB");
 	return is($vm->stop, 0);
 }
 sub refuses
@@ -168,7 +168,7 @@ for ([ 'by DNS', 'resolv.conf' => "nameserver 127.0.0.1\n" ], [ 'by /etc/hosts',
 	$machine->says(qr/first heartbeat acknowledged/, 'it beats');
 	like($machine->output, qr{^libraries: /lib\* /usr/lib\* /etc/nsswitch.conf$}m, 'where there is no library that could resolve a name') if $files{busybox};
 	my $resident = resident($root, 'init');
-	cmp_ok($resident, '<=', 6 * 1024, "resident: $resident kB");
+	cmp_ok($resident * 1024, '<=', 6_000_000, "resident: $resident kB");
 	psql_ok($node, "SELECT agentvm.terminate('$id')");
 	# in a namespace of its own reboot() ends PID 1 by SIGINT, which unshare passes on
 	is($machine->code(AgentVM::Process::timeout()), 130, 'as PID 1 it powers off when its session has ended') || diag($machine->output);
