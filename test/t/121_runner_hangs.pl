@@ -36,6 +36,7 @@ $blocking->await_runner('stuck = 0 AND in_flight = 0', 'threads that come back a
 $blocking->hang_again;
 
 # ---- SIGTERM and kill -9 in mid-call: another runner takes over, as soon as it is there ----
+sql("ALTER SYSTEM SET agentvm.lease = '10min'; SELECT pg_reload_conf()");
 my $runner = $blocking->runner('pid');
 $session = provision($node, 'acme', $blocking->with(hang => 'create'));
 $blocking->await_runner('in_flight = 1');
@@ -55,6 +56,8 @@ $blocking->release;
 await_state($node, $session, 'ready', timeout => 120);
 is($blocking->vm($session), "made\n", 'made once');
 $blocking->hang_again;
+
+sql("ALTER SYSTEM RESET agentvm.lease; SELECT pg_reload_conf()");
 
 # ---- the database of a hung call is dropped; so is the extension ----
 $node->safe_psql('postgres', 'CREATE DATABASE served');
