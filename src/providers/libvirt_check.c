@@ -61,6 +61,16 @@ typedef struct Answer
 static pthread_mutex_t answers_lock = PTHREAD_MUTEX_INITIALIZER;
 static Answer *answers = NULL; /* as many as there are URIs */
 
+/* A name that nobody else has for something that does not last. */
+static char *
+unique_name(const char *what)
+{
+	static unsigned int number = 0;
+
+	return lv_format("agentvm-%s-%d-%u-%lld", what, (int) getpid(),
+					 __atomic_add_fetch(&number, 1, __ATOMIC_RELAXED), (long long) lv_now());
+}
+
 static void
 free_probe(void *arg)
 {
@@ -117,7 +127,6 @@ has_kvm(LvJob *job)
 static bool
 boot_probe(LvJob *job, bool *kvm)
 {
-	static unsigned int number = 0;
 	LvMachine machine = {.kvm = true, .probe = true};
 	Probe *probe = calloc(1, sizeof(Probe));
 	int64_t until = lv_now() + PROBE_MS;
@@ -131,8 +140,7 @@ boot_probe(LvJob *job, bool *kvm)
 	if (probe == NULL)
 		abort();
 	pthread_mutex_init(&probe->lock, NULL);
-	probe->name = lv_format("agentvm-probe-%d-%u-%lld", (int) getpid(),
-							__atomic_add_fetch(&number, 1, __ATOMIC_RELAXED), (long long) lv_now());
+	probe->name = unique_name("probe");
 	callback = virConnectDomainEventRegisterAny(job->conn, NULL, VIR_DOMAIN_EVENT_ID_LIFECYCLE,
 												VIR_DOMAIN_EVENT_CALLBACK(on_lifecycle), probe,
 												free_probe);
@@ -423,7 +431,7 @@ check_directory(Check *check)
 					 "with an ACL for the gateway.");
 		return;
 	}
-	name = lv_format("agentvm-check-%d-%lld", (int) getpid(), (long long) lv_now());
+	name = unique_name("check");
 	xml = lv_raw_volume_xml(name, 4096);
 	volume = virStorageVolCreateXML(pool, xml, 0);
 	if (volume == NULL)

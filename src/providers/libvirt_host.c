@@ -216,6 +216,9 @@ classify(const virError *error, const char *message)
 			}
 			break;
 	}
+	if (strstr(message, "asynchronous jobs running") !=
+		NULL) /* a pool that is busy has no code of its own */
+		return CLASS_TRANSIENT;
 	return says_no_room(message) ? CLASS_CAPACITY : CLASS_PERMANENT;
 }
 

@@ -88,27 +88,32 @@ find_domain(LvJob *job, virDomainPtr *domain)
 	char *session;
 	char *team;
 	bool mine;
+	int code;
 
 	*domain = virDomainLookupByUUIDString(job->conn, lv_text(job, "session"));
 	if (*domain == NULL)
 		return lv_error_code() == VIR_ERR_NO_DOMAIN || lv_fail_libvirt(job, "look-up");
-	mine = lv_owner(*domain, &cluster, &session, &team) && cluster != NULL && ours != NULL &&
-		   strcmp(cluster, ours) == 0;
+	mine = lv_owner(*domain, &cluster, &session, &team);
+	code = lv_error_code();
+	if (!mine && code != VIR_ERR_NO_DOMAIN && code != VIR_ERR_NO_DOMAIN_METADATA)
+	{
+		lv_fail_libvirt(job, "metadata");
+		job->error.class = CLASS_TRANSIENT;
+	}
+	mine = mine && cluster != NULL && ours != NULL && strcmp(cluster, ours) == 0;
 	free(cluster);
 	free(session);
 	free(team);
 	if (mine)
 		return true;
 
-	/* it may be gone again, or the line may be broken */
-	if (lv_error_code() == VIR_ERR_NO_DOMAIN || virConnectIsAlive(job->conn) != 1)
-		lv_fail(job, CLASS_TRANSIENT, "Vanishing", "the domain has just ended");
-	else
-		lv_fail(job, CLASS_PERMANENT, "NotOurs",
-				"there is a domain with the session's uuid that this installation has not made");
 	virDomainFree(*domain);
 	*domain = NULL;
-	return false;
+	/* it may be gone by now */
+	if (code == VIR_ERR_NO_DOMAIN)
+		return true;
+	return lv_fail(job, CLASS_PERMANENT, "NotOurs",
+				   "there is a domain with the session's uuid that this installation has not made");
 }
 
 /* Facts of a domain, into the result. */

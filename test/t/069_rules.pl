@@ -69,6 +69,8 @@ my @set = $code{'src/net/http.c'} =~ /CURL(?:M?OPT_\w*FUNCTION), (\w+)\)/g;
 is(join(' ', grep { !/^($callbacks)$/ } @set), '', 'and no other callbacks');
 my ($threads) = $source{'src/engine/threads.c'} =~ m{/\* ---- threads; no PostgreSQL here ---- \*/(.*?)/\* ---- the main thread ---- \*/}s;
 unlike($threads // 'ereport', qr/\b(?:ereport|elog|palloc\w*|pstrdup|psprintf|pfree|CHECK_FOR_INTERRUPTS|MemoryContext\w*|LWLock\w*|SetLatch)\b/, 'what runs on threads calls nothing of PostgreSQL');
+my @included = map { my $file = $_; map { "$file: $_" } $source{$file} =~ /^#include "(.*)"/mg } grep { m{/(?:libvirt_\w+\.[ch]|libvirt\.h|blocking\.h|error_class\.h)$} } sort keys %source;
+is(join(' ', grep { !m{: providers/(?:libvirt\w*|blocking|error_class)\.h$} } @included), '', 'nor does that side of the provider libvirt know anything of it');
 nowhere('libcurl is set up in one place', qr/\bcurl_global_init\w*/, except => qr/^src\/net\/http\.c$/);
 like($code{'src/net/http.c'}, qr/CURLOPT_$_\)?, \w/, "CURLOPT_$_ is set") for qw(NOSIGNAL FOLLOWLOCATION);
 nowhere('callbacks of transactions are registered when the library is loaded', qr/\bRegister(?:Sub)?XactCallback\b/, except => qr{^src/(?:engine/wake|engine/database_hook|secret/keyring)\.c$});

@@ -3,6 +3,7 @@ use strict;
 use warnings;
 use AgentVM::Libvirt;
 use AgentVM::Test;
+use PostgreSQL::Test::Utils ();
 use Test::More;
 
 my $libvirt = AgentVM::Libvirt->new;
@@ -11,6 +12,15 @@ sub sql { return $node->safe_psql('postgres', @_); }
 sub set_options { return "SELECT agentvm.set_provider('acme', 'libvirt', " . json($_[0]) . ')'; }
 sql("SELECT agentvm.create_team('acme', provider => 'libvirt')");
 await($node, "SELECT count(*) FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a runner');
+
+# ---- names: a server has functions that others have, too (json_object), and is asked first ----
+sub functions { my ($file) = @_; my ($out) = PostgreSQL::Test::Utils::run_command([ 'nm', '-D', '--defined-only', $file ]); return $out =~ / T ([^\s@]+)/g; }
+my ($bin, $lib) = map { chomp(my $dir = `pg_config --$_`); $dir } qw(bindir pkglibdir);
+my %server = map { $_ => 1 } functions("$bin/postgres");
+my ($linked) = PostgreSQL::Test::Utils::run_command([ 'ldd', "$lib/agentvm_libvirt.so" ]);
+my @libraries = grep { !m{/(libc|libm)\.so} } $linked =~ /=> (\/\S+)/g;
+cmp_ok(scalar @libraries, '>', 5, 'libraries that come with libvirt');
+is(join(' ', map { my $file = $_; map { "$file: $_" } grep { $server{$_} } functions($file) } @libraries), '', 'none has a name that is the server\'s');
 
 # ---- options ----
 foreach my $path ('vmlinuz', 'a/b', '', '/dir/', "/a\nb", '/ä', '/' . 'x' x 600)

@@ -40,7 +40,10 @@ await($node, "SELECT count(*) FROM agentvm.stat_dispatcher WHERE kind = 'runner'
 my %check = %{ JSON::PP::decode_json(sql("SELECT agentvm.check_provider('acme')")) };
 ok($check{ok}, 'the host is in order') or diag(JSON::PP->new->pretty->encode(\%check));
 like($check{hosts}{here}{emulator}, qr/qemu-system-x86_64$/, 'it has an emulator');
-is("@{[ $libvirt->files ]}", '', 'the check leaves nothing behind');
+my @checks = map { my %one; $one{handle} = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c', "SELECT agentvm.check_provider('acme')" ], '>', \$one{out}, '2>', \$one{error}); \%one } 1 .. 6;
+$_->{handle}->finish foreach @checks;
+is(join(' ', map { JSON::PP::decode_json($_->{out})->{ok} ? 'ok' : $_->{out} . $_->{error} } @checks), 'ok ok ok ok ok ok', 'six checks at once are in nobody\'s way');
+is("@{[ $libvirt->files ]}", '', 'checks leave nothing behind');
 
 # ---- without a runtime: running is ready ----
 my $began = time;

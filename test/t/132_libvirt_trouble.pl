@@ -102,7 +102,23 @@ await($node, "SELECT agentvm.inspect('$steady') ->> 'state'", 'running', timeout
 isnt($libvirt->daemon, $daemon, 'another one');
 is($libvirt->qemu($steady), $qemu, 'the same QEMU');
 
-# ---- VMs that vanish ----
+# ---- a libvirtd that does not even take a connection: one thread waits for it, the others do not ----
+$daemon = stop_daemon();
+$node->restart;
+my @sessions = map { provision($node, 'acme', "profile => 'plain'") } 1 .. 3;
+await($node, "SELECT count(*) FROM agentvm.sessions WHERE detail ~ 'NoConnection'", 2, timeout => 120, name => 'two are told that it does not answer');
+cmp_ok(seconds(sub { sql('CREATE DATABASE other; DROP DATABASE other') }), '<', 5, 'DROP DATABASE meanwhile');
+kill('CONT', $daemon);
+await($node, "SELECT count(*) FROM agentvm.sessions WHERE state = 'ready'", 4, timeout => 120, name => 'they go on when it answers');
+is(scalar $libvirt->domains, 4, 'one domain each');
+ends($_) foreach @sessions;
+is(inspected($steady), 'running', 'the other one lives through it');
+$qemu = $libvirt->qemu($steady);
+
+# ---- VMs that hang, or vanish ----
+$session = launched();
+kill('STOP', $libvirt->qemu($session));
+ends($session);
 kill('KILL', $qemu);
 await($node, "SELECT agentvm.inspect('$steady') ->> 'state'", 'not_found', name => 'inspect(): the VM has vanished');
 ends($steady);
