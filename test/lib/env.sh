@@ -120,14 +120,17 @@ unprivileged() {
 	if ((EUID)); then "$@"; else setpriv --reuid=postgres --regid=postgres --init-groups env HOME="${HOME_DIR:-/tmp}" USER=postgres LOGNAME=postgres "$@"; fi
 }
 
-# End every process that works in a directory below DIR, and remove it
+# End every process that works in a directory below DIR, or has its home there as libvirt and its VMs do, and remove it
 sweep() { # DIR
 	local signal dir tries pids
 	dir=$(readlink -f "$1")
 	cd /
 	for signal in QUIT KILL; do
 		for ((tries = 0; tries < 30; tries++)); do
-			pids=$(find /proc/[0-9]*/cwd -maxdepth 0 -lname "$dir*" -printf '%h\n' 2>/dev/null | sed 's,/proc/,,' || true)
+			pids=$({
+				find /proc/[0-9]*/cwd -maxdepth 0 -lname "$dir*" -printf '%h\n'
+				grep -lzE "^XDG_(RUNTIME_DIR|CACHE_HOME)=$dir/" /proc/[0-9]*/environ
+			} 2>/dev/null | cut -d/ -f3 | sort -u || true)
 			[[ $pids ]] || break 2
 			# shellcheck disable=SC2086
 			((tries)) || kill -$signal $pids 2>/dev/null || true
