@@ -380,6 +380,8 @@ take_launch(Step *step)
 		step->out->handle = handle_set_text(handle, "sent_at", NULL);
 		return;
 	}
+	if (step->out->error_code != NULL && strcmp(step->out->error_code, LV_NO_KVM) == 0)
+		step->out->host_kvm = -1; /* with accel auto, the next try does without */
 	/* a refusal says nothing of an earlier launch that was not answered */
 	if (settled && handle_int(handle, "unanswered", 0) == 0)
 		step->out->handle = handle_set_text(handle, "sent_at", NULL);

@@ -27,6 +27,9 @@
 
 #define LV_GATEWAY_PORT "org.agentvm.gateway" /* the virtio port of a VM with a runtime */
 
+/* Code of the error of a launch under KVM on a host that has none any more. */
+#define LV_NO_KVM "NoKvm"
+
 /* Bytes of a host's directory: a socket's path, "/SESSION.sock" included, has at most 107. */
 #define LV_MAX_DIRECTORY 64
 

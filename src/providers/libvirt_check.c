@@ -113,8 +113,8 @@ capabilities(LvJob *job, const char *virttype)
 	return virConnectGetDomainCapabilities(job->conn, NULL, "x86_64", "q35", virttype, 0);
 }
 
-static bool
-has_kvm(LvJob *job)
+bool
+lv_has_kvm(LvJob *job)
 {
 	char *xml = capabilities(job, "kvm");
 	bool found = xml != NULL;
@@ -214,7 +214,7 @@ lv_probe(LvJob *job)
 
 	if (!lv_connect(job))
 		return false;
-	if (!has_kvm(job))
+	if (!lv_has_kvm(job))
 	{
 		if (virConnectIsAlive(job->conn) != 1)
 			return lv_fail_libvirt(job, "capabilities");
@@ -356,7 +356,7 @@ check_emulator(Check *check)
 	const char *accel = lv_text(job, "accel");
 	char *xml = capabilities(job, "qemu");
 	char *path = xml != NULL ? lv_xpath(xml, "/domainCapabilities/path") : NULL;
-	bool kvm = has_kvm(job);
+	bool kvm = lv_has_kvm(job);
 
 	if (path != NULL)
 		lv_put_text(job, "emulator", path);

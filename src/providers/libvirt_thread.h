@@ -158,6 +158,9 @@ extern bool lv_inspect(LvJob *job);
 
 /* ---- libvirt_check.c: what a host can do ---- */
 
+/* Whether the hypervisor offers KVM, which is not to say that it works. */
+extern bool lv_has_kvm(LvJob *job);
+
 extern bool lv_probe(LvJob *job);
 extern bool lv_check(LvJob *job);
 

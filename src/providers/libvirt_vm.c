@@ -312,6 +312,10 @@ start_domain(LvJob *job, const LvMachine *machine)
 		job->failed = false;
 		if (!find_domain(job, &domain) || domain == NULL)
 		{
+			job->failed = false;
+			if (machine->kvm && virConnectIsAlive(job->conn) == 1 && !lv_has_kvm(job))
+				return lv_fail(job, CLASS_TRANSIENT, LV_NO_KVM,
+							   "there is no KVM on the host any more");
 			job->failed = true;
 			job->error = why;
 			return false;
