@@ -2,6 +2,7 @@
 # killed in mid-call, or restarted; a VM that vanishes. Never a second VM, nothing left, nobody else held up
 use strict;
 use warnings;
+use AgentVM::Client;
 use AgentVM::Libvirt;
 use AgentVM::Test;
 use Test::More;
@@ -75,6 +76,24 @@ await_state($node, $session, 'ready', timeout => 120);
 is(scalar(grep { $_ eq "agentvm-$session" } $libvirt->domains), 1, 'crash restart: one domain');
 is(scalar(my @pids = $libvirt->qemu($session)), 1, 'one process');
 is(inspected($steady), 'running', 'the other one lives through it');
+ends($session);
+
+# ---- the runner is killed when the VM is there, and nobody has taken that down: the same VM, with its own files ----
+stop_daemon();
+$session = provision($node, 'acme', "profile => 'plain'");
+await($node, "SELECT in_flight FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a launch is under way');
+my $holder = AgentVM::Client->new($node);
+$holder->run('BEGIN');
+$holder->run("SELECT 1 FROM agentvm.session WHERE session_id = '$session' FOR UPDATE");
+kill('CONT', $daemon);
+my $until = time + AgentVM::Process::timeout();
+sleep 0.1 until (grep { $_ eq "agentvm-$session" } $libvirt->domains) || time > $until;
+my @before = ((stat($libvirt->vms . "/$session.boot"))[1], $libvirt->qemu($session));
+$runner = runner_pid();
+kill('KILL', $runner);
+$node->poll_query_until('postgres', "SELECT count(*) = 1 FROM agentvm.stat_dispatcher WHERE kind = 'runner' AND pid <> $runner") or die 'no new runner';
+await_state($node, $session, 'ready', timeout => 120);
+is_deeply([ (stat($libvirt->vms . "/$session.boot"))[1], $libvirt->qemu($session) ], \@before, 'the launch that is repeated leaves it as it is');
 ends($session);
 
 # ---- the server is killed just when the VM is being made ----
