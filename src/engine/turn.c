@@ -385,6 +385,12 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 				/* the log tells of every state, also of one that lasts no time */
 				if (row->saved_state != STATE_TERMINATING)
 					session_row_save(row);
+				/* silence has had a cause */
+				if (step.was_gone && strcmp(row->end_reason, "heartbeat_timeout") == 0)
+				{
+					row->end_reason = pstrdup("provider_lost");
+					row->detail = pstrdup("the VM was gone when it was to be ended");
+				}
 				row->state = reason_end_state(row->end_reason);
 				row->ended_at = now;
 				break;

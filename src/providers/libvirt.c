@@ -433,7 +433,11 @@ libvirt_terminate(Step *step)
 	else if (step->context->host == NULL)
 		fail(step, CLASS_TRANSIENT, "NoHost", "the session has no host");
 	else if (step->context->reply == NULL)
+	{
 		send(step, LV_TERMINATE, true, NULL, 0);
+		step->out->handle =
+			handle_set_int(handle, "terminations", handle_int(handle, "terminations", 0) + 1);
+	}
 	else if (!succeeded(step, &settled))
 		;
 	else if (sent_at != 0 && step->now < sent_at + avm_lease_ms)
@@ -442,7 +446,12 @@ libvirt_terminate(Step *step)
 		step->out->wait_ms = (int) Min(AGAIN_MS, sent_at + avm_lease_ms - step->now);
 	}
 	else
+	{
 		step->out->kind = STEP_DONE;
+		/* an earlier call may have ended it, and its answer been lost */
+		step->out->was_gone = handle_int(handle, "terminations", 0) == 1 &&
+							  handle_int(step->answer, "was_gone", 0) != 0;
+	}
 }
 
 /* A question, whose answer is the result. */

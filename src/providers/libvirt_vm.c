@@ -370,19 +370,24 @@ lv_launch(LvJob *job)
 
 /* ---- terminate ---- */
 
-/* End the domain, and see it gone. */
+/* End the domain, and see it gone; the result tells whether it was so before. */
 static bool
 end_domain(LvJob *job)
 {
 	virDomainPtr domain = NULL;
 	int64_t until = lv_now() + GONE_WITHIN_MS;
+	bool was_there = false;
 
 	for (;;)
 	{
 		if (!find_domain(job, &domain))
 			return false;
 		if (domain == NULL)
+		{
+			lv_put_int(job, "was_gone", !was_there);
 			return true;
+		}
+		was_there = true;
 		if (!lv_in_time(job) || lv_now() > until)
 		{
 			virDomainFree(domain);

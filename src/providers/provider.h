@@ -113,6 +113,7 @@ typedef struct ProviderStep
 	Jsonb *handle; /* new progress; NULL: unchanged */
 	int attempt;   /* > 0: this launch attempt begins; its bootstrap token is committed with it */
 	bool running;  /* the VM runs (OP_PROVISION) */
+	bool was_gone; /* STEP_DONE of OP_TERMINATE: it had ended before anybody asked for that */
 	/* facts learned; NULL: unchanged */
 	const char *vm_id;
 	const char *region;
