@@ -30,8 +30,10 @@ $node->restart;
 await($node, $beat . literal(sql('SELECT now()')), 1, timeout => 120, name => 'after a restart of the server, too');
 is(sql("SELECT state FROM agentvm.sessions WHERE session_id = '$session'"), 'ready', 'it has outlived it');
 kill('KILL', $libvirt->qemu($session));
-await_state($node, $session, 'terminated', timeout => 120);
-like(state_of($node, $session), qr/^terminated heartbeat_timeout/, 'a VM that vanishes is missed');
+await_state($node, $session, 'failed', timeout => 120);
+like(state_of($node, $session), qr/^failed provider_lost the VM was gone/, 'a VM that vanishes is missed');
+is(sql("SELECT string_agg(concat_ws(' ', new_state, reason), ', ' ORDER BY event_id DESC) FROM (SELECT * FROM agentvm.session_event WHERE session_id = '$session' AND old_state IS NOT NULL ORDER BY event_id DESC LIMIT 2) e"),
+	'failed provider_lost, terminating heartbeat_timeout', 'the log tells both');
 $libvirt->nothing_left($session);
 
 $session = provision($node, 'acme', "profile => 'micro'");

@@ -45,7 +45,7 @@ my $end = time + 60;
 sleep 0.1 while $libvirt->domains && time < $end;
 is(join(' ', $libvirt->domains), '', 'its domain is gone');
 $node->start;
-$stack->ended($lonely, 'heartbeat_timeout', 'the server learns of it by its silence');
+$stack->ended($lonely, 'provider_lost', 'the server learns of it by its silence');
 
 is(join(' ', $libvirt->domains, $libvirt->files, $libvirt->qemu), '', 'nothing is left on the host');
 
