@@ -1,7 +1,9 @@
-"""Load for the gateway: gateway.py PORT PID COUNT ROUNDS [CAFILE] < session tokens, one a line
+"""Load for the gateway: gateway.py PORT PID COUNT ROUNDS [CAFILE] < session tokens and ids, one pair a line
 
-Opens COUNT channels, then sends a heartbeat on each, ROUNDS times over, and waits for every acknowledgement. Prints the gateway's CPU
-microseconds per heartbeat, heartbeats per CPU-second, and its memory per channel in bytes.
+Opens COUNT channels, then sends a heartbeat on each, ROUNDS times over, and waits for every acknowledgement. Then ends some of the
+sessions, one after the other, and waits for the close of their channels. Prints the gateway's CPU microseconds per heartbeat, heartbeats
+per CPU-second, its memory per channel in bytes, heartbeats per second, and the milliseconds from the call of terminate() to the close:
+p50 and p99.
 """
 import asyncio
 import os
@@ -10,9 +12,12 @@ import ssl
 import sys
 import time
 
+import psycopg
+
 port, pid, count, rounds = map(int, sys.argv[1:5])
 context = ssl.create_default_context(cafile=sys.argv[5]) if len(sys.argv) > 5 else None
-tokens = [sys.stdin.readline().strip() for _ in range(count)]
+sessions = [sys.stdin.readline().split() for _ in range(count)]
+REVOKED = 400
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 BEAT = b'{"type": "heartbeat"}'
 FRAME = bytes([0x81, 0x80 | len(BEAT)]) + b"\0\0\0\0" + BEAT  # masked with zeros
@@ -38,6 +43,7 @@ class Channel(asyncio.Protocol):
         self.token = token
         self.buffer = b""
         self.upgraded = False
+        self.closed = None  # a future, once we want it to be
 
     def connection_made(self, transport):
         self.transport = transport
@@ -55,7 +61,9 @@ class Channel(asyncio.Protocol):
         while len(self.buffer) >= 2 and len(self.buffer) >= 2 + self.buffer[1]:
             if self.buffer[0] != 0x81:  # a ping wants no answer from a load generator, a close ends it
                 if self.buffer[0] == 0x88:
-                    sys.exit(f"closed: {self.buffer!r}")
+                    if self.closed is None:
+                        sys.exit(f"closed: {self.buffer!r}")
+                    self.closed.set_result(time.monotonic())
             elif b"hello" in self.buffer[:2 + self.buffer[1]]:
                 Channel.open += 1
             else:
@@ -72,7 +80,7 @@ async def main():
     before = memory()
     channels = []
     loop = asyncio.get_running_loop()
-    for token in tokens:
+    for token, _ in sessions:
         _, channel = await loop.create_connection(lambda token=token: Channel(token), "127.0.0.1", port, ssl=context)
         channels.append(channel)
     await reached("open", count)
@@ -83,7 +91,17 @@ async def main():
             channel.transport.write(FRAME)
         await reached("acknowledged", n * count)
     used = cpu() - used
+    rate = rounds * count / (time.time() - began)
+    delays = []
+    with psycopg.connect("", autocommit=True) as connection:
+        for i in range(0, count, max(1, count // REVOKED)):
+            channels[i].closed = loop.create_future()
+            began = time.monotonic()
+            connection.execute("SELECT agentvm.terminate(%s)", (sessions[i][1],))
+            delays.append(await asyncio.wait_for(channels[i].closed, 60) - began)
+    delays.sort()
     beats = rounds * count
-    print(f"{used * 1e6 / beats:.1f} {beats / used:.0f} {per_channel:.0f} {beats / (time.time() - began):.0f}")
+    print(f"{used * 1e6 / beats:.1f} {beats / used:.0f} {per_channel:.0f} {rate:.0f}",
+          *(f"{delays[int(len(delays) * part)] * 1e3:.1f}" for part in (0.5, 0.99)))
 
 asyncio.run(main())
