@@ -37,8 +37,12 @@ for my $team (qw(acme globex initech))
 }
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$session{initech}')");
 await_state($node, $session{initech}, 'terminated');
-$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0); INSERT INTO agentvm.session_ending VALUES (gen_random_uuid());
+$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0);
 	INSERT INTO agentvm.host (name, directory, vcpus, memory_mib) VALUES ('here', '/tmp', 1, 512)});
+my $ending = provision($node, 'acme', q{options => '{"runtime": true, "terminate_delay": "1 day"}'});
+await($node, "SELECT running FROM agentvm.session WHERE session_id = '$ending'");
+bootstrap($node, $ending);
+$node->safe_psql('postgres', "SELECT agentvm.terminate('$ending')");
 $node->safe_psql('postgres', "INSERT INTO agentvm.placement VALUES ('$session{acme}', 'here', 1, 512)");
 
 await($node, $settled, 't', name => 'their history is sealed');
@@ -179,6 +183,7 @@ sub found
 
 	# tables: what these rights come to
 	my @writes = ('INSERT INTO agentvm.%s DEFAULT VALUES', 'UPDATE agentvm.%s SET %s = DEFAULT', 'DELETE FROM agentvm.%s', 'TRUNCATE agentvm.%s');
+	no warnings 'redundant';
 	my @writers = groups_of(scalar @writes, answers($role, map { my $t = $_; map { 'public.try(' . literal(sprintf($_, $t, $column{$t})) . ')' } @writes } @tables));
 	$found{ $tables[$_] } .= ': ' . join ' ', map { outcome($_) eq 'denied' ? 0 : 1 } @{ $writers[$_] } for 0 .. $#tables;
 
