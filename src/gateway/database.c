@@ -425,9 +425,11 @@ database_problem(const char *conninfo, const char *name)
 	}
 	if (problem == NULL)
 	{
-		PGresult *result = PQexec(connection, "SELECT agentvm.heartbeat_batch('{}', '{}')");
+		/* not kept: it would say that a gateway listens */
+		PGresult *result =
+			PQexec(connection, "BEGIN; SELECT agentvm.heartbeat_batch('{}', '{}'); ROLLBACK");
 
-		if (PQresultStatus(result) != PGRES_TUPLES_OK)
+		if (PQresultStatus(result) != PGRES_COMMAND_OK)
 			problem = strdup(PQresultErrorMessage(result));
 		PQclear(result);
 	}

@@ -274,6 +274,8 @@ outcome_of(const PGresult *result)
 		return OUTCOME_GONE;
 	if (strncmp(state, "22", 2) == 0 || strcmp(state, "AV012") == 0)
 		return OUTCOME_BAD;
+	if (strcmp(state, "55P03") == 0)
+		return OUTCOME_AWAY; /* somebody has the session's row: no news, it is tried again */
 	log_line(LOG_LEVEL_WARNING, "database refuses a call", "sqlstate", state, "reason",
 			 PQresultErrorField(result, PG_DIAG_MESSAGE_PRIMARY), NULL);
 	return OUTCOME_AWAY;
@@ -468,10 +470,11 @@ gather(Request *request)
 {
 	Sessions *sessions = request->sessions;
 
-	DL_APPEND(sessions->gathered, request);
-	if (++sessions->gathered_count >= MAX_BATCH)
+	/* before this one is in it: whoever has it gathered expects no answer yet */
+	if (sessions->gathered_count >= MAX_BATCH)
 		flush_batch(sessions);
-	else if (sessions->gathered_count == 1)
+	DL_APPEND(sessions->gathered, request);
+	if (++sessions->gathered_count == 1)
 		uv_timer_start(sessions->flush, on_flush, FLUSH_MS, 0);
 }
 

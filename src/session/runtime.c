@@ -44,13 +44,17 @@ static DbQuery by_token_query = {
 	2,
 	{BYTEAOID, TEXTOID}};
 
+/*
+ * It waits for nobody: a gateway has one connection for all its VMs, and somebody
+ * may hold the row for as long as he likes.
+ */
 static DbQuery boot_lock_query = {
 	"SELECT s.state, s.boot_id, s.team_id, s.payload_enc, "
 	"coalesce(s.payload_key_id, s.key_id), s.deadline_at, "
 	"coalesce(s.launched_at + s.bootstrap_timeout > clock_timestamp(), true), "
 	"EXISTS (SELECT FROM agentvm.session_token t WHERE t.session_id = s.session_id "
 	"AND t.kind = 'session' AND t.token_sha256 = $2) "
-	"FROM agentvm.session s WHERE s.session_id = $1 FOR UPDATE",
+	"FROM agentvm.session s WHERE s.session_id = $1 FOR UPDATE NOWAIT",
 	2,
 	{UUIDOID, BYTEAOID}};
 

@@ -186,6 +186,18 @@ def part_bootstrap():
                      b'{"boot_id": "b", "session_token_sha256": "zz"}', b'{"boot_id": 5, "session_token_sha256": "' + b"0" * 64 + b'"}',
                      b'{"boot_id": "\\u0000", "session_token_sha256": "' + b"0" * 64 + b'"}', b'{"a": 1, "a": 2}', b"\xff\xfe"):
             assert gateway.request("POST", "/v1/bootstrap", vm.bootstrap_token, body)[0] == 400, body
+        # somebody holds a session's row, and its VM does not let go: nobody else waits for that
+        held, other = VM(gateway, boots=False), VM(gateway)
+        with db() as connection, connection.transaction(force_rollback=True):
+            connection.execute("SELECT agentvm.extend(%s, '1 s')", (held.id,))
+            for _ in range(3):
+                began = time.time()
+                status, _, headers = held.bootstrap(gateway)
+                assert status == 503 and headers["retry-after"], (status, headers)
+                assert gateway.beat(other)[0] == 200
+                assert time.time() - began < 5, "nobody waits for the lock's end, nor for a timeout"
+            assert gateway.get("/readyz")[0] == 200, "the database is there"
+        until(lambda: held.bootstrap(gateway)[0] == 200, "then it works")
         vm.terminate()
         assert vm.bootstrap(gateway)[0] == 410
 
@@ -651,6 +663,10 @@ def part_options():
     good = f"--database={CONNSTR} user=gw"
     assert run(good, "--check") == (0, "ok\n"), run(good, "--check")
     assert run("--check", environment={"AGENTVM_GATEWAY_DATABASE": f"{CONNSTR} user=gw"}) == (0, "ok\n")
+    sql("INSERT INTO agentvm.gateway (gateway_id) VALUES ('checked')")
+    assert run(good, "--check", "--name=checked") == (0, "ok\n")
+    assert value("SELECT last_report_at FROM agentvm.gateway WHERE gateway_id = 'checked'") is None, "who only looks does not listen"
+    sql("DELETE FROM agentvm.gateway")
     for bad, why in ((("--port=0",), "from 1 to 65535"), (("--port=x",), "from 1"), (("--nonsense",), "Try --help"), (("word",), "not an option"),
                      (("--listen=localhost",), "not an IP address"), (("--listen=0.0.0.0",), "without TLS"), (("--tls-cert=/x",), "together"),
                      (("--tls-cert=/nonexistent", "--tls-key=/nonexistent"), "--tls-cert=/nonexistent"), (("--log-level=loud",), "debug, info")):

@@ -19,7 +19,7 @@ as_root() { if ((EUID)); then sudo "$@"; else "$@"; fi; }
 # Install what is missing, starting no service and making no cluster: packages KIND..., KIND being build, gateway, runtime, libvirt, microvm, try, test or check
 packages() {
 	command -v dpkg-query >/dev/null || { say 'no dpkg here: taking for granted that everything needed is installed'; return; }
-	local version names=() missing kind status=0 log own_policy='' policy=/usr/sbin/policy-rc.d
+	local version names=() missing kind status log policy=/usr/sbin/policy-rc.d
 	apt-cache show postgresql >/dev/null 2>&1 || as_root apt-get -qq update
 	version=$(pg_version)
 	for kind; do
@@ -38,11 +38,16 @@ packages() {
 	[[ $missing ]] || return 0
 	say "installing: ${missing//$'\n'/ }"
 	as_root apt-get -qq update
-	[[ -e $policy ]] || { printf '#!/bin/sh\nexit 101\n' | as_root tee $policy >/dev/null && as_root chmod +x $policy && own_policy=$policy; }
-	# shellcheck disable=SC2086
-	log=$(as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $missing 2>&1 </dev/null) || { status=$? && say "$log"; }
-	[[ ! $own_policy ]] || as_root rm -f "$own_policy"
-	return $status
+	(
+		if [[ ! -e $policy ]]; then
+			trap 'as_root rm -f "$policy"' EXIT
+			trap 'exit 130' INT TERM HUP
+			printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+			as_root chmod +x "$policy"
+		fi
+		# shellcheck disable=SC2086
+		log=$(as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $missing 2>&1 </dev/null) || { status=$? && say "$log" && exit $status; }
+	)
 }
 
 server_config() { printf '%s\n' "${PG_CONFIG:-/usr/lib/postgresql/$(pg_version)/bin/pg_config}"; }
@@ -123,12 +128,12 @@ unprivileged() {
 # End every process that works in a directory below DIR, or has its home there as libvirt and its VMs do, and remove it
 sweep() { # DIR
 	local signal dir tries pids
-	dir=$(readlink -f "$1")
+	if [[ ! -d $1 || -L $1 || ! $1 =~ ^/.*/agentvm-[a-z]+\.[A-Za-z0-9]{6}$ ]] || ! dir=$(readlink -f "$1") || [[ ! $dir ]]; then say "no directory of ours: $1" && return 1; fi
 	cd /
 	for signal in QUIT KILL; do
 		for ((tries = 0; tries < 30; tries++)); do
 			pids=$({
-				find /proc/[0-9]*/cwd -maxdepth 0 -lname "$dir*" -printf '%h\n'
+				find /proc/[0-9]*/cwd -maxdepth 0 \( -lname "$dir" -o -lname "$dir/*" -o -lname "$dir (deleted)" \) -printf '%h\n'
 				grep -lzE "^XDG_(RUNTIME_DIR|CACHE_HOME)=$dir/" /proc/[0-9]*/environ
 			} 2>/dev/null | cut -d/ -f3 | sort -u || true)
 			[[ $pids ]] || break 2
@@ -146,7 +151,7 @@ cluster() { # DIR TREE PG_CONFIG LINE...
 	bin=$2$("$3" --bindir)
 	shift 3
 	"$bin/initdb" -D "$dir/data" -A trust -U postgres -N >"$dir/initdb.log" || { cat "$dir/initdb.log"; return 1; }
-	printf '%s\n' "listen_addresses = ''" "unix_socket_directories = '$dir'" "shared_preload_libraries = 'agentvm'" \
+	printf '%s\n' "listen_addresses = ''" "unix_socket_directories = '$dir'" "unix_socket_permissions = 0700" "shared_preload_libraries = 'agentvm'" \
 		"max_worker_processes = 16" "$@" >>"$dir/data/postgresql.conf"
 	(cd "$dir" && "$bin/pg_ctl" -D "$dir/data" -l "$dir/server.log" -s -w start) || { cat "$dir/server.log"; return 1; }
 }

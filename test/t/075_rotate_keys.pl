@@ -90,8 +90,8 @@ DO \$\$
 DECLARE
 	answer jsonb;
 BEGIN
-	SELECT agentvm.bootstrap(token_sha256, sha256(session_id::text::bytea), 'boot') INTO answer FROM agentvm.session_token JOIN agentvm.session USING (session_id)
-		WHERE team_id = 'noop' AND kind = 'bootstrap' AND state = 'provisioning' LIMIT 1;
+	SELECT agentvm.bootstrap(token_sha256, sha256(session_id::text::bytea), 'boot') INTO answer FROM (SELECT t.token_sha256, session_id FROM agentvm.session_token t JOIN agentvm.session s USING (session_id)
+		WHERE team_id = 'noop' AND kind = 'bootstrap' AND state = 'provisioning' LIMIT 1 FOR UPDATE OF s SKIP LOCKED) t;
 	ASSERT answer IS NULL OR answer -> 'env' ->> 'A' = 'b', answer;
 END
 \$\$;

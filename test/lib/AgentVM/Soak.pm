@@ -43,8 +43,8 @@ INSERT INTO public.made SELECT agentvm.provision('team' || n % 7, k.name, profil
 	FROM (SELECT nextval('public.number') AS n FROM generate_series(1, :count)) s JOIN public.kind k ON k.id = n % (SELECT count(*) FROM public.kind);
 SELECT count(agentvm.bootstrap(digest(encode(hmac(convert_to(s.session_id || ':' || s.attempt, 'utf8'), decode(:'key', 'base64'), 'sha256'), 'hex'), 'sha256'),
 		digest(s.session_id::text, 'sha256'), 'boot'))
-	FROM agentvm.session s JOIN public.made USING (session_id) WHERE s.agent_id IN ('silent', 'alive', 'alive and lost') AND s.state = 'provisioning' AND s.running
-	AND s.deadline_at > clock_timestamp() + '1 s';
+	FROM (SELECT s.* FROM agentvm.session s JOIN public.made USING (session_id) WHERE s.agent_id IN ('silent', 'alive', 'alive and lost') AND s.state = 'provisioning' AND s.running
+		AND s.deadline_at > clock_timestamp() + '1 s' FOR UPDATE OF s SKIP LOCKED) s;
 SELECT count(*) FROM agentvm.heartbeat_batch(
 	(SELECT coalesce(array_agg(session_id), '{}') FROM agentvm.session JOIN public.made USING (session_id) WHERE state = 'ready' AND agent_id LIKE 'alive%'),
 	(SELECT coalesce(array_agg(now()), '{}') FROM agentvm.session JOIN public.made USING (session_id) WHERE state = 'ready' AND agent_id LIKE 'alive%'));
