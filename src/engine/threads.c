@@ -27,6 +27,7 @@
 #include "agentvm.h"
 #include "engine/threads.h"
 #include "lib/ilist.h"
+#include "libpq/pqsignal.h"
 #include "providers/provider.h"
 #include "storage/fd.h"
 #include "storage/ipc.h"
@@ -173,14 +174,13 @@ add_thread(void)
 {
 	pthread_attr_t attributes;
 	pthread_t thread;
-	sigset_t all;
 	sigset_t before;
 
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attributes, STACK_BYTES);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
+	/* all but faults, which would kill without a trace */
+	pthread_sigmask(SIG_SETMASK, &BlockSig, &before);
 	no_more_threads = pthread_create(&thread, &attributes, thread_main, NULL) != 0;
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);

@@ -101,8 +101,9 @@ checked() { # DIR PG_CONFIG CHECKER
 			;;
 		*)
 			gcc -shared -fPIC -Wl,-z,initfirst -o "$first" "$root/test/sanitize/first.c"
+			# libvirt's XDR, too, which the runtime intercepts as it begins or never;
 			# by the name of the wrapper, since pg_ctl restart calls what the server says it is
-			printf '%s\n' '#!/bin/bash' "LD_PRELOAD='$3 $first'" \
+			printf '%s\n' '#!/bin/bash' "LD_PRELOAD='$3 $first $(ldconfig -p | awk '/libtirpc\.so\.3 / { print $NF; exit }')'" \
 				"ASAN_OPTIONS='detect_leaks=0 quarantine_size_mb=16 log_path=$dir/findings'" "UBSAN_OPTIONS='print_stacktrace=1 log_path=$dir/findings'" \
 				'export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS' 'exec -a "$0" "$0.bin" "$@"'
 			;;
