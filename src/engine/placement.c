@@ -54,9 +54,23 @@ static DbQuery room_query = {
 	0,
 	{0}};
 
-/* As the foreign key will, but without waiting. */
+/* A host that is about to be used stays as it is, until that is committed; without waiting. */
 static DbQuery lock_query = {
-	"SELECT FROM agentvm.host WHERE name = $1 AND enabled FOR KEY SHARE SKIP LOCKED", 1, {TEXTOID}};
+	"SELECT FROM agentvm.host WHERE name = $1 AND enabled FOR SHARE SKIP LOCKED", 1, {TEXTOID}};
+
+static DbQuery lock_again_query = {
+	"SELECT FROM agentvm.host h WHERE name = (SELECT host FROM agentvm.placement "
+	"WHERE session_id = $1) FOR SHARE SKIP LOCKED",
+	1,
+	{UUIDOID}};
+
+/* As is_used() */
+static DbQuery used_query = {
+	"SELECT FROM agentvm.placement p JOIN agentvm.session s USING (session_id) WHERE p.host = $1 "
+	"AND (s.vm_id IS NOT NULL OR s.launched_at IS NOT NULL OR s.handle ? '" AVM_HOST_USED
+	"') LIMIT 1",
+	1,
+	{TEXTOID}};
 
 static DbQuery place_query = {
 	"INSERT INTO agentvm.placement (session_id, host, vcpus, memory_mib) VALUES ($1, $2, $3, $4)",
@@ -72,9 +86,9 @@ static DbQuery largest_query = {
 
 static DbQuery kvm_query = {
 	"UPDATE agentvm.host SET kvm = $2 WHERE name = (SELECT name FROM agentvm.host "
-	"WHERE name = $1 AND kvm IS DISTINCT FROM $2 FOR NO KEY UPDATE SKIP LOCKED)",
-	2,
-	{TEXTOID, BOOLOID}};
+	"WHERE name = $1 AND uri = $3 AND kvm IS DISTINCT FROM $2 FOR NO KEY UPDATE SKIP LOCKED)",
+	3,
+	{TEXTOID, BOOLOID, TEXTOID}};
 
 /* What a host has left. */
 typedef struct Room
@@ -240,9 +254,19 @@ place(SessionRow *row, ProviderStep *failure)
 	return false;
 }
 
+/* Whether something of the session is on its host, or may be. */
+static bool
+is_used(const SessionRow *row)
+{
+	return row->vm_id != NULL || row->launched_at != 0 ||
+		   (row->handle != NULL && option_value(row->handle, AVM_HOST_USED) != NULL);
+}
+
 bool
 placement_of(SessionRow *row, bool make, ProviderHost **host, ProviderStep *failure)
 {
+	Datum values[1] = {UUIDPGetDatum(&row->session_id)};
+
 	*host = NULL;
 	if (!lock_tables())
 	{
@@ -250,10 +274,24 @@ placement_of(SessionRow *row, bool make, ProviderHost **host, ProviderStep *fail
 		return false;
 	}
 	*host = placement_host(&row->session_id);
-	if (*host != NULL || !make)
+	if (!make || (*host != NULL && is_used(row)))
 		return true;
-	if (!place(row, failure))
-		return false;
+	if (*host == NULL)
+	{
+		if (!place(row, failure))
+			return false;
+	}
+	else
+	{
+		/* the host's trigger cannot see yet what the next step begins */
+		db_run(&lock_again_query, values, NULL);
+		if (SPI_processed == 0)
+		{
+			fail(failure, CLASS_TRANSIENT, "HostLocked", "somebody changes the session's host");
+			*host = NULL;
+			return false;
+		}
+	}
 	*host = placement_host(&row->session_id);
 	return true;
 }
@@ -289,16 +327,59 @@ placement_check(const char *provider, int vcpus, int memory_mib)
 void
 placement_learn_kvm(const ProviderHost *host, int kvm)
 {
-	Datum values[2];
+	Datum values[3];
 
 	if (host == NULL || kvm == 0 || host->kvm == (kvm > 0))
 		return;
 	values[0] = CStringGetTextDatum(host->name);
 	values[1] = BoolGetDatum(kvm > 0);
+	values[2] = CStringGetTextDatum(host->uri);
 	db_run(&kvm_query, values, NULL);
 }
 
-/* BEFORE UPDATE of a host: notes when; what was learned of a machine does not hold for another one. */
+/* Whether the rows have different texts in a column, which may not be NULL. */
+static bool
+differs(const TriggerData *trigger, const char *column)
+{
+	TupleDesc desc = RelationGetDescr(trigger->tg_relation);
+	int number = SPI_fnumber(desc, column);
+	bool old_null;
+	bool new_null;
+	Datum old_value = heap_getattr(trigger->tg_trigtuple, number, desc, &old_null);
+	Datum new_value = heap_getattr(trigger->tg_newtuple, number, desc, &new_null);
+
+	return old_null || new_null ||
+		   strcmp(TextDatumGetCString(old_value), TextDatumGetCString(new_value)) != 0;
+}
+
+/* VMs and their files are found by what the host's row says: raise 55006 if there may be any. */
+static void
+refuse_if_used(const TriggerData *trigger)
+{
+	TupleDesc desc = RelationGetDescr(trigger->tg_relation);
+	Datum values[1];
+	bool isnull;
+	bool used;
+	DbScope scope;
+
+	values[0] = heap_getattr(trigger->tg_trigtuple, SPI_fnumber(desc, "name"), desc, &isnull);
+	db_enter(&scope);
+	db_run(&used_query, values, NULL);
+	used = SPI_processed > 0;
+	db_leave(&scope);
+	if (used)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("host \"%s\" has VMs, which would not be found at another uri or directory",
+						TextDatumGetCString(values[0])),
+				 errhint("Add the other one as another host, disable this one, and terminate its "
+						 "sessions.")));
+}
+
+/*
+ * BEFORE UPDATE of a host: notes when; refuses what would lose VMs; what was
+ * learned of a machine does not hold for another one.
+ */
 Datum
 agentvm_host_changed(PG_FUNCTION_ARGS)
 {
@@ -307,27 +388,20 @@ agentvm_host_changed(PG_FUNCTION_ARGS)
 	int columns[2];
 	Datum values[2];
 	bool nulls[2] = {false, true};
-	bool old_null;
-	bool new_null;
-	Datum old_uri;
-	Datum new_uri;
+	bool moved;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BY_UPDATE(trigger->tg_event) ||
 		!TRIGGER_FIRED_BEFORE(trigger->tg_event))
 		ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 						errmsg("agentvm.host_changed() is a trigger on agentvm.host")));
+	moved = differs(trigger, "uri");
+	if (moved || differs(trigger, "directory"))
+		refuse_if_used(trigger);
 	desc = RelationGetDescr(trigger->tg_relation);
 	columns[0] = SPI_fnumber(desc, "updated_at");
 	columns[1] = SPI_fnumber(desc, "kvm");
 	values[0] = TimestampTzGetDatum(GetCurrentTimestamp());
 	values[1] = (Datum) 0;
-	old_uri = heap_getattr(trigger->tg_trigtuple, SPI_fnumber(desc, "uri"), desc, &old_null);
-	new_uri = heap_getattr(trigger->tg_newtuple, SPI_fnumber(desc, "uri"), desc, &new_null);
-	return PointerGetDatum(heap_modify_tuple_by_cols(
-		trigger->tg_newtuple, desc,
-		old_null || new_null ||
-				strcmp(TextDatumGetCString(old_uri), TextDatumGetCString(new_uri)) != 0
-			? 2
-			: 1,
-		columns, values, nulls));
+	return PointerGetDatum(heap_modify_tuple_by_cols(trigger->tg_newtuple, desc, moved ? 2 : 1,
+													 columns, values, nulls));
 }

@@ -20,6 +20,9 @@
  * no call after its time is up, that is within the lease, and a domain cannot be
  * made without its boot disk, which a termination removes first.
  *
+ * "host_used" is the number of the first launch that may have left something on
+ * the host: one that was answered by a refusal before it began has not.
+ *
  * Whether guests run under KVM on a host is found out before the first launch
  * there that may use it, by booting the launch's kernel as a probe.
  *
@@ -67,8 +70,9 @@ typedef struct Step
 	const ProviderContext *context;
 	const ProviderSession *session;
 	ProviderStep *out;
-	Jsonb *answer; /* the reply's body, NULL: none */
-	int64 now;	   /* epoch ms */
+	Jsonb *answer;	/* the reply's body, NULL: none */
+	bool untouched; /* the call was refused before it had made anything */
+	int64 now;		/* epoch ms */
 } Step;
 
 /* ---- checking options ---- */
@@ -162,6 +166,7 @@ succeeded(Step *step, bool *settled)
 	*settled = reply->status != 0 || !reply->maybe_sent;
 	if (reply->status == 0)
 	{
+		step->untouched = *settled;
 		fail(step, CLASS_TRANSIENT, "NoReply", reply->error);
 		return false;
 	}
@@ -176,6 +181,7 @@ succeeded(Step *step, bool *settled)
 		return false;
 	}
 	details = JsonbValueToJsonb(error);
+	step->untouched = !option_bool(details, "began", true);
 	class = option_int(details, "class", CLASS_PERMANENT);
 	if (class <= CLASS_NONE || class >= NUM_ERROR_CLASSES)
 		class = CLASS_PERMANENT;
@@ -338,6 +344,8 @@ send_launch(Step *step)
 		step->out->attempt = 1; /* its token is committed with this step */
 	}
 	handle = handle_set_int(handle, "launches", handle_int(handle, "launches", 0) + 1);
+	if (handle_int(handle, AVM_HOST_USED, 0) == 0)
+		handle = handle_set_int(handle, AVM_HOST_USED, handle_int(handle, "launches", 0));
 	handle = handle_set_int(handle, "sent_at", step->now);
 	handle = handle_set_text(handle, "phase", LV_LAUNCH);
 	read_plan(handle, &plan);
@@ -383,6 +391,9 @@ take_launch(Step *step)
 	if (step->out->error_code != NULL && strcmp(step->out->error_code, LV_NO_KVM) == 0)
 		step->out->host_kvm = -1; /* with accel auto, the next try does without */
 	/* a refusal says nothing of an earlier launch that was not answered */
+	if (step->untouched &&
+		handle_int(handle, AVM_HOST_USED, 0) == handle_int(handle, "launches", 0))
+		handle = handle_set_text(handle, AVM_HOST_USED, NULL);
 	if (settled && handle_int(handle, "unanswered", 0) == 0)
 		step->out->handle = handle_set_text(handle, "sent_at", NULL);
 	else if (!settled)

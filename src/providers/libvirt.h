@@ -21,7 +21,8 @@
 #define LV_PROBE "probe"
 #define LV_CHECK "check"
 
-/* BlockingReply.status: the body is the result, or an object "error" of class, code, message. */
+/* BlockingReply.status: the body is the result, or an object "error" of class, code, message,
+ * and began: whether something may have been made. */
 #define LV_DONE 1
 #define LV_REFUSED 2
 

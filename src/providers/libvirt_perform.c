@@ -79,6 +79,7 @@ put_error(LvJob *job)
 	lv_put_int(job, "class", job->error.class);
 	lv_put_text(job, "code", job->error.code);
 	lv_put_text(job, "message", job->error.message);
+	lv_put_bool(job, "began", job->mutating);
 	yajl_gen_map_close(job->result);
 }
 

@@ -32,6 +32,14 @@
 
 #define AVM_PROVIDER_ABI 2
 
+/*
+ * Member of the handle of a placed provider, of any value: something of the
+ * session is on its host, or may be.  It is to be there from the step on that
+ * asks for the first launch; as long as it is, or a VM is known, the host keeps
+ * its uri and directory.
+ */
+#define AVM_HOST_USED "host_used"
+
 typedef enum ProviderOp
 {
 	OP_PROVISION, /* make the VM and see it running */
@@ -153,7 +161,7 @@ typedef struct Provider
 	bool placed; /* its VMs run on rows of agentvm.host; OP_CHECK is asked once for each of them */
 	/*
 	 * Of a provider whose library blocks, else NULL: make the call that a step has
-	 * asked for (STEP_REQUEST).  Runs on a thread of a runner (engine/runner.c):
+	 * asked for (STEP_REQUEST).  Runs on a thread of a runner (engine/threads.c):
 	 * no PostgreSQL API, no palloc, no elog, no signals, several at once.
 	 */
 	void (*perform)(const BlockingCall *call, BlockingReply *reply);

@@ -217,7 +217,7 @@ blocking_step(const ProviderContext *context, ProviderStep *step)
 	{
 		ask(context, step, operations[context->op]);
 		if (context->op == OP_PROVISION)
-			step->handle = handle_set_text(context->handle, "sent", "yes");
+			step->handle = handle_set_text(context->handle, AVM_HOST_USED, "yes");
 		return;
 	}
 	if (reply != NULL && !good)

@@ -82,6 +82,34 @@ like(state_of($node, $failed), qr/the largest room is 96 vCPUs and 0 MiB, on hos
 forget();
 is(used(), '', 'abandon() frees all');
 
+# ---- where VMs are cannot be changed under them ----
+mkdir "$dir/second" or die "could not make $dir/second: $!";
+sql("UPDATE agentvm.host SET enabled = name = 'one', memory_mib = 5120");
+my $vm = placed('acme');
+await_state($node, $vm, 'ready');
+foreach my $change ("directory = '$dir/second'", "uri = 'qemu:///system'", "name = 'moved'")
+{
+	my ($sqlstate, $message) = $change =~ /^name/ ? ('23503', qr/placement/) : ('55006', qr/host "one" has VMs, which would not be found.*as another host/s);
+	fails_with($node, "SET ROLE agentvm_admin; UPDATE agentvm.host SET $change WHERE name = 'one'", $sqlstate, $message, "a host with a VM: no other " . $change =~ s/ .*//r);
+}
+psql_ok($node, "SET ROLE agentvm_admin; UPDATE agentvm.host SET vcpus = 99, accel = 'tcg' WHERE name = 'one'", 'but all else');
+psql_ok($node, "UPDATE agentvm.host SET directory = '$dir/second' WHERE name = 'three'", 'and a host without VMs');
+sql("SELECT agentvm.terminate('$vm')");
+await_state($node, $vm, 'terminated');
+my $admin = AgentVM::Client->new($node);
+$admin->run('BEGIN');
+$admin->run("UPDATE agentvm.host SET directory = '$dir/second' WHERE name = 'one'");
+$vm = placed('acme');
+await($node, "SELECT detail ~ 'HostLocked' OR state <> 'provisioning' FROM agentvm.sessions WHERE session_id = '$vm'", 't', name => 'when it is over it can; meanwhile nothing is placed there');
+$admin->run('COMMIT');
+await_state($node, $vm, 'ready', timeout => 120);
+ok(-e "$dir/second/$vm.vm", 'the next VM is at the new place');
+sql("SELECT agentvm.terminate('$vm')");
+await_state($node, $vm, 'terminated');
+ok(!-e "$dir/second/$vm.vm", 'and found there');
+sql("UPDATE agentvm.host SET directory = '$dir', vcpus = 100, enabled = true");
+forget();
+
 # ---- a host is deleted, disabled and locked by others while sessions come and go ----
 sql("UPDATE agentvm.host SET memory_mib = 5120 WHERE name = 'one'; DELETE FROM agentvm.host WHERE name = 'three'; INSERT INTO agentvm.host (name, directory, vcpus, memory_mib) VALUES ('four', '$dir', 6, 8192)");
 append_to_file("$dir/churn.sql", <<'SQL');
