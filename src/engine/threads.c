@@ -145,6 +145,8 @@ thread_main(void *arg)
 		nidle--;
 		call = take_queued();
 		call->state = CALL_RUNNING;
+		/* its caller's patience began with the wait in the queue */
+		call->call.timeout_ms = (int) Max(call->give_up_at - monotonic_ms(), 1);
 		pthread_mutex_unlock(&mutex);
 
 		call->perform(&call->call, &call->reply);
