@@ -44,19 +44,26 @@ raise_no_runner(const char *provider)
 						: errhint("Add agentvm to shared_preload_libraries and restart.")));
 }
 
-/* Take a free question, or NULL. */
+/* Take a free question, or NULL: there is none, or this database has its share. */
 static Question *
 begin_question(void)
 {
 	Question *question = NULL;
+	int ours = 0;
 	int i;
 
 	shared_lock(LW_EXCLUSIVE);
-	for (i = 0; i < MAX_QUESTIONS && question == NULL; i++)
+	for (i = 0; i < MAX_QUESTIONS; i++)
 	{
-		if (shared_questions()[i].state == QUESTION_FREE)
-			question = &shared_questions()[i];
+		Question *other = &shared_questions()[i];
+
+		if (other->state == QUESTION_FREE)
+			question = other;
+		else if (other->database == MyDatabaseId)
+			ours++;
 	}
+	if (ours >= MAX_QUESTIONS / 2)
+		question = NULL;
 	if (question != NULL)
 	{
 		question->state = QUESTION_BEGUN;
