@@ -29,7 +29,7 @@
 #define PROBE_MARGIN_MS 5000 /* to take the probe away again */
 #define FRESH_MS 60000		 /* a probe's answer is good for those who asked meanwhile */
 #define LOOK_MS 200
-#define MAX_DOMAINS 1000 /* listed */
+#define MAX_DOMAINS 500 /* listed: the answer has to fit a question (QUESTION_SIZE) */
 
 /* ---- the probe ---- */
 
@@ -114,28 +114,71 @@ capabilities(LvJob *job, const char *virttype)
 }
 
 bool
-lv_has_kvm(LvJob *job)
+lv_has_kvm(LvJob *job, bool *kvm)
 {
 	char *xml = capabilities(job, "kvm");
-	bool found = xml != NULL;
 
+	*kvm = xml != NULL;
 	free(xml);
-	return found;
+	if (*kvm)
+		return true;
+	/* there is none only if there would be something else */
+	xml = capabilities(job, "qemu");
+	if (xml == NULL)
+		return lv_fail_libvirt(job, "capabilities");
+	free(xml);
+	return true;
 }
 
-/* Boot the probe under KVM.  Fails only when the host could not be asked. */
+/*
+ * The probe could not be started under KVM, as libvirt's last error tells.  That
+ * is for want of KVM only if the very same starts without; else the job fails.
+ */
+static void
+blame_kvm(LvJob *job, const LvMachine *probe)
+{
+	LvMachine machine = *probe;
+	LvError none = {0};
+	virDomainPtr domain;
+	char *name;
+	char *xml;
+
+	lv_fail_libvirt(job, "probe");
+	if (job->error.class != CLASS_PERMANENT)
+		return;
+	job->failed = false;
+	job->error = none;
+	if (!lv_in_time(job))
+		return;
+	machine.kvm = false;
+	name = unique_name("probe");
+	xml = lv_domain_xml(job, name, &machine);
+	domain = virDomainCreateXML(job->conn, xml, VIR_DOMAIN_START_AUTODESTROY);
+	free(name);
+	free(xml);
+	if (domain == NULL)
+	{
+		lv_fail_libvirt(job, "probe");
+		return;
+	}
+	(void) virDomainDestroyFlags(domain, 0);
+	virDomainFree(domain);
+}
+
+/* Boot the probe under KVM.  Fails when that tells nothing of KVM. */
 static bool
 boot_probe(LvJob *job, bool *kvm)
 {
 	LvMachine machine = {.kvm = true, .probe = true};
 	Probe *probe = calloc(1, sizeof(Probe));
 	int64_t until = lv_now() + PROBE_MS;
+	bool cut_short = until > job->deadline - PROBE_MARGIN_MS;
 	virDomainPtr domain;
 	Verdict verdict = RUNNING;
 	int callback;
 	char *xml;
 
-	if (until > job->deadline - PROBE_MARGIN_MS)
+	if (cut_short)
 		until = job->deadline - PROBE_MARGIN_MS;
 	if (probe == NULL)
 		abort();
@@ -156,13 +199,7 @@ boot_probe(LvJob *job, bool *kvm)
 	free(xml);
 	*kvm = false;
 	if (domain == NULL)
-	{
-		int code = lv_error_code();
-
-		/* QEMU could not start so: that is an answer, unless it was never asked */
-		if (virConnectIsAlive(job->conn) != 1 || code == VIR_ERR_RPC || code == VIR_ERR_NO_SUPPORT)
-			lv_fail_libvirt(job, "probe");
-	}
+		blame_kvm(job, &machine);
 	else
 	{
 		while (verdict == RUNNING && lv_now() < until)
@@ -176,8 +213,11 @@ boot_probe(LvJob *job, bool *kvm)
 		if (verdict == RUNNING)
 			(void) virDomainDestroyFlags(domain, 0);
 		virDomainFree(domain);
-		if (verdict == RUNNING && virConnectIsAlive(job->conn) != 1)
+		if (verdict != SWITCHED_OFF && virConnectIsAlive(job->conn) != 1)
 			lv_fail(job, CLASS_TRANSIENT, "NoAnswer", "the host was lost while it was probed");
+		else if (verdict == RUNNING && cut_short)
+			lv_fail(job, CLASS_TRANSIENT, "TooLate",
+					"agentvm.lease leaves too little time to find out whether the host has KVM");
 	}
 	(void) virConnectDomainEventDeregisterAny(job->conn, callback);
 	return !job->failed;
@@ -214,10 +254,10 @@ lv_probe(LvJob *job)
 
 	if (!lv_connect(job))
 		return false;
-	if (!lv_has_kvm(job))
+	if (!lv_has_kvm(job, &kvm))
+		return false;
+	if (!kvm)
 	{
-		if (virConnectIsAlive(job->conn) != 1)
-			return lv_fail_libvirt(job, "capabilities");
 		lv_put_bool(job, "kvm", false);
 		return true;
 	}
@@ -356,13 +396,20 @@ check_emulator(Check *check)
 	const char *accel = lv_text(job, "accel");
 	char *xml = capabilities(job, "qemu");
 	char *path = xml != NULL ? lv_xpath(xml, "/domainCapabilities/path") : NULL;
-	bool kvm = lv_has_kvm(job);
+	LvError none = {0};
+	bool kvm;
 
 	if (path != NULL)
 		lv_put_text(job, "emulator", path);
 	else
 		tell(&check->problems, "emulator", "Install QEMU on the host (Debian: qemu-system-x86).",
 			 "no emulator for x86_64: %s", last_message());
+	if (!lv_has_kvm(job, &kvm))
+	{
+		/* which has been told */
+		job->failed = false;
+		job->error = none;
+	}
 	if (path != NULL && accel != NULL && strcmp(accel, "kvm") == 0 && !kvm)
 		tell(&check->problems, "accelerator",
 			 "Let the user that QEMU runs as open /dev/kvm (group kvm), or set the host's accel to "

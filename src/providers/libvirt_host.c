@@ -28,13 +28,14 @@
 #define KEEPALIVE_S 5
 #define KEEPALIVE_COUNT 3
 #define OPEN_PATIENCE_MS 5000 /* for somebody else to have opened a connection */
+#define OPEN_LOST_MS 60000	  /* who has not opened it by then may never do so */
 
 typedef struct Host
 {
 	struct Host *next;
 	char *uri;
 	virConnectPtr conn; /* NULL: none */
-	bool opening;
+	int64_t opening;	/* since when somebody opens it, 0: nobody does */
 } Host;
 
 typedef struct Busy
@@ -222,25 +223,57 @@ classify(const virError *error, const char *message)
 	return says_no_room(message) ? CLASS_CAPACITY : CLASS_PERMANENT;
 }
 
-bool
-lv_fail_libvirt(LvJob *job, const char *what)
+static bool
+is_alive(const LvJob *job)
 {
-	virErrorPtr error = virGetLastError();
-	const char *message;
-	char code[32];
+	return virConnectIsAlive(job->conn) == 1;
+}
+
+static bool
+fail_by(LvJob *job, const virError *error, const char *what)
+{
+	bool first = !job->failed;
 
 	if (error == NULL || error->code == VIR_ERR_OK)
-		return lv_fail(job, CLASS_PERMANENT, "Libvirt", "%s: failed without a reason", what);
-	message = error->message != NULL ? error->message : "no message";
-	snprintf(code, sizeof(code), "Libvirt%d", error->code);
-	lv_fail(job, classify(error, message), code, "%s: %s", what, message);
+		lv_fail(job, CLASS_PERMANENT, "Libvirt", "%s: failed without a reason", what);
+	else
+	{
+		const char *message = error->message != NULL ? error->message : "no message";
+		char code[32];
+
+		snprintf(code, sizeof(code), "Libvirt%d", error->code);
+		lv_fail(job, classify(error, message), code, "%s: %s", what, message);
+		if (first && error->code == VIR_ERR_SYSTEM_ERROR)
+			job->error.system_error = error->int1;
+	}
 	/* what broke is the line, not the call */
-	if (job->conn != NULL && virConnectIsAlive(job->conn) != 1)
+	if (job->conn != NULL && !is_alive(job))
 	{
 		job->error.class = CLASS_TRANSIENT;
 		job->error.no_answer = true;
 	}
 	return false;
+}
+
+bool
+lv_fail_libvirt(LvJob *job, const char *what)
+{
+	return fail_by(job, virGetLastError(), what);
+}
+
+bool
+lv_alive(LvJob *job, const char *what)
+{
+	virErrorPtr error;
+
+	if (job->failed)
+		return false;
+	error = virSaveLastError();
+	if (!is_alive(job))
+		fail_by(job, error, what);
+	if (error != NULL)
+		virFreeError(error);
+	return !job->failed;
 }
 
 bool
@@ -314,10 +347,18 @@ find_host(const char *uri)
 	return host;
 }
 
+/* Whether somebody opens its connection who is not given up yet; under the lock. */
+static bool
+is_being_opened(const Host *host)
+{
+	return host->opening != 0 && lv_now() < host->opening + OPEN_LOST_MS;
+}
+
 bool
 lv_connect(LvJob *job)
 {
 	int64_t until = lv_now() + OPEN_PATIENCE_MS;
+	int64_t began = 0;
 	struct timespec at;
 	virConnectPtr conn = NULL;
 	virConnectPtr dead = NULL;
@@ -331,12 +372,12 @@ lv_connect(LvJob *job)
 
 	pthread_mutex_lock(&lock);
 	host = find_host(job->uri);
-	while (host->opening)
+	while (is_being_opened(host))
 	{
 		if (pthread_cond_timedwait(&opened, &lock, &at) == ETIMEDOUT)
 			break;
 	}
-	if (host->opening)
+	if (is_being_opened(host))
 	{
 		pthread_mutex_unlock(&lock);
 		return lv_fail(job, CLASS_TRANSIENT, "NoConnection",
@@ -351,7 +392,7 @@ lv_connect(LvJob *job)
 	{
 		dead = host->conn;
 		host->conn = NULL;
-		host->opening = true;
+		host->opening = began = lv_now();
 	}
 	pthread_mutex_unlock(&lock);
 	if (conn != NULL)
@@ -368,11 +409,15 @@ lv_connect(LvJob *job)
 		(void) virConnectSetKeepAlive(conn, KEEPALIVE_S, KEEPALIVE_COUNT);
 
 	pthread_mutex_lock(&lock);
-	host->opening = false;
-	host->conn = conn;
-	if (conn != NULL)
-		virConnectRef(conn);
-	pthread_cond_broadcast(&opened);
+	/* who is late has been replaced: the connection is for this job only */
+	if (host->opening == began)
+	{
+		host->opening = 0;
+		host->conn = conn;
+		if (conn != NULL)
+			virConnectRef(conn);
+		pthread_cond_broadcast(&opened);
+	}
 	pthread_mutex_unlock(&lock);
 
 	if (conn == NULL)
@@ -419,6 +464,7 @@ lv_pool(LvJob *job, const char *directory)
 {
 	char *name = pool_name(directory);
 	char *xml = lv_pool_xml(name, directory);
+	char *what = lv_format("directory \"%s\"", directory);
 	virStoragePoolPtr pool = NULL;
 
 	/* Another thread, or another client, may make it at the same time. */
@@ -427,22 +473,26 @@ lv_pool(LvJob *job, const char *directory)
 		pool = virStoragePoolLookupByName(job->conn, name);
 		if (pool == NULL && lv_error_code() == VIR_ERR_NO_STORAGE_POOL)
 			pool = virStoragePoolLookupByTargetPath(job->conn, directory);
-		if (pool == NULL && virConnectIsAlive(job->conn) == 1)
+		if (pool == NULL && lv_alive(job, what))
 			pool = virStoragePoolCreateXML(job->conn, xml, 0);
 	}
-	if (pool != NULL && virStoragePoolIsActive(pool) == 0 && virStoragePoolCreate(pool, 0) < 0 &&
-		virStoragePoolIsActive(pool) == 0)
-	{
-		virStoragePoolFree(pool);
-		pool = NULL;
-	}
 	if (pool == NULL)
-	{
-		char *what = lv_format("directory \"%s\"", directory);
-
 		lv_fail_libvirt(job, what);
-		free(what);
+	else if (virStoragePoolIsActive(pool) == 0 && virStoragePoolCreate(pool, 0) < 0)
+	{
+		virErrorPtr error = virSaveLastError();
+
+		/* unless another thread has just done so */
+		if (virStoragePoolIsActive(pool) != 1)
+		{
+			fail_by(job, error, what);
+			virStoragePoolFree(pool);
+			pool = NULL;
+		}
+		if (error != NULL)
+			virFreeError(error);
 	}
+	free(what);
 	free(name);
 	free(xml);
 	return pool;

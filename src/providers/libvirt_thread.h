@@ -31,7 +31,8 @@
 typedef struct LvError
 {
 	ErrorClass class;
-	bool no_answer; /* the connection failed under the call: it may have taken effect */
+	bool no_answer;	  /* the connection failed under the call: it may have taken effect */
+	int system_error; /* errno on the host, if libvirt told one */
 	char code[64];
 	char message[480];
 } LvError;
@@ -79,6 +80,14 @@ extern char *lv_format(const char *format, ...) __attribute__((format(printf, 1,
 extern bool lv_fail(LvJob *job, ErrorClass class, const char *code, const char *format, ...)
 	__attribute__((format(printf, 4, 5)));
 extern bool lv_fail_libvirt(LvJob *job, const char *what);
+
+/*
+ * Whether the job's connection has survived the call that has just failed; if
+ * not, the job fails by that call's error.  To be asked in place of
+ * virConnectIsAlive(), which forgets libvirt's last error, as every call does,
+ * also those that free something.
+ */
+extern bool lv_alive(LvJob *job, const char *what);
 
 /* Code of libvirt's last error on this thread, VIR_ERR_OK if there is none. */
 extern int lv_error_code(void);
@@ -158,8 +167,11 @@ extern bool lv_inspect(LvJob *job);
 
 /* ---- libvirt_check.c: what a host can do ---- */
 
-/* Whether the hypervisor offers KVM, which is not to say that it works. */
-extern bool lv_has_kvm(LvJob *job);
+/*
+ * Find out whether the hypervisor offers KVM, which is not to say that it works.
+ * Fails when it does not tell what it offers.
+ */
+extern bool lv_has_kvm(LvJob *job, bool *kvm);
 
 extern bool lv_probe(LvJob *job);
 extern bool lv_check(LvJob *job);

@@ -12,6 +12,7 @@
  *
  *-------------------------------------------------------------------------
  */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -173,8 +174,8 @@ make_volume(LvJob *job, virStoragePoolPtr pool, const char *suffix, const char *
 		return NULL;
 	job->mutating = true;
 	volume = virStorageVolCreateXML(pool, xml, 0);
-	if (volume == NULL && virConnectIsAlive(job->conn) == 1 &&
-		virStoragePoolRefresh(pool, 0) == 0 && remove_volume(job, pool, suffix) && lv_in_time(job))
+	if (volume == NULL && lv_alive(job, suffix) && virStoragePoolRefresh(pool, 0) == 0 &&
+		remove_volume(job, pool, suffix) && lv_in_time(job))
 		volume = virStorageVolCreateXML(pool, xml, 0);
 	if (volume == NULL)
 		lv_fail_libvirt(job, suffix);
@@ -194,9 +195,12 @@ upload(LvJob *job, virStorageVolPtr volume)
 		bool mock = lv_error_code() == VIR_ERR_NO_SUPPORT &&
 					strcmp(virConnectGetType(job->conn), "TEST") == 0;
 
+		/* before the stream is freed, which forgets the error */
+		if (!mock)
+			lv_fail_libvirt(job, "upload of the boot disk");
 		if (stream != NULL)
 			virStreamFree(stream);
-		return mock || lv_fail_libvirt(job, "upload of the boot disk");
+		return mock;
 	}
 	while (sent < job->script_len)
 	{
@@ -312,8 +316,10 @@ start_domain(LvJob *job, const LvMachine *machine)
 		job->failed = false;
 		if (!find_domain(job, &domain) || domain == NULL)
 		{
+			bool kvm;
+
 			job->failed = false;
-			if (machine->kvm && virConnectIsAlive(job->conn) == 1 && !lv_has_kvm(job))
+			if (machine->kvm && lv_has_kvm(job, &kvm) && !kvm)
 				return lv_fail(job, CLASS_TRANSIENT, LV_NO_KVM,
 							   "there is no KVM on the host any more");
 			job->failed = true;
@@ -337,9 +343,15 @@ lv_launch(LvJob *job)
 		return false;
 	if (domain != NULL)
 	{
-		describe(job, domain);
+		const char *state = lv_state_name(domain);
+
+		/* a libvirtd that was started anew takes down a VM whose start was interrupted */
+		if (state == NULL || strcmp(state, "running") != 0)
+			lv_fail(job, CLASS_TRANSIENT, "NotRunning", "the domain is there, but does not run");
+		else
+			describe(job, domain);
 		virDomainFree(domain);
-		return true;
+		return !job->failed;
 	}
 
 	pool = lv_pool(job, lv_text(job, "directory"));
@@ -437,7 +449,7 @@ lv_terminate(LvJob *job)
 
 	/* no directory, no files; but there may be a domain */
 	pool = lv_pool(job, lv_text(job, "directory"));
-	if (pool == NULL && job->error.class != CLASS_PERMANENT)
+	if (pool == NULL && (job->error.no_answer || job->error.system_error != ENOENT))
 		return false;
 	if (pool != NULL)
 	{

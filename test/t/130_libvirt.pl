@@ -95,4 +95,8 @@ await($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0, 
 like($answer, qr/"what": "directory"/, 'check_provider() tells');
 like($state, qr/BadShape: the host's directory is longer/, 'the directory is too long for a socket');
 await($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0, timeout => 120, name => 'and the session can end');
+($answer, $state) = fails_on('a hypervisor that does not tell what it has', uri => 'test:///default', accel => 'auto');
+like($state, qr/provider_error Libvirt\d+: capabilities/, 'it cannot be asked for KVM');
+is(sql('SELECT kvm IS NULL FROM agentvm.host'), 't', 'and nothing is learned from that');
+await($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0, timeout => 120);
 done_testing();

@@ -54,6 +54,7 @@ is(sql("SELECT vm_id, region, attempt FROM agentvm.sessions WHERE session_id = '
 is(sql('SELECT kvm FROM agentvm.host'), 'f', 'and of the host: no guest runs under KVM there');
 is("@{[ $libvirt->domains ]}", "agentvm-$session", 'one domain');
 is("@{[ $libvirt->files ]}", "$session.boot", 'one file: no runtime, no socket');
+fails_with($node, "UPDATE agentvm.host SET directory = '/tmp'", '55006', qr/host "here" has VMs/, 'where they are is not changed');
 is(inspected($session, qw(state vm_id host accel vcpus memory_mib)), "running agentvm-$session here tcg 1 256", 'inspect()');
 my $xml = $libvirt->virsh('dumpxml', "agentvm-$session");
 like($xml, qr{<agentvm:vm xmlns:agentvm="urn:agentvm:vm">\s*<agentvm:cluster>\Q@{[ sql('SELECT installation_id FROM agentvm.installation') ]}\E</agentvm:cluster>\s*<agentvm:session>$session</agentvm:session>\s*<agentvm:team>acme<}, 'the metadata');
@@ -161,6 +162,15 @@ $session = provision($node, 'acme', "profile => 'plain'");
 await_state($node, $session, 'ready', timeout => 120);
 is(inspected($session, 'accel') . ' ' . sql('SELECT kvm FROM agentvm.host'), 'tcg f', 'a host that has had KVM, and has it no more: the VM runs without');
 ends($session);
+SKIP:
+{
+	skip 'KVM is not offered here', 2 unless sql("SELECT agentvm.check_provider('acme') #>> '{hosts,here,kvm_offered}'") eq 'true';
+	sql("UPDATE agentvm.host SET kvm = NULL; SELECT agentvm.set_provider('acme', 'libvirt', " . json({ %$image, kernel => '/nonexistent/kernel' }) . ')');
+	$session = provision($node, 'acme', "profile => 'plain'");
+	await_state($node, $session, 'failed', timeout => 120);
+	like(state_of($node, $session), qr/^failed provider_error/, 'a kernel that is not there');
+	is(sql('SELECT kvm IS NULL FROM agentvm.host'), 't', 'says nothing about KVM');
+}
 sql("SELECT agentvm.set_provider('acme', 'libvirt', " . json({ %$image, disk => '/nonexistent/disk' }) . ')');
 like(sql("SELECT agentvm.check_provider('acme') #> '{hosts,here,problems}'"), qr/"what": "disk".*nonexistent/, 'an image that is not there');
 chmod(0, $image->{initrd});

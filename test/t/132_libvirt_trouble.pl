@@ -121,6 +121,29 @@ await($node, "SELECT agentvm.inspect('$steady') ->> 'state'", 'running', timeout
 isnt($libvirt->daemon, $daemon, 'another one');
 is($libvirt->qemu($steady), $qemu, 'the same QEMU');
 
+# ---- libvirtd dies in the middle of a launch: it is repeated ----
+foreach my $wait (0, 0.02, 0.05, 0.1, 0.2)
+{
+	$session = provision($node, 'acme', "profile => 'plain'");
+	await($node, "SELECT count(*) > 0 FROM agentvm.session WHERE session_id = '$session' AND handle ? 'sent_at'", 't', name => 'a launch is sent');
+	sleep $wait;
+	kill('KILL', $libvirt->daemon // ());
+	await_state($node, $session, 'ready', timeout => 120, name => "libvirtd died $wait s later: ready all the same");
+	is(inspected($session), 'running', 'there it is');
+	ends($session);
+}
+
+# ---- its directory cannot be read when it is to end: the end waits, so that nothing stays ----
+$session = launched();
+chmod(0, $libvirt->vms);
+kill('KILL', $libvirt->daemon);
+terminate($session);
+await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND detail ->> 'error' ~ 'directory.*Permission denied'", 't', timeout => 120, name => 'it is told');
+is(sql("SELECT state FROM agentvm.sessions WHERE session_id = '$session'"), 'terminating', 'and not over');
+chmod(0700, $libvirt->vms);
+await_state($node, $session, 'terminated', timeout => 120);
+$libvirt->nothing_left($session);
+
 # ---- a libvirtd that does not even take a connection: one thread waits for it, the others do not ----
 $daemon = stop_daemon();
 $node->restart;
