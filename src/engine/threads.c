@@ -176,13 +176,15 @@ add_thread(void)
 {
 	pthread_attr_t attributes;
 	pthread_t thread;
+	sigset_t blocked = BlockSig;
 	sigset_t before;
 
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attributes, STACK_BYTES);
-	/* all but faults, which would kill without a trace */
-	pthread_sigmask(SIG_SETMASK, &BlockSig, &before);
+	/* all but faults, which would kill without a trace; SIGQUIT's handler is the main thread's, too */
+	sigaddset(&blocked, SIGQUIT);
+	pthread_sigmask(SIG_SETMASK, &blocked, &before);
 	no_more_threads = pthread_create(&thread, &attributes, thread_main, NULL) != 0;
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);

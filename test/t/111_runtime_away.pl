@@ -57,7 +57,7 @@ for ([ "POST /v1/heartbeat HTTP/1.1\r\n", "Content-Length: 2\r\n\r\n{}", qr/^HTT
 # ---- a lost reply: the bootstrap commits when nobody waits for it any more ----
 my $id = launched();
 my $holder = $node->background_psql('postgres');
-$holder->query_safe("BEGIN; SELECT FROM agentvm.session WHERE session_id = '$id' FOR UPDATE");
+$holder->query_safe('BEGIN; LOCK TABLE agentvm.session_heartbeat IN EXCLUSIVE MODE');
 my $vm = AgentVM::VM->new($url, bootstrap_token($node, $id))->start;
 await($node, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'gw' AND wait_event_type = 'Lock'", 1, name => 'a bootstrap is under way');
 $gateway->stop('KILL');
