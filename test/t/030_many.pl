@@ -4,6 +4,8 @@ use warnings;
 use AgentVM::EC2;
 use AgentVM::Test;
 use IPC::Run qw(start);
+use JSON::PP;
+use List::Util qw(sum);
 use PostgreSQL::Test::Utils;
 use Test::More;
 
@@ -26,16 +28,22 @@ await($node, q{SELECT count(*) FROM agentvm.sessions WHERE state = 'terminated'}
 append_to_file($stop, '');
 $_->finish for @callers;
 
+# Under load the cloud itself fails now and then; then, and only then, is a call made again
+my @failed = map { decode_json($_) } split /\n/, $node->safe_psql('postgres', q{SELECT detail FROM agentvm.session_event WHERE kind = 'provider_call' AND detail ? 'error_class'});
+diag(encode_json($_)) for @failed;
+is(scalar(grep { $_->{error_class} ne 'transient' } @failed), 0, 'no call has failed for a reason of its own');
+my $failed = sub { my ($operation) = @_; return scalar grep { $_->{operation} eq $operation } @failed; };
+
 my (%launches, %ends, %tags);
 $launches{ $_->{args}{ClientToken} }++ for $faults->requests('RunInstances');
 $ends{ $_->{args}{'InstanceId.1'} }++ for $faults->requests('TerminateInstances');
 $tags{ $_->{tags}{'agentvm-session-id'} }++ for $moto->instances;
 is(scalar keys %launches, $sessions, 'a token for each session');
-is(scalar(grep { $_ != 1 } values %launches), 0, 'and each was used once');
+is(sum(values %launches), $sessions + $failed->('RunInstances'), 'and each was used once');
 is(scalar keys %tags, $sessions, 'an instance for each session, in any state');
 is(scalar(grep { $_ != 1 } values %tags), 0, 'and one only');
 is(join(' ', sort keys %ends), join(' ', sort map { $_->{id} } @vms), 'each instance was ended');
-is(scalar(grep { $_ != 1 } values %ends), 0, 'once');
+is(sum(values %ends), $sessions + $failed->('TerminateInstances'), 'once');
 is(scalar $moto->running, 0, 'nothing runs');
 is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.sessions WHERE purchase = $$spot$$ AND attempt = 1'), $sessions, 'at the first attempt');
 my $handled = 0;
@@ -43,5 +51,5 @@ $handled += $_ for map { /^(\d+)$/mg } @outputs;
 cmp_ok($handled, '>', 0, 'callers of dispatch() took part');
 is(join('', @errors), '', 'without errors');
 cmp_ok($node->safe_psql('postgres', 'SELECT count(*) FILTER (WHERE claimed > 0) FROM agentvm.stat_dispatcher'), '>=', 2, 'as did several dispatchers');
-is($node->safe_psql('postgres', q{SELECT sum(credentials + capacity + throttled + quota + not_found + transient + permanent) FROM agentvm.stat_provider}), 0, 'no call has failed');
+is($node->safe_psql('postgres', q{SELECT sum(credentials + capacity + throttled + quota + not_found + transient + permanent) FROM agentvm.stat_provider}), scalar @failed, 'no other call has failed');
 done_testing();
