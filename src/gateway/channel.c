@@ -207,14 +207,10 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 				status = 404;
 			else if (server->draining)
 				status = 503;
-			else if (!may_try_tokens(server, wsi))
-				status = 429;
-			else if (!read_token(wsi, hash))
-				status = 401;
+			else
+				status = check_token(server, wsi, true, hash);
 			if (status == 0)
 				return 0;
-			if (status == 401)
-				note_refused(server, wsi);
 			refuse_upgrade(wsi, status);
 			return -1;
 		}

@@ -335,14 +335,14 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 		refuse(exchange, 413);
 	else if (server->draining)
 		refuse(exchange, 503);
-	else if (!may_try_tokens(server, wsi))
-		refuse(exchange, 429);
-	else if (!read_token(wsi, exchange->hash))
+	else
 	{
-		note_refused(server, wsi);
-		refuse(exchange, 401);
+		int status = check_token(server, wsi, !exchange->is_bootstrap, exchange->hash);
+
+		if (status != 0)
+			refuse(exchange, status);
+		/* else its body follows, even if it is empty */
 	}
-	/* else its body follows, even if it is empty */
 }
 
 static void

@@ -71,7 +71,7 @@ static const struct
 	{"request-timeout", OPTION_NUMBER, AT(request_timeout_s), 1, 600, "10",
 	 "seconds in which a whole request must have arrived"},
 	{"unauthenticated-rate", OPTION_NUMBER, AT(unauthenticated_rate), 1, 1000000, "60",
-	 "refused tokens per address and minute, beyond which it gets 429"},
+	 "refused tokens per address and minute, beyond which those that are not known get 429"},
 	{"drain", OPTION_NUMBER, AT(drain_s), 0, 600, "10",
 	 "seconds for open requests to finish after SIGTERM"},
 	{"log-level", OPTION_LEVEL, AT(log_level), 0, 0, "info", "debug, info, warning or error"},

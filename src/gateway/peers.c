@@ -93,7 +93,7 @@ forget_peers(Server *server)
 	}
 }
 
-bool
+static bool
 may_try_tokens(Server *server, struct lws *wsi)
 {
 	Peer *peer = lws_get_opaque_user_data(wsi);
@@ -132,4 +132,19 @@ read_token(struct lws *wsi, uint8_t *hash)
 	ok = EVP_Digest(token, strlen(token), hash, NULL, EVP_sha256(), NULL) == 1;
 	OPENSSL_cleanse(header, sizeof(header));
 	return ok;
+}
+
+int
+check_token(Server *server, struct lws *wsi, bool is_of_session, uint8_t *hash)
+{
+	bool is_token = read_token(wsi, hash);
+
+	if (is_token && is_of_session && sessions_know(server->sessions, hash))
+		return 0;
+	if (!may_try_tokens(server, wsi))
+		return 429;
+	if (is_token)
+		return 0;
+	note_refused(server, wsi);
+	return 401;
 }

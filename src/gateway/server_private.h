@@ -67,12 +67,18 @@ extern void peer_address(struct lws *wsi, int fd, char *address, size_t size);
 /* Drop the counters of addresses without connections and with nothing to remember. */
 extern void forget_peers(Server *server);
 
-/* Whether this connection's address may still have tokens looked at; count one that was refused. */
-extern bool may_try_tokens(Server *server, struct lws *wsi);
-extern void note_refused(Server *server, struct lws *wsi);
-
 /* The SHA-256 of the request's bearer token; false when there is none that could be one. */
 extern bool read_token(struct lws *wsi, uint8_t *hash);
+
+/*
+ * The same, if it may be looked up: returns 0, or 401 when there is none that could
+ * be one, or 429 when too many of this connection's address have been refused.  A
+ * session token that we know is good at any time, whoever else is behind the address.
+ */
+extern int check_token(Server *server, struct lws *wsi, bool is_of_session, uint8_t *hash);
+
+/* Count a token that was refused. */
+extern void note_refused(Server *server, struct lws *wsi);
 
 /* ---- http.c, channel.c ---- */
 

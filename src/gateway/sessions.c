@@ -546,6 +546,12 @@ sessions_heartbeat(Sessions *sessions, const uint8_t *hash, RequestDone done, vo
 	return ask(sessions, hash, true, done, arg);
 }
 
+bool
+sessions_know(Sessions *sessions, const uint8_t *hash)
+{
+	return find(sessions, hash) != NULL;
+}
+
 /* ---- ends that the database tells of ---- */
 
 static void

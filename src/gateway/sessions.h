@@ -60,6 +60,9 @@ extern Request *sessions_authenticate(Sessions *sessions, const uint8_t *hash, R
 extern Request *sessions_heartbeat(Sessions *sessions, const uint8_t *hash, RequestDone done,
 								   void *arg);
 
+/* Whether the session of this token is remembered: the database need not be asked whose it is. */
+extern bool sessions_know(Sessions *sessions, const uint8_t *hash);
+
 /* Nobody waits for the answer any more; what was asked may still take effect. */
 extern void request_forget(Request *request);
 
