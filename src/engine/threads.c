@@ -17,7 +17,6 @@
 #include "postgres.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
@@ -27,8 +26,8 @@
 #include "agentvm.h"
 #include "engine/threads.h"
 #include "lib/ilist.h"
-#include "libpq/pqsignal.h"
 #include "providers/provider.h"
+#include "signals.h"
 #include "storage/fd.h"
 #include "storage/ipc.h"
 
@@ -176,17 +175,14 @@ add_thread(void)
 {
 	pthread_attr_t attributes;
 	pthread_t thread;
-	sigset_t blocked = BlockSig;
-	sigset_t before;
+	sigset_t saved;
 
 	pthread_attr_init(&attributes);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attributes, STACK_BYTES);
-	/* all but faults, which would kill without a trace; SIGQUIT's handler is the main thread's, too */
-	sigaddset(&blocked, SIGQUIT);
-	pthread_sigmask(SIG_SETMASK, &blocked, &before);
+	signals_block(&saved);
 	no_more_threads = pthread_create(&thread, &attributes, thread_main, NULL) != 0;
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	signals_restore(&saved);
 	pthread_attr_destroy(&attributes);
 	if (!no_more_threads)
 		nthreads++;

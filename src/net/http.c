@@ -41,7 +41,6 @@
 
 #include <curl/curl.h>
 #include <malloc.h>
-#include <signal.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
@@ -52,6 +51,7 @@
 #include "storage/fd.h"
 
 #include "net/http.h"
+#include "signals.h"
 
 #define DEFAULT_TIMEOUT_MS 30000
 #define CONNECT_TIMEOUT_MS 10000
@@ -109,30 +109,6 @@ struct HttpCall
 static bool curl_ready = false;
 
 StaticAssertDecl(HTTP_MAX_REPLY == 1024 * 1024, "on_body names another limit");
-
-/* ---- signals ---- */
-
-/* Block all signals but those that a fault of our own raises. */
-static void
-block_signals(sigset_t *saved)
-{
-	sigset_t all;
-
-	sigfillset(&all);
-	sigdelset(&all, SIGSEGV);
-	sigdelset(&all, SIGBUS);
-	sigdelset(&all, SIGFPE);
-	sigdelset(&all, SIGILL);
-	sigdelset(&all, SIGABRT);
-	sigdelset(&all, SIGTRAP);
-	sigprocmask(SIG_SETMASK, &all, saved);
-}
-
-static void
-restore_signals(const sigset_t *saved)
-{
-	sigprocmask(SIG_SETMASK, saved, NULL);
-}
 
 /* ---- callbacks of libcurl: no ereport, no palloc ---- */
 
@@ -331,10 +307,10 @@ init_curl(void)
 		return;
 	if (IsPostmasterEnvironment && !IsUnderPostmaster)
 		elog(ERROR, "HTTP is not to be used in the postmaster");
-	block_signals(&saved);
+	signals_block(&saved);
 	rc = curl_global_init_mem(CURL_GLOBAL_DEFAULT, malloc, wiping_free, wiping_realloc, strdup,
 							  calloc);
-	restore_signals(&saved);
+	signals_restore(&saved);
 	if (rc != CURLE_OK)
 		ereport(ERROR, (errcode(ERRCODE_SYSTEM_ERROR),
 						errmsg("could not initialize libcurl: %s", curl_easy_strerror(rc))));
@@ -426,7 +402,7 @@ free_call(HttpCall *call)
 	HttpClient *client = call->client;
 	sigset_t saved;
 
-	block_signals(&saved);
+	signals_block(&saved);
 	if (call->added)
 		curl_multi_remove_handle(client->multi, call->easy);
 	/* Not kept for another call: curl_easy_reset() would leave the keys in it. */
@@ -435,7 +411,7 @@ free_call(HttpCall *call)
 	client->in_flight--;
 	if (client->in_flight == 0)
 		on_timer(client->multi, -1, client);
-	restore_signals(&saved);
+	signals_restore(&saved);
 
 	/* A header may be a session token, the body may hold a bootstrap token. */
 	for (struct curl_slist *header = call->headers; header != NULL; header = header->next)
@@ -461,10 +437,10 @@ http_client_destroy(HttpClient *client)
 	while (!dlist_is_empty(&client->ended))
 		free_call(dlist_head_element(HttpCall, node, &client->ended));
 
-	block_signals(&saved);
+	signals_block(&saved);
 	if (client->multi != NULL)
 		curl_multi_cleanup(client->multi);
-	restore_signals(&saved);
+	signals_restore(&saved);
 
 	if (client->timer_fd >= 0)
 		close(client->timer_fd);
@@ -701,7 +677,7 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	INSTR_TIME_SET_CURRENT(call->started);
 
 	/* From here on nothing raises. */
-	block_signals(&saved);
+	signals_block(&saved);
 	if (client->broken && dlist_is_empty(&client->running))
 		forget_connections(client);
 	dlist_push_tail(&client->running, &call->node);
@@ -726,7 +702,7 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 		client->wake = true;
 		on_timer(client->multi, 0, client);
 	}
-	restore_signals(&saved);
+	signals_restore(&saved);
 	return call;
 }
 
@@ -741,7 +717,7 @@ http_run(HttpClient *client)
 	int left;
 	int running;
 
-	block_signals(&saved);
+	signals_block(&saved);
 	client->wake = false;
 
 	/* The set is level triggered: what is not reached today wakes the caller again. */
@@ -798,7 +774,7 @@ http_run(HttpClient *client)
 	/* A multi handle that fails does so for good: end all, http_start makes a new one. */
 	while (client->broken && !dlist_is_empty(&client->running))
 		end_call(dlist_head_element(HttpCall, node, &client->running), CURLE_ABORTED_BY_CALLBACK);
-	restore_signals(&saved);
+	signals_restore(&saved);
 }
 
 /* Why there is no reply, without anything that the other side may have sent. */

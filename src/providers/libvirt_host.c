@@ -14,7 +14,6 @@
  */
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +23,7 @@
 #include <libxml/parser.h>
 
 #include "providers/libvirt_thread.h"
+#include "signals.h"
 
 #define KEEPALIVE_S 5
 #define KEEPALIVE_COUNT 3
@@ -310,8 +310,7 @@ begin(void)
 	pthread_condattr_t attributes;
 	pthread_attr_t detached;
 	pthread_t thread;
-	sigset_t all;
-	sigset_t before;
+	sigset_t saved;
 
 	pthread_condattr_init(&attributes);
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -320,12 +319,11 @@ begin(void)
 	virSetErrorFunc(NULL, say_nothing);
 	if (virInitialize() < 0 || virEventRegisterDefaultImpl() < 0)
 		return;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
+	signals_block(&saved);
 	pthread_attr_init(&detached);
 	pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
 	(void) pthread_create(&thread, &detached, run_events, NULL);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	signals_restore(&saved);
 }
 
 static Host *

@@ -30,7 +30,7 @@ static const ProviderOption blocking_options[] = {
 	{"directory", 's', true, "where the VMs are, without a host"},
 	{"sleep_ms", 'i', true, "how long each call takes"},
 	{"hang", 's', true, "the call that hangs: create, destroy, inspect or check"},
-	{"fail", 's', true, "how create fails: capacity, permanent, silent or large"},
+	{"fail", 's', true, "how create fails: capacity, permanent, silent, large, or away until go"},
 	{"kvm", 'i', true, "what create learns of the host: 1 or -1"},
 	{"timeout_ms", 'i', true, "of each call"},
 	{NULL}};
@@ -133,7 +133,12 @@ make_call(const BlockingCall *call, BlockingReply *reply)
 			reply->body = calloc(1, reply->body_len);
 			return;
 		}
-		if (strcmp(fail, "none") != 0)
+		if (strcmp(fail, "away") == 0 && access(go, F_OK) != 0)
+		{
+			reply->error = strdup("nobody is there");
+			return;
+		}
+		if (strcmp(fail, "none") != 0 && strcmp(fail, "away") != 0)
 		{
 			say(reply, strcmp(fail, "capacity") == 0 ? 503 : 400, "no");
 			return;
@@ -198,6 +203,8 @@ refuse(const ProviderContext *context, ProviderStep *step)
 	step->error_code =
 		reply->status == 0 ? (reply->maybe_sent ? "NoAnswer" : "NotSent") : "Refused";
 	step->error_message = reply->status == 0 ? reply->error : reply->body;
+	if (reply->status == 0 && !reply->maybe_sent)
+		step->handle = handle_set_text(context->handle, AVM_HOST_USED, NULL);
 }
 
 static void

@@ -59,11 +59,23 @@ $blocking->hang_again;
 
 sql("ALTER SYSTEM RESET agentvm.lease; SELECT pg_reload_conf()");
 
-# ---- the database of a hung call is dropped; so is the extension ----
+# ---- another database: who asks much in this one leaves it room to ask ----
 $node->safe_psql('postgres', 'CREATE DATABASE served');
 create_extension($node, 'served');
-$node->safe_psql('served', "SELECT agentvm.create_team('acme')");
+$node->safe_psql('served', "SELECT agentvm.create_team('acme'); SELECT agentvm.set_provider('acme', 'blocking', " . $blocking->options . ')');
 await($node, "SELECT count(*) FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, dbname => 'served', name => 'a runner of its own', timeout => 120);
+sql("SELECT agentvm.set_provider('globex', 'blocking', " . $blocking->options(hang => 'check') . ')');
+my @askers = map { AgentVM::Client->new($node) } 1 .. 10;
+$_->send("SELECT agentvm.check_provider('globex', 'blocking')") foreach @askers;
+await($node, "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND wait_event_type = 'Extension' AND pid IN (" . join(', ', map { $_->pid } @askers) . ')', 10, name => 'more questions than there are places');
+prompt($node, "SELECT agentvm.check_provider('acme', 'blocking')", 4, 'another database asks', undef, dbname => 'served');
+is(scalar(grep { $_->busy } @askers), 10, 'while all of these wait');
+$blocking->release;
+is(join(' ', map { $_->answer } @askers), join(' ', ('{"says": "fine"}') x 10), 'and are answered in the end');
+$_->quit foreach @askers;
+$blocking->hang_again;
+
+# ---- the database of a hung call is dropped; so is the extension ----
 $node->safe_psql('served', "SELECT agentvm.provision('acme', " . join(', ', $blocking->with(hang => 'create')) . ')');
 await($node, "SELECT in_flight FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, dbname => 'served');
 prompt($node, 'DROP DATABASE served', 1, 'DROP DATABASE with a call that hangs in it');

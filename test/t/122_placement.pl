@@ -107,7 +107,36 @@ ok(-e "$dir/second/$vm.vm", 'the next VM is at the new place');
 sql("SELECT agentvm.terminate('$vm')");
 await_state($node, $vm, 'terminated');
 ok(!-e "$dir/second/$vm.vm", 'and found there');
-sql("UPDATE agentvm.host SET directory = '$dir', vcpus = 100, enabled = true");
+
+# ---- nor under a session that is placed, but has nothing there yet: a launch waits for a change, and a change for a launch ----
+$vm = placed('acme', fail => 'away');
+await($node, "SELECT detail ~ 'NotSent' FROM agentvm.sessions WHERE session_id = '$vm'", 't', name => 'a launch that could not be sent');
+is(used(), 'one 1 1 512', 'it has its place');
+$admin->run('BEGIN');
+$admin->run("UPDATE agentvm.host SET directory = '$dir' WHERE name = 'one'");
+append_to_file("$dir/second/go", '');
+await($node, "SELECT detail ~ 'HostLocked' OR state <> 'provisioning' FROM agentvm.sessions WHERE session_id = '$vm'", 't', name => 'its host is being changed');
+$admin->run('COMMIT');
+await($node, "SELECT detail ~ 'NotSent' FROM agentvm.sessions WHERE session_id = '$vm'", 't', name => 'so it is not launched at the old place, but tried at the new one', timeout => 120);
+sql(<<'SQL');
+CREATE FUNCTION public.pause() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NULL; END';
+CREATE TRIGGER pause AFTER UPDATE ON agentvm.session FOR EACH ROW WHEN (NEW.handle ? 'host_used') EXECUTE FUNCTION public.pause();
+SQL
+my $holder = AgentVM::Client->new($node);
+$holder->run('SELECT pg_advisory_lock(1)');
+await($node, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'agentvm runner' AND wait_event = 'advisory'", 1, name => 'the next launch is about to be committed', timeout => 120);
+$admin->send("UPDATE agentvm.host SET directory = '$dir/second' WHERE name = 'one'");
+await($node, "SELECT wait_event_type FROM pg_stat_activity WHERE pid = " . $admin->pid, 'Lock', name => 'a change waits for that', timeout => 20);
+$blocking->release;
+$holder->run('SELECT pg_advisory_unlock(1)');
+$admin->answer;
+like($admin->error, qr/ERROR:  55006: host "one" has VMs/, 'and is refused');
+await_state($node, $vm, 'ready', timeout => 120);
+ok(-e "$dir/$vm.vm", 'the VM is where its host is said to be');
+$blocking->hang_again;
+sql("DROP TRIGGER pause ON agentvm.session; SELECT agentvm.terminate('$vm')");
+await_state($node, $vm, 'terminated');
+sql("UPDATE agentvm.host SET vcpus = 100, enabled = true");
 forget();
 
 # ---- a host is deleted, disabled and locked by others while sessions come and go ----

@@ -56,10 +56,10 @@ sub await_runner
 # SQL that must be done (or fail with the SQLSTATE) within so many seconds
 sub prompt
 {
-	my ($node, $sql, $seconds, $name, $sqlstate) = @_;
+	my ($node, $sql, $seconds, $name, $sqlstate, %opt) = @_;
 	my $started = time;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	$sqlstate ? fails_with($node, $sql, $sqlstate, undef, $name) : psql_ok($node, $sql, $name);
+	$sqlstate ? fails_with($node, $sql, $sqlstate, undef, $name, %opt) : psql_ok($node, $sql, $name, %opt);
 	my $took = time - $started;
 	return cmp_ok($took, '<', $seconds, sprintf('in %.2f s', $took));
 }
