@@ -69,6 +69,11 @@
 #define AvmLocalTransactionId() (MyProc->lxid)
 #endif
 
+/* 18 puts the marker before a declaration; gcc's form of it, which the others know, can stand there too. */
+#if PG_VERSION_NUM < 180000
+#define pg_noreturn pg_attribute_noreturn()
+#endif
+
 /* 18 carries the extension's name and version in the magic block. */
 #if PG_VERSION_NUM >= 180000
 #define AVM_MODULE_MAGIC(modname, modversion)                                                      \

@@ -149,7 +149,7 @@ extern void require_admin(const char *what);
  * Raise 42704: the same error for a team that does not exist and one that the
  * caller is no member of.
  */
-extern void raise_no_such_team(const char *team_id) pg_attribute_noreturn();
+pg_noreturn extern void raise_no_such_team(const char *team_id);
 
 /* ---- checking what callers hand in ---- */
 

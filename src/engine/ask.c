@@ -91,8 +91,8 @@ code_of(const ProviderStep *step)
 	return step->error_code ? step->error_code : error_class_name(step->error_class);
 }
 
-static void
-pg_attribute_noreturn() raise_refused(const Ask *asked, const ProviderStep *step)
+pg_noreturn static void
+raise_refused(const Ask *asked, const ProviderStep *step)
 {
 	ereport(ERROR, (errcode(reason_sqlstate(class_end_reason(step->error_class))),
 					errmsg("provider \"%s\" refused: %s", asked->provider->name, code_of(step)),

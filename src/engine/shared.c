@@ -72,10 +72,8 @@ make_gateway_channel(void)
 	uint64 random[2];
 
 	if (pg_strong_random(random, sizeof(random)))
-		snprintf(shared->gateway_channel, NAMEDATALEN,
-				 "agentvm_gateway_"
-				 "%016" INT64_MODIFIER "x%016" INT64_MODIFIER "x",
-				 random[0], random[1]);
+		snprintf(shared->gateway_channel, NAMEDATALEN, "agentvm_gateway_%016llx%016llx",
+				 (unsigned long long) random[0], (unsigned long long) random[1]);
 }
 
 const char *

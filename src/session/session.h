@@ -36,7 +36,6 @@ extern pg_uuid_t *session_id_argument(FunctionCallInfo fcinfo, int argument);
 extern void session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts);
 
 /* Raise the error that belongs to a session that is ending or has ended. */
-extern void session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts)
-	pg_attribute_noreturn();
+pg_noreturn extern void session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts);
 
 #endif /* AGENTVM_SESSION_SESSION_H */
