@@ -143,7 +143,7 @@ check-tap: tree
 		prove -I $(top_srcdir)/src/test/perl -I test/lib $(PROVE_FLAGS) $(PROVE_TESTS))
 
 # Style and static checks
-c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c test/sanitize/*.c test/fuzz/*.c)
+c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c test/sanitize/*.c test/fuzz/*.c test/clients/*.c)
 scripts = $(shell find .ci test infra -type f -exec awk 'FNR == 1 && /^\#!.*bash/ { print FILENAME } { nextfile }' {} +)
 strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -c -o /dev/null \
 	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS)) -isystem $(shell $(PG_CONFIG) --includedir)

@@ -182,8 +182,10 @@ def part_bootstrap():
         assert vm.bootstrap(gateway)[1] == answer
         assert vm.bootstrap(gateway, session_token="another" * 8)[0] == 401
         assert vm.bootstrap(gateway, boot_id="boot-2")[0] == 401
+        assert vm.bootstrap(gateway, boot_id="b" * 128)[0] == 401 and vm.bootstrap(gateway, boot_id="b" * 129)[0] == 400
         for body in (b"", b"{", b"[]", b'{"boot_id": "b"}', b'{"boot_id": "", "session_token_sha256": "' + b"0" * 64 + b'"}',
-                     b'{"boot_id": "b", "session_token_sha256": "zz"}', b'{"boot_id": 5, "session_token_sha256": "' + b"0" * 64 + b'"}',
+                     b'{"boot_id": "b", "session_token_sha256": "zz"}', b'{"boot_id": "b", "session_token_sha256": "' + b"z" * 64 + b'"}',
+                     b'{"boot_id": 5, "session_token_sha256": "' + b"0" * 64 + b'"}',
                      b'{"boot_id": "\\u0000", "session_token_sha256": "' + b"0" * 64 + b'"}', b'{"a": 1, "a": 2}', b"\xff\xfe"):
             assert gateway.request("POST", "/v1/bootstrap", vm.bootstrap_token, body)[0] == 400, body
         # somebody holds a session's row, and its VM does not let go: nobody else waits for that
@@ -284,6 +286,13 @@ def part_channel():
                 assert await closed(channel) == 1007, bad
         async with gateway.channel(vm.session_token) as channel:
             await receive(channel)
+            await channel.send('{"type": "x"' + " " * 499 + "}")
+            await channel.send('{"type": "heartbeat"}')
+            assert (await receive(channel))["type"] == "deadline", "512 bytes are not too many"
+            await channel.send('{"type": "x"' + " " * 500 + "}")
+            assert await closed(channel) == 1009, "513 are"
+        async with gateway.channel(vm.session_token) as channel:
+            await receive(channel)
             await channel.send("x" * 100000)
             assert await closed(channel) == 1009
         async with gateway.channel(vm.session_token) as channel:
@@ -338,6 +347,14 @@ def part_database():
             assert await closed(channel) == 4410
     with Gateway() as gateway:
         asyncio.run(story(gateway))
+    # whatever is set for its role
+    sql("CREATE SCHEMA trap; CREATE FUNCTION trap.cardinality(uuid[]) RETURNS int LANGUAGE sql AS 'SELECT 1/0'; GRANT USAGE ON SCHEMA trap TO PUBLIC")
+    for name, what in (("search_path", "trap, pg_catalog"), ("default_transaction_read_only", "on"), ("statement_timeout", "1")):
+        sql(f"ALTER ROLE gw RESET ALL; ALTER ROLE gw SET {name} = {what}")
+        with Gateway() as gateway:
+            vm = VM(gateway)
+            assert [gateway.beat(vm)[0] for _ in range(10)] == [200] * 10, name
+    sql("ALTER ROLE gw RESET ALL; DROP SCHEMA trap CASCADE")
     # it starts without a database, too
     with Gateway("--database=host=/nonexistent user=gw", wait=False) as gateway:
         assert gateway.get("/healthz")[0] == 200 and gateway.get("/readyz")[0] == 503
@@ -402,6 +419,15 @@ def part_committed():
     proxy = Proxy()
     with Gateway(f"--database={proxy.conninfo}") as gateway:
         vm = VM(gateway)
+        # whoever has gone meanwhile gets no answer
+        proxy.holds = True
+        with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT) as one:
+            one.sendall(b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + b"0" * 64 + b"\r\nContent-Length: 2\r\n\r\n{}")
+            assert proxy.held.wait(TIMEOUT)
+        until(lambda: gateway.metric("agentvm_gateway_connections ") == 1, "it has gone")
+        proxy.holds = False
+        until(lambda: gateway.metric("agentvm_gateway_requests_waiting ") == 0, "it is over")
+        assert gateway.metric('agentvm_gateway_http_responses_total{status="401"}') == 0
         for committed in (True, False):
             until(lambda: gateway.beat(vm)[0] == 200, "it has its database")
             proxy.held.clear()
@@ -418,6 +444,14 @@ def part_committed():
             if committed:
                 assert connection.getresponse().status == 200
         until(lambda: gateway.beat(vm)[0] == 200, "it goes on")
+        # the statement works, the commit does not
+        before = vm.last_beat()
+        sql("CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'not committed'; END$$")
+        sql("CREATE CONSTRAINT TRIGGER fail AFTER INSERT OR UPDATE ON agentvm.session_heartbeat DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION fail()")
+        assert gateway.beat(vm)[0] == 503
+        assert vm.last_beat() == before
+        sql("DROP FUNCTION fail CASCADE")
+        assert gateway.beat(vm)[0] == 200
         assert gateway.metric("agentvm_gateway_requests_waiting ") == 0
 
 
@@ -433,6 +467,114 @@ def raw(gateway, data, wait=15):
         except ConnectionError:
             pass
     return answer, time.time() - began
+
+
+def upgrade(token):
+    return (b"GET /v1/channel HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+            b"Sec-WebSocket-Protocol: agentvm.v1\r\nAuthorization: Bearer " + token.encode() + b"\r\n\r\n")
+
+
+class Clock:
+    """Lets a gateway's time pass."""
+
+    def __init__(self):
+        self.file, library = os.path.join(DIR, f"clock_{time.time_ns()}"), os.path.join(DIR, "clock.so")
+        self.skipped = 0
+        self.skip(0)
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-D_GNU_SOURCE", "-o", library, os.path.join(os.path.dirname(__file__), "clock.c")], check=True)
+        self.environment = {"LD_PRELOAD": library, "CLOCK_FILE": self.file}
+
+    def skip(self, seconds):
+        self.skipped += seconds
+        with open(self.file, "r+b" if os.path.exists(self.file) else "wb") as file:
+            file.write((self.skipped * 1000).to_bytes(8, sys.byteorder))
+
+
+def part_clock():
+    """What is given so much time, and no more."""
+    clock = Clock()
+
+    def ends(one):
+        one.settimeout(TIMEOUT)
+        try:
+            while one.recv(65536):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+    def opened(token):
+        one = socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT)
+        one.sendall(upgrade(token))
+        got = b""
+        while b"hello" not in got:
+            got += one.recv(65536)
+        return one
+    with Gateway("--unauthenticated-rate=3", environment=clock.environment) as gateway:
+        vm, gone, other = VM(gateway), VM(gateway), VM(gateway)
+
+        def passes(seconds):
+            """Nothing is left at the database, which would have taken too long now, or it has been connected to anew."""
+            clock.skip(seconds)
+            until(lambda: gateway.beat(other)[0] == 200, "it has its database")
+
+        # refused tokens are forgotten after a minute
+        def refused(times):
+            return [gateway.request("POST", "/v1/heartbeat", os.urandom(32).hex(), {})[0] for _ in range(times)]
+        passes(61)
+        assert refused(4) == [401] * 3 + [429]
+        passes(30)
+        assert refused(1) == [429]
+        passes(31)
+        assert refused(4) == [401] * 3 + [429]
+        # a channel is pinged; one that says nothing to that is given up
+        silent, idle = opened(gone.session_token), gateway.connection()
+        assert gateway.request("GET", "/healthz", connection=idle)[0] == 200
+
+        async def story():
+            async with gateway.channel(vm.session_token) as lively:
+                assert (await receive(lively))["type"] == "hello"
+                await asyncio.to_thread(passes, 31)
+                assert await asyncio.to_thread(silent.recv, 2) == b"\x89\x00", "a ping"
+                await lively.ping()
+                await asyncio.to_thread(passes, 61)
+                assert await asyncio.to_thread(ends, silent)
+                await lively.send('{"type": "heartbeat"}')
+                assert (await receive(lively))["type"] == "deadline", "who answers stays"
+        asyncio.run(story())
+        assert ends(idle.sock), "a connection without requests"
+        # so is one that does not hang up when its session has ended
+        silent = opened(gone.session_token)
+        gone.terminate()
+        until(lambda: b"\x11\x3a" in silent.recv(65536), "4410")
+        clock.skip(4)
+        assert ends(silent)
+        # nobody has mentioned them for ten minutes
+        assert gateway.metric("agentvm_gateway_sessions_known") == 3
+        passes(601)
+        until(lambda: gateway.metric("agentvm_gateway_sessions_known") == 1, "they are forgotten")
+        assert gateway.beat(vm)[0] == 200, "and asked for again"
+    # a database that hangs
+    proxy = Proxy()
+    with Gateway(f"--database={proxy.conninfo}", environment=clock.environment) as gateway:
+        vm = VM(gateway)
+        clock.skip(16)
+        until(lambda: gateway.beat(vm)[0] == 200, "it has its database")
+        proxy.holds = True
+        connection = gateway.connection()
+        connection.request("POST", "/v1/heartbeat", body="{}", headers={"Authorization": f"Bearer {vm.session_token}"})
+        assert proxy.held.wait(TIMEOUT)
+        clock.skip(16)
+        assert connection.getresponse().status == 503
+        assert "no answer to a query" in gateway.text()
+        proxy.holds = False
+        until(lambda: gateway.beat(vm)[0] == 200, "a new connection")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with Gateway(f"--database=host=127.0.0.1 port={listener.getsockname()[1]} user=gw", wait=False, environment=clock.environment) as gateway:
+            mute = listener.accept()[0]
+            mute.recv(1)
+            clock.skip(11)
+            until(lambda: "timeout while connecting" in gateway.text(), "it tries again")
 
 
 def part_hostile():
@@ -470,11 +612,12 @@ def part_hostile():
         ends(b"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n{", ([404],), "what is refused is not read on")
         ends(b"PUT /v1/heartbeat HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{", ([405],), "nor of another method")
         # upgrades: to nothing but a channel, since all else would escape the limits
-        upgrade = b"GET /v1/channel HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n" + auth
-        ends(upgrade + b"Upgrade: websocket\r\n\r\n", ([400],), "a WebSocket of no subprotocol")
-        ends(upgrade + b"Upgrade: websocket\r\nSec-WebSocket-Protocol: http\r\n\r\n", ([400],), "of another one")
-        ends(upgrade + b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n", ([],), "HTTP/2")
-        ends(upgrade + b"Upgrade: other\r\n\r\n", ([403], []), "something else")
+        channel = b"GET /v1/channel HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n" + auth
+        ends(channel + b"Upgrade: websocket\r\n\r\n", ([400],), "a WebSocket of no subprotocol")
+        ends(channel + b"Upgrade: websocket\r\nSec-WebSocket-Protocol: http\r\n\r\n", ([400],), "of another one")
+        ends(channel.replace(b"/v1/channel", b"/v1/channels") + b"Upgrade: websocket\r\nSec-WebSocket-Protocol: agentvm.v1\r\n\r\n", ([404],), "one of another path")
+        ends(channel + b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n", ([],), "HTTP/2")
+        ends(channel + b"Upgrade: other\r\n\r\n", ([403], []), "something else")
         ends(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", ([], [403]), "CONNECT")
         ends(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ([], [403]), "HTTP/2 at once")
         assert cpu() - used < 5, "it does not run in circles"
@@ -494,6 +637,8 @@ def part_limits():
         vm = VM(gateway)
         auth = f"Authorization: Bearer {vm.session_token}\r\n".encode()
         head = b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\n" + auth
+        assert b" 413 " in raw(gateway, head + b"Content-Length: 16385\r\n\r\n")[0].split(b"\r\n")[0]
+        assert b" 200 " in raw(gateway, head + b"Connection: close\r\nContent-Length: 16384\r\n\r\n" + b"x" * 16384)[0].split(b"\r\n")[0]
         assert b" 413 " in raw(gateway, head + b"Content-Length: 999999\r\n\r\n")[0].split(b"\r\n")[0]
         assert b" 200 " in raw(gateway, head + b"Content-Length: 0\r\nConnection: close\r\nFoo: " + b"x" * 6000 + b"\r\n\r\n")[0].split(b"\r\n")[0]
         for name in (b"Foo", b"Cookie"):
@@ -733,9 +878,13 @@ def part_drain():
         waits = gateway.connection()
         waits.request("POST", "/v1/heartbeat", body="{}", headers={"Authorization": f"Bearer {vm.session_token}"})
         assert proxy.held.wait(TIMEOUT)
+        upgrades = gateway.connection()
+        assert gateway.request("GET", "/readyz", connection=upgrades)[0] == 200
         gateway.process.send_signal(signal.SIGTERM)
         until(lambda: "msg=draining" in gateway.text(), "it drains")
         assert gateway.request("GET", "/readyz", connection=kept)[0] == 503
+        upgrades.sock.sendall(upgrade(vm.session_token))
+        assert b" 503 " in upgrades.sock.recv(65536).split(b"\r\n")[0]
         status, _, headers = gateway.beat(vm, connection=kept_beat)
         assert status == 503 and headers["connection"] == "close" and int(headers["retry-after"]) > 0
         with socket.create_connection(("127.0.0.1", gateway.port), 5) as late:

@@ -6,6 +6,8 @@ use AgentVM::Runtime;
 use AgentVM::Test;
 use AgentVM::VM;
 use Digest::SHA qw(sha256_hex);
+use IO::Select;
+use IO::Socket::UNIX;
 use JSON::PP;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -76,7 +78,9 @@ my $repos = [ { url => "file://$source/one" }, { url => "file://$source/one", re
 	{ url => 'http://joe:pass%40word@127.0.0.1:1/private.git', path => 'private' }, { url => "file://$source/one", ref => '--orphan=x', path => 'dash' } ];
 my $id = launched('env => ' . json($env), 'repos => ' . json($repos));
 my $boot_token = bootstrap_token($node, $id);
-my $vm = AgentVM::VM->new($url, $boot_token, SESSION_ID => $id, UNHEARD_OF => 'x')->start;
+my $vm = AgentVM::VM->new($url, $boot_token, SESSION_ID => $id, UNHEARD_OF => 'x');
+link($vm->dir . '/runtime.env', $vm->dir . '/blocks') or die "could not link: $!";
+$vm->start;
 await_state($node, $id, 'ready', name => 'bootstrap: the session is ready');
 $vm->says(qr/on duty/, 'and the runtime knows it');
 my $state = decode_json($vm->file('state/session.json'));
@@ -96,6 +100,7 @@ is($vm->file_mode("state/$_"), '0600', "$_ is for its owner only") for qw(sessio
 is($vm->file_mode('state'), '0700', 'and so is their directory');
 is($vm->file_mode('runtime.env'), '0600', 'runtime.env keeps its mode');
 unlike($vm->file('runtime.env'), qr/$boot_token|BOOTSTRAP_TOKEN/, 'the bootstrap token is erased');
+like($vm->file('blocks'), qr/^\0+$/, 'and overwritten where it was');
 like($vm->file('runtime.env'), qr/^AGENTVM_GATEWAY_URL=\Q$url\E$/m, 'and nothing else');
 like($vm->output, qr/setting is not known.*AGENTVM_UNHEARD_OF/, 'a setting of another version is no obstacle');
 
@@ -113,6 +118,7 @@ for my $secret ($boot_token, $state->{session_token}, 'sesame-open', 'pass@word'
 	is(index($vm->output . $arguments . $environment, $secret), -1, 'in no log, argument or environment: ' . substr($secret, 0, 4) . '...');
 }
 like($vm->output, qr/token=@{[ substr($boot_token, 0, 4) ]}\.\.\.@{[ substr($boot_token, -4) ]}/, 'tokens are shown by their ends');
+like(slurp_file('/proc/' . $vm->pid . '/limits'), qr/^Max core file size +0 +0 /m, 'no core file will hold them');
 my ($resident) = slurp_file('/proc/' . $vm->pid . '/status') =~ /VmRSS:\s+(\d+) kB/;
 cmp_ok($resident * 1024, '<=', 6_000_000, "resident: $resident kB");
 
@@ -150,6 +156,16 @@ $vm->exits(0, 'the runtime ends with the session');
 like($vm->output, qr/the session has ended/, 'and says so');
 ok(!$vm->is_off, 'it leaves the machine to systemd and the provider');
 $vm->start->exits(0, 'started again, it ends again');
+
+# ---- the way through a device is for the runtime only ----
+my $relay = AgentVM::VM->new($url, 'f' x 64, GATEWAY_DEVICE => '/dev/ptmx', HTTP_TIMEOUT => 600)->start;
+$relay->says(qr/bootstrapping/, 'a runtime with a device');
+my ($socket) = slurp_file('/proc/net/unix') =~ /\@(agentvm-@{[ $relay->pid ]}-\w+)/;
+my $intruder = IO::Socket::UNIX->new(Peer => "\0$socket");
+ok($intruder, 'another process finds its socket');
+ok(IO::Select->new($intruder)->can_read(AgentVM::Process::timeout()), 'and hears at once');
+is(sysread($intruder, my $nothing, 1), 0, 'that it is not taken');
+$relay->stop;
 
 # ---- refused ----
 my $second = launched();

@@ -136,6 +136,16 @@ $vm->stop;
 my $lonely = AgentVM::VM->new('http://127.0.0.1:1', $token, DEADMAN_ALLOWANCE => 1)->start;
 $lonely->goes_off('no bootstrap, no machine');
 $lonely->stop;
+# its clock is the one that goes on while a machine is suspended: here both are far apart
+SKIP:
+{
+	my @suspended = qw(unshare --user --map-root-user --time --boottime 1000000);
+	skip 'no time namespaces here', 1 if system("@suspended true 2>/dev/null") != 0;
+	my $woken = AgentVM::VM->new('http://127.0.0.1:1', $token, DEADMAN_ALLOWANCE => 1);
+	unshift @{ $woken->{command} }, @suspended;
+	$woken->start->goes_off('the time of a suspension counts');
+	$woken->stop;
+}
 my $tries = AgentVM::VM->new('http://127.0.0.1:1', $token, BOOTSTRAP_TRIES => 3)->start;
 $tries->exits(1, 'tries are used up: exit code 1');
 is(scalar(() = $tries->output =~ /bootstrap has not worked/g), 3, 'after as many as it should');
@@ -183,7 +193,8 @@ $fake->stop('KILL');
 # answers that make no sense are no answers; a redirect is not followed; the last one is good
 my $elsewhere = AgentVM::FakeGateway->new(sub { return (200, {}, '{}') });
 my @answers = ([ 200, {}, '' ], [ 200, {}, '[]' ], [ 200, {}, '{"session_id": 1' ], [ 200, {}, $boot->(session_id => "x\n") ], [ 200, {}, $boot->(heartbeat_interval_s => 0) ],
-	[ 200, {}, $boot->(heartbeat_interval_s => 1e300) ], [ 200, {}, $boot->(deadman_allowance_s => -1) ], [ 200, {}, $boot->(deadline => 'soon') ], [ 200, {}, $boot->(channel => 'http://x/') ],
+	[ 200, {}, $boot->(heartbeat_interval_s => 1e300) ], [ 200, {}, $boot->(heartbeat_interval_s => 86401) ], [ 200, {}, $boot->(deadman_allowance_s => -1) ], [ 200, {}, $boot->(deadman_allowance_s => 30 * 86400 + 1) ],
+	[ 200, {}, $boot->(deadline_grace_s => -1) ], [ 200, {}, $boot->(deadline_grace_s => 86401) ], [ 200, {}, $boot->(env => { 'A=B' => 'x' }) ], [ 200, {}, $boot->(deadline => 'soon') ], [ 200, {}, $boot->(channel => 'http://x/') ],
 	[ 200, {}, $boot->(env => []) ], [ 200, {}, $boot->(env => { A => 1 }) ], [ 200, {}, $boot->(repos => [ {} ]) ], [ 200, {}, $boot->(env => { A => 'x' x (1024 * 1024) }) ],
 	[ 302, { Location => $elsewhere->url . '/v1/bootstrap' }, '' ], [ 307, { Location => $elsewhere->url . '/v1/bootstrap' }, '' ], [ 404, {}, '' ], [ 500, {}, 'x' x 100000 ], [ 429, {}, '' ],
 	[ 503, { 'Retry-After' => 2 }, '' ], [ 200, {}, $boot->(env => { BIG => 'x' x (900 * 1024) }) ]);
@@ -202,6 +213,28 @@ is(length(decode_json($vm->file('state/env.json'))->{BIG}), 900 * 1024, 'a large
 my @bodies = map { decode_json($_->{body}) } @tried;
 is_deeply($bodies[-1], $bodies[0], 'each try says the same');
 is_deeply([ sort keys %{ $bodies[0] } ], [qw(boot_id hostname runtime_version session_token_sha256)], 'what the protocol says');
+$fake->stop('KILL');
+
+# Retry-After counts for heartbeats, too; what another boot has left of its times does not
+$fake = AgentVM::FakeGateway->new(sub {
+	my ($request) = @_;
+	return (200, {}, $boot->()) if $request->{path} eq '/v1/bootstrap';
+	return (404, {}, '') if $request->{path} eq '/v1/channel';
+	return $request->{number} == 1 ? (503, { 'Retry-After' => 3 }, '') : (200, {}, encode_json({ deadline => $iso->(time + 3600) }));
+});
+$vm = AgentVM::VM->new($fake->url, $token)->start;
+$vm->says(qr/first heartbeat acknowledged/, 'a heartbeat is taken at the second try');
+@sent = $fake->requests('/v1/heartbeat');
+cmp_ok($sent[1]{at} - $sent[0]{at}, '>=', 2.9, 'not before it may');
+$vm->stop;
+$vm->write_settings(BOOTSTRAP_TOKEN => undef);
+my $times = decode_json($vm->file('state/times.json'));
+unlink $vm->dir . '/state/times.json';
+append_to_file($vm->dir . '/state/times.json', encode_json({ boot_id => 'another', contact => -1_000_000_000, deadline => 0 }));
+$vm->start->says(qr/first heartbeat acknowledged/, 'it beats after a reboot');
+ok(!$vm->is_off, 'and is not off');
+is(decode_json($vm->file('state/times.json'))->{boot_id}, $times->{boot_id}, 'since its times are those of this boot');
+$vm->stop;
 $fake->stop('KILL');
 
 # a session token that is not known: nobody of ours; the machine ends itself
@@ -243,6 +276,18 @@ $vm = AgentVM::VM->new($fake->url, $token)->start;
 $vm->says(qr/was not cloned" url=\S+private.git reason="git clone failed" git="?[^\n]*not found/, 'git has asked');
 my ($asked) = grep { $_->{path} =~ /private/ && $_->{headers}{authorization} } $fake->requests;
 is($asked->{headers}{authorization}, 'Basic am9lOnBhc3NAd29yZA==', 'with user and password');
+$vm->stop;
+$fake->stop('KILL');
+
+# one whose server says nothing
+my $mute = IO::Socket::INET->new(Listen => 5, LocalAddr => '127.0.0.1') or die "could not listen: $!";
+$fake = AgentVM::FakeGateway->new(sub {
+	my ($request) = @_;
+	return (200, {}, $boot->(repos => [ { url => 'http://127.0.0.1:' . $mute->sockport . '/mute.git' } ])) if $request->{path} eq '/v1/bootstrap';
+	return (404, {}, '');
+});
+$vm = AgentVM::VM->new($fake->url, $token, CLONE_TIMEOUT => 1)->start;
+$vm->says(qr/was not cloned" url=\S+mute.git reason="git was killed"/, 'git is given so much time');
 $vm->stop;
 $fake->stop('KILL');
 

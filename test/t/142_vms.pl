@@ -136,7 +136,7 @@ my $canary = vm('canary', $base);
 symlink($canary->{path}, "$dir/link.sock");
 my $other = vm('other.socket');
 rename("$dir/other.socket.sock", "$dir/other.socket");
-my $long = vm('x' x 45);
+my ($longest, $long) = (vm('y' x 44), vm('x' x 45));
 my $gateway = AgentVM::Gateway->new($node, options => [ '--vm-sockets', $dir, '--vm-sockets', $later, '--unauthenticated-rate', 5 ]);
 sub metric
 {
@@ -155,8 +155,16 @@ ok(ready($second), 'one that comes later, too');
 cmp_ok($second->{at} - $came, '<', 5, 'at once: ' . ($second->{at} - $came) . ' s');
 is(metric('vms'), 2, 'metrics: two VMs');
 is(plugged($canary, 0), undef, 'a link is not followed');
+my $swapped = vm('swapped');
+close($swapped->{listener});
+$gateway->says(qr/cannot be talked to" vm=vm:swapped .*refused/, 'a socket where nobody listens is tried again');
+symlink($canary->{path}, "$dir/.link") and rename("$dir/.link", $swapped->{path}) or die "could not make a link: $!";
+is(plugged($canary, 2), undef, 'unless it has become a link meanwhile');
+chmod 0444, $canary->{path};
 is(plugged($other, 0), undef, 'nor is anything else touched');
-like($gateway->output, qr/too long a name.*x{45}/, 'a name that is too long is told');
+ok(ready($longest), 'a name may be long');
+like($gateway->output, qr/too long a name.*x{45}/, 'one that is too long is told');
+unlike($gateway->output, qr/too long a name.*y{44}/, 'as no other is');
 ok($gateway->is_running, 'stale sockets and files do no harm');
 
 # ---- a directory that comes later ----
@@ -267,7 +275,7 @@ cmp_ok(files(), '<=', $files, 'no file is left open');
 
 # ---- settings ----
 sub checked { my (@arguments) = @_; my ($out, $error) = run_command([ @{ $gateway->{command} }[ 0 .. 2 ], '--check', @arguments ]); return $out . $error; }
-is(checked('--vm-sockets', "$dir:$later"), 'ok', '--check: all is well');
+is(checked('--vm-sockets', "$dir:$later"), 'ok', '--check: all is well, whatever is behind a link');
 like(checked('--vm-sockets', "$base/none"), qr/--vm-sockets=\S+none: No such file/, 'a directory that is not there');
 chmod 0000, $later;
 like(checked('--vm-sockets', $later), qr/--vm-sockets=\Q$later\E: Permission denied/, 'one that may not be read');
@@ -281,6 +289,23 @@ like(checked('--vm-sockets', $later), qr/third.sock may not be connected to: Per
 	is(checked('--vm-sockets', $dir), 'ok', 'which flags replace');
 }
 like(checked(map { ('--vm-sockets', $dir) } 1 .. 17), qr/too many/, 'no more than 16');
+
+# ---- a connection outlives its file ----
+unlink $third->{path};
+rmdir $later or die "could not remove $later: $!";
+mkdir $later;
+my $fourth = vm('fourth', $later);
+ok(ready($fourth), 'a directory that is another one is looked through');
+like(request($third, 1, '/healthz'), qr/^HTTP\/1.1 200 /, 'a VM of the one before is still served');
+
+# ---- a VM counts as one address ----
+mkdir "$base/c";
+my $bounded = AgentVM::Gateway->new($node, options => [ '--vm-sockets', "$base/c", '--max-per-address', 3 ]);
+my $greedy = vm('greedy', "$base/c");
+ok(ready($greedy), 'a gateway that takes three connections of each');
+like(request($greedy, $_, '/healthz', stays => 1), qr/ 200 /, "stream $_") for 0 .. 2;
+is(request($greedy, 3, '/healthz', stays => 1), '', 'and no fourth one');
+is($bounded->stop, 0);
 
 # ---- the end ----
 is($gateway->stop, 0, 'SIGTERM ends it');
