@@ -223,5 +223,8 @@ BEGIN
 END
 $$;
 
+-- No heartbeat was taken while library and extension differed: silence counts from here.
+UPDATE agentvm.installation SET adopted_at = pg_catalog.clock_timestamp();
+
 -- Dispatchers idle while library and extension differ: they go on when this has committed.
 SELECT agentvm.wake();

@@ -38,6 +38,7 @@ typedef struct Shared
 	LWLock *lock;
 	int launcher_pid;
 	Latch *launcher_latch;
+	TimestampTz open_since; /* 0: no launcher has come yet */
 	Shortage shortage;
 	DispatcherSlot slots[MAX_WORKERS];
 	DatabaseHold holds[MAX_HOLDS];
@@ -232,8 +233,23 @@ shared_set_launcher(Latch *latch)
 	{
 		shared->launcher_pid = latch != NULL ? MyProcPid : 0;
 		shared->launcher_latch = latch;
+		if (shared->open_since == 0)
+			shared->open_since = GetCurrentTimestamp();
 	}
 	LWLockRelease(shared->lock);
+}
+
+TimestampTz
+shared_open_since(void)
+{
+	TimestampTz since;
+
+	if (shared == NULL)
+		return PgStartTime;
+	LWLockAcquire(shared->lock, LW_SHARED);
+	since = shared->open_since;
+	LWLockRelease(shared->lock);
+	return since != 0 ? since : GetCurrentTimestamp();
 }
 
 void

@@ -80,6 +80,13 @@ extern DispatcherSlot *shared_reserve(Oid database, int lane, int index);
 /* Tell everybody that this process is the launcher; with NULL, that it is no more. */
 extern void shared_set_launcher(Latch *latch);
 
+/*
+ * Since when this server has taken writes: its start, its promotion, or the end
+ * of its last crash recovery.  The launcher begins with that (memory is new after
+ * a crash).
+ */
+extern TimestampTz shared_open_since(void);
+
 /* What keeps the launcher from running all the dispatchers that are asked for. */
 typedef enum Shortage
 {

@@ -56,14 +56,13 @@ static DbQuery bootstrap_query = {END_DUE("bootstrap_timeout",
 static DbQuery lifetime_query = {
 	END_DUE("max_lifetime", "deadline_at <= clock_timestamp()"), 2, {INT8OID, INT4OID}};
 
-#define HERE_SINCE                                                                                 \
-	"greatest(pg_postmaster_start_time(), (SELECT max(adopted_at) FROM agentvm.installation))"
+#define HERE_SINCE "greatest($2, (SELECT max(adopted_at) FROM agentvm.installation))"
 
 /*
  * Since when somebody could have heard a heartbeat: NULL when nobody listens
- * now; the server's start, or the adoption of this database, where no gateway is
- * registered.  Every gateway's row
- * carries the start of the unbroken period as it stood at its last report.
+ * now; where no gateway is registered, since the server has been open ($2), or
+ * the database was adopted or upgraded.  Every gateway's row carries the start
+ * of the unbroken period as it stood at its last report.
  */
 static DbQuery listening_query = {
 	"SELECT CASE WHEN count(*) = 0 THEN " HERE_SINCE " "
@@ -72,8 +71,8 @@ static DbQuery listening_query = {
 	"(SELECT listening_since FROM agentvm.gateway ORDER BY last_report_at DESC NULLS LAST LIMIT "
 	"1)) "
 	"END FROM agentvm.gateway",
-	1,
-	{INT4OID}};
+	2,
+	{INT4OID, TIMESTAMPTZOID}};
 
 #define IS_SILENT                                                                                  \
 	"greatest(h.last_heartbeat_at, s.ready_at, $1) + h.lost_after < clock_timestamp() "            \
@@ -265,6 +264,7 @@ sweep_heartbeat(int max_sessions)
 
 	forget_beats();
 	values[0] = Int32GetDatum(GATEWAY_SILENT_S);
+	values[1] = TimestampTzGetDatum(shared_open_since());
 	db_run(&listening_query, values, NULL);
 	floor = db_value(0, 1, &isnull);
 	if (isnull)

@@ -71,10 +71,11 @@ fails_with($node, "SELECT agentvm.provision('acme')", '42704', undef, 'read only
 lives('readonly', write => 'SET transaction_read_only = off; SET default_transaction_read_only = off;');
 fails_with($node, "SELECT agentvm.create_team('acme2')", '25006', undef, 'read only is honoured', dbname => 'readonly');
 
+my $parallel = $node->safe_psql('postgres', "SELECT name FROM pg_settings WHERE name IN ('force_parallel_mode', 'debug_parallel_query')");
 database('styles', '', "SET DateStyle = 'German, DMY'", "SET IntervalStyle = 'sql_standard'", "SET TimeZone = 'Asia/Kathmandu'", "SET bytea_output = 'escape'", "SET extra_float_digits = -15", "SET standard_conforming_strings = off",
 	"SET escape_string_warning = off", "SET lc_messages = 'C'", "SET xmloption = 'document'", 'SET row_security = off', 'SET array_nulls = off', 'SET enable_seqscan = off', 'SET enable_indexscan = off', "SET plan_cache_mode = 'force_custom_plan'",
 	'SET check_function_bodies = off', "SET default_table_access_method = 'heap'", "SET session_replication_role = 'origin'", 'SET transform_null_equals = on', 'SET quote_all_identifiers = on', 'SET lo_compat_privileges = on',
-	'SET force_parallel_mode = on', 'SET jit_above_cost = 0');
+	"SET $parallel = on", 'SET jit_above_cost = 0');
 lives('styles');
 
 # A schema that comes before pg_catalog and holds traps of every kind, owned by somebody who would like to be called

@@ -23,6 +23,10 @@ INSERT INTO agentvm.team_member (team_id, role) VALUES ('acme', 'alice'::regrole
 INSERT INTO agentvm.session (session_id, team_id, provider, created_by) VALUES ('01900000-0000-7000-8000-000000000001', 'acme', 'noop', 'alice');
 INSERT INTO agentvm.session (session_id, team_id, provider, state, end_reason, ended_at, next_check_at) VALUES ('01900000-0000-7000-8000-000000000002', 'acme', 'noop', 'terminated', 'requested', now(), NULL);
 INSERT INTO agentvm.session_event (session_id, team_id, kind, new_state) VALUES ('01900000-0000-7000-8000-000000000001', 'acme', 'state', 'provisioning');
+-- and VMs that nobody could hear since
+INSERT INTO agentvm.session (session_id, team_id, provider, state, running, runtime, created_at, ready_at, next_check_at, deadline_at)
+	SELECT ('00000000-0000-7000-8000-00000000000' || i)::uuid, 'acme', 'noop', 'ready', true, true, now() - interval '1 h', now() - interval '1 h', now() + interval '1 d', now() + interval '1 d' FROM generate_series(1, 8) i;
+INSERT INTO agentvm.session_heartbeat (session_id, last_heartbeat_at, lost_after) SELECT session_id, ready_at, '4 s' FROM agentvm.session WHERE state = 'ready';
 SELECT agentvm.wake();
 SQL
 await($node, "SELECT ok FROM agentvm.health WHERE name = 'version'", 'f', @up, name => 'health says so');
@@ -32,18 +36,21 @@ for my $call ("SELECT agentvm.provision('acme')", "SELECT agentvm.terminate('019
 {
 	fails_with($node, $call, '55000', qr/extension agentvm is of version \Q$old\E in this database, but its library is of version \Q$new\E/, undef, @up);
 }
-is($node->safe_psql('upgraded', 'SELECT state, lease, next_check_at <= now() FROM agentvm.session WHERE ended_at IS NULL'), 'provisioning||t', 'the session that is due waits');
+is($node->safe_psql('upgraded', "SELECT state, lease, next_check_at <= now() FROM agentvm.session WHERE session_id = '01900000-0000-7000-8000-000000000001'"), 'provisioning||t', 'the session that is due waits');
 my $before = $node->safe_psql('upgraded', 'SELECT * FROM agentvm.session_event');
 
 # ---- a failed upgrade changes nothing; a real one brings everything to life ----
 $node->safe_psql('upgraded', 'BEGIN; ALTER EXTENSION agentvm UPDATE; ROLLBACK');
 is($node->safe_psql('upgraded', "SELECT extversion FROM pg_extension WHERE extname = 'agentvm'"), $old, 'an upgrade rolled back');
-$node->safe_psql('upgraded', 'ALTER EXTENSION agentvm UPDATE');
+await($node, "SELECT now() > pg_postmaster_start_time() + interval '5 s'", 't', name => 'the server has been there for longer than VMs may be silent');
+my $upgraded = $node->safe_psql('upgraded', 'ALTER EXTENSION agentvm UPDATE; SELECT clock_timestamp()');
 await($node, "SELECT state FROM agentvm.session WHERE session_id = '01900000-0000-7000-8000-000000000001'", 'ready', @up, name => 'the launch goes on');
 is($node->safe_psql('upgraded', 'SELECT pid FROM agentvm.stat_dispatcher'), $pid, 'in the same dispatcher');
 is($node->safe_psql('upgraded', 'SELECT * FROM agentvm.session_event ORDER BY event_id LIMIT 1'), $before, 'history is as it was');
 await($node, 'SELECT sum(cardinality(event_ids)) = (SELECT count(*) FROM agentvm.session_event) FROM agentvm.event_seal', 't', @up, name => 'and is sealed from its beginning');
-is($node->safe_psql('upgraded', 'SET ROLE alice; SELECT count(*) FROM agentvm.sessions'), 2, 'a member is still one');
+is($node->safe_psql('upgraded', 'SET ROLE alice; SELECT count(*) FROM agentvm.sessions'), 10, 'a member is still one');
+await($node, "SELECT count(*) FROM agentvm.sessions WHERE end_reason = 'heartbeat_timeout'", 8, @up, name => 'VMs that say nothing after it are lost');
+is($node->safe_psql('upgraded', "SELECT min(at) > timestamptz '$upgraded' + interval '3 s' FROM agentvm.session_event WHERE reason = 'heartbeat_timeout'"), 't', 'but they have had their time, from the upgrade on');
 my $said = () = log_text($node) =~ /LOG:  agentvm: the extension's version is \Q$old\E, the library's \Q$new\E/g;
 is($said, 1, 'the log has told it once');
 

@@ -41,8 +41,20 @@ my $sent = provision($primary, 'acme', "profile => 'plain'");
 my $waiting = provision($primary, 'limited', "provider => 'noop'", "options => '{\"launch_delay\": \"20s\"}'");
 { my $end = time + 60; sleep 0.02 while $faults->count('RunInstances') == $before && time < $end; }
 is($primary->safe_psql('postgres', "SELECT lease IS NOT NULL AND vm_id IS NULL FROM agentvm.session WHERE session_id = '$sent'"), 't', 'the call is under way');
+# VMs that nobody could hear for long, as far as the standby knows
+$primary->safe_psql('postgres', "ALTER SYSTEM SET agentvm.sweep_interval = '1h'; SELECT pg_reload_conf()");
+await($primary, 'SHOW agentvm.sweep_interval', '1h', name => 'the primary sweeps no more');
+$primary->safe_psql('postgres', <<'SQL');
+BEGIN;
+INSERT INTO agentvm.session (session_id, team_id, provider, state, running, runtime, created_at, ready_at, next_check_at, deadline_at)
+	SELECT ('00000000-0000-7000-8000-00000000000' || i)::uuid, 'acme', 'noop', 'ready', true, true, now() - interval '1 h', now() - interval '1 h', now() + interval '1 d', now() + interval '1 d' FROM generate_series(1, 8) i;
+INSERT INTO agentvm.session_heartbeat (session_id, last_heartbeat_at, lost_after) SELECT session_id, ready_at, '4 s' FROM agentvm.session WHERE session_id < '00000000-0000-7000-9000-000000000000';
+COMMIT;
+SQL
 $primary->wait_for_catchup($standby);
 $primary->stop('immediate');
+await($standby, "SELECT now() > pg_postmaster_start_time() + interval '5 s'", 't', name => 'the standby has been there for longer than VMs may be silent');
+my $promoted = $standby->safe_psql('postgres', 'SELECT now()');
 $standby->promote;
 await($standby, "SELECT ok FROM agentvm.health WHERE name = 'dispatcher'", 't', name => 'the dispatcher of the promoted one starts by itself');
 is($standby->safe_psql('postgres', "SELECT ok FROM agentvm.health WHERE name = 'identity'"), 't', 'it is the same installation');
@@ -53,6 +65,8 @@ is(scalar @vms, 1, 'the launch has ended as one VM');
 is(column($standby, $sent, 'vm_id'), $vms[0]{id}, 'which the session knows');
 cmp_ok($faults->count('RunInstances'), '>', $before + 1, 'the call was made twice');
 is($faults->count('RunInstances', 'mismatched'), 0, 'with the same token and parameters');
+await($standby, "SELECT count(*) FROM agentvm.sessions WHERE end_reason = 'heartbeat_timeout'", 8, name => 'VMs that say nothing afterwards are lost');
+is($standby->safe_psql('postgres', "SELECT min(at) > timestamptz '$promoted' + interval '4 s' FROM agentvm.session_event WHERE reason = 'heartbeat_timeout'"), 't', 'but they have had their time, from the promotion on');
 await_state($standby, $waiting, 'ready');
 my $vm = column($standby, $ready, 'vm_id');
 $standby->safe_psql('postgres', "SELECT agentvm.terminate('$_') FROM (SELECT) AS x") for $ready, $sent;
