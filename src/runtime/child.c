@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -23,13 +22,17 @@
 
 #define MAX_CHILDREN 8
 #define MAX_WORDS 512
+#define CHUNK 4096
+#define PIPE_CHUNKS 16 /* what a pipe holds */
 
 extern char **environ;
 
 typedef struct Child
 {
-	pid_t pid; /* 0: free place */
-	int output;
+	pid_t pid;	/* 0: free place */
+	int output; /* our end of the pipe */
+	char words[MAX_WORDS];
+	size_t len;
 	ChildEnded ended;
 	void *arg;
 	Timer timeout;
@@ -39,21 +42,43 @@ static Child children[MAX_CHILDREN];
 static int signals = -1;
 static void (*on_terminate)(void);
 
-/* The last line that it printed. */
-static void
-read_words(int fd, char *words)
+/* Read some of what it prints and keep the end, so that no flood fills our memory; as read(). */
+static ssize_t
+read_output(Child *child)
 {
-	off_t size = lseek(fd, 0, SEEK_END);
-	off_t from = size > MAX_WORDS - 1 ? size - (MAX_WORDS - 1) : 0;
-	ssize_t n = pread(fd, words, MAX_WORDS - 1, from);
+	char text[MAX_WORDS + CHUNK];
+	ssize_t n = read(child->output, text + child->len, CHUNK);
+	size_t len;
+
+	if (n <= 0)
+		return n;
+	memcpy(text, child->words, child->len);
+	len = child->len + (size_t) n;
+	child->len = len < MAX_WORDS ? len : MAX_WORDS - 1;
+	memcpy(child->words, text + len - child->len, child->len);
+	return n;
+}
+
+static void
+on_output(void *arg, uint32_t events)
+{
+	Child *child = arg;
+
+	if (read_output(child) == 0)
+		loop_unwatch(child->output);
+}
+
+/* The last line that it printed. */
+static char *
+last_line(Child *child)
+{
 	char *line;
 
-	words[n > 0 ? n : 0] = '\0';
-	while (n > 0 && words[n - 1] == '\n')
-		words[--n] = '\0';
-	line = strrchr(words, '\n');
-	if (line != NULL)
-		memmove(words, line + 1, strlen(line));
+	child->words[child->len] = '\0';
+	while (child->len > 0 && child->words[child->len - 1] == '\n')
+		child->words[--child->len] = '\0';
+	line = strrchr(child->words, '\n');
+	return line != NULL ? line + 1 : child->words;
 }
 
 static void
@@ -67,17 +92,21 @@ reap(void)
 	{
 		for (i = 0; i < MAX_CHILDREN; i++)
 		{
-			Child child = children[i];
-			char words[MAX_WORDS];
+			Child child;
+			int chunks = 0;
 
-			if (child.pid != pid)
+			if (children[i].pid != pid)
 				continue;
+			/* no more than that: processes of its own may go on printing */
+			while (read_output(&children[i]) > 0 && ++chunks < PIPE_CHUNKS)
+				;
+			loop_unwatch(children[i].output);
+			close(children[i].output);
 			timer_stop(&children[i].timeout);
+			child = children[i];
 			memset(&children[i], 0, sizeof(Child));
-			read_words(child.output, words);
-			close(child.output);
 			child.ended(child.arg, WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status),
-						words);
+						last_line(&child));
 			break;
 		}
 	}
@@ -153,23 +182,27 @@ bool
 child_start(char *const *argv, char *const *envp, int64_t timeout_ms, ChildEnded ended, void *arg)
 {
 	Child *child = children;
+	int ends[2];
 
 	while (child < children + MAX_CHILDREN && child->pid != 0)
 		child++;
 	if (child == children + MAX_CHILDREN)
 		return false;
-	child->output = memfd_create("output", MFD_CLOEXEC);
-	if (child->output < 0)
+	if (pipe2(ends, O_CLOEXEC) != 0)
 		return false;
 	child->pid = fork();
 	if (child->pid == 0)
-		run(argv, envp, child->output);
+		run(argv, envp, ends[1]);
+	close(ends[1]);
 	if (child->pid < 0)
 	{
-		close(child->output);
+		close(ends[0]);
 		child->pid = 0;
 		return false;
 	}
+	child->output = ends[0];
+	(void) fcntl(child->output, F_SETFL, O_NONBLOCK);
+	loop_watch(child->output, EPOLLIN, on_output, child);
 	child->ended = ended;
 	child->arg = arg;
 	if (timeout_ms > 0)

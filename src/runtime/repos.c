@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "../common/log.h"
@@ -38,18 +39,17 @@ typedef struct Clone
 	char *user;
 	char *password;
 	const char *ref; /* NULL: the remote's default */
-	char path[PATH_MAX];
+	char path[PATH_MAX - 16];
 	char beside[PATH_MAX]; /* where it grows */
 } Clone;
 
 static const Settings *settings;
 static json_t *all;
 static json_t *environment;
+static json_t *taken; /* the places of those that are there, by device and inode */
 static size_t next;
 static Step step;
 static Clone now;
-
-static void begin_next(void);
 
 static int
 remove_entry(const char *path, const struct stat *status, int flag, struct FTW *at)
@@ -111,17 +111,21 @@ split_url(Clone *clone, const char *url)
 	snprintf(clone->url, strlen(url) + 1, "%.*s%s", (int) scheme, url, at + 1);
 }
 
-/* Where it goes: its path, or the URL's last part without ".git"; below work_dir unless absolute. */
-static void
+/*
+ * Where it goes: its path, or the URL's last part without ".git"; below work_dir
+ * unless absolute.  Returns what is wrong with it, or NULL.
+ */
+static const char *
 place(Clone *clone, const char *path)
 {
 	char name[NAME_MAX + 1];
+	size_t len;
 
 	if (path == NULL)
 	{
-		size_t len = strlen(clone->url);
 		const char *last;
 
+		len = strlen(clone->url);
 		while (len > 0 && clone->url[len - 1] == '/')
 			len--;
 		for (last = clone->url + len; last > clone->url && strchr("/:", last[-1]) == NULL; last--)
@@ -132,13 +136,43 @@ place(Clone *clone, const char *path)
 			name[len - 4] = '\0';
 		path = name;
 	}
-	if (path[0] == '/')
-		snprintf(clone->path, sizeof(clone->path), "%s", path);
-	else
-		snprintf(clone->path, sizeof(clone->path), "%s/%s", settings->work_dir, path);
-	while (clone->path[0] != '\0' && clone->path[strlen(clone->path) - 1] == '/')
-		clone->path[strlen(clone->path) - 1] = '\0';
-	snprintf(clone->beside, sizeof(clone->beside), "%.*s.cloning", PATH_MAX - 16, clone->path);
+	if (path[strspn(path, "/")] == '\0')
+		return "it names no directory";
+	len = (size_t) snprintf(clone->path, sizeof(clone->path), "%s%s%s",
+							path[0] == '/' ? "" : settings->work_dir, path[0] == '/' ? "" : "/",
+							path);
+	if (len >= sizeof(clone->path))
+		return "its path is too long";
+	while (clone->path[len - 1] == '/')
+		clone->path[--len] = '\0';
+	snprintf(clone->beside, sizeof(clone->beside), "%s.cloning", clone->path);
+	return NULL;
+}
+
+/* Whether no earlier one is there, by whatever name. */
+static bool
+take(const char *path)
+{
+	struct stat status;
+	char key[64];
+
+	if (stat(path, &status) != 0)
+		return true;
+	snprintf(key, sizeof(key), "%llx %llx", (unsigned long long) status.st_dev,
+			 (unsigned long long) status.st_ino);
+	if (json_object_get(taken, key) != NULL)
+		return false;
+	(void) json_object_set_new(taken, key, json_true());
+	return true;
+}
+
+static bool
+has_git(const char *path)
+{
+	char git[PATH_MAX];
+
+	snprintf(git, sizeof(git), "%s/.git", path);
+	return access(git, F_OK) == 0;
 }
 
 static void
@@ -227,81 +261,100 @@ forget(Clone *clone)
 static void
 finish(const char *problem, const char *words)
 {
+	if (problem == NULL && !take(now.path))
+		problem = "an earlier one has its path";
 	if (problem != NULL)
 		log_line(LOG_LEVEL_WARNING, "repository was not cloned", "url", now.url, "reason", problem,
-				 "git", words, NULL);
+				 "git", words, "path", now.path[0] != '\0' ? now.path : NULL, NULL);
 	else
 		log_line(LOG_LEVEL_INFO, "repository is there", "url", now.url, "path", now.path, NULL);
 	forget(&now);
-	begin_next();
 }
 
-static void
-on_ended(void *arg, int code, const char *words)
+/* Go on to its next step, if any; false: it is finished. */
+static bool
+go_on(int code, const char *words)
 {
 	if (code != 0)
-	{
 		finish(code == 127			? "there is no git"
 			   : code == 128 + 9	? "git was killed"
 			   : step == STEP_CLONE ? "git clone failed"
 									: "git checkout failed",
 			   words[0] != '\0' ? words : NULL);
-		return;
-	}
-	if (step == STEP_CLONE && now.ref != NULL)
+	else if (step == STEP_CLONE && now.ref != NULL)
 	{
 		char *argv[] = {"git", "-C", now.beside, "checkout", "--quiet", (char *) now.ref,
 						"--",  NULL};
 
 		step = STEP_CHECKOUT;
-		if (!git(&now, argv))
-			finish("no process for it", NULL);
-		return;
+		if (git(&now, argv))
+			return true;
+		finish("no process for it", NULL);
 	}
-	if (rename(now.beside, now.path) != 0)
-		finish(strerror(errno), NULL);
 	else
-		finish(NULL, NULL);
+		finish(rename(now.beside, now.path) != 0 ? strerror(errno) : NULL, NULL);
+	return false;
 }
 
-static void
-begin_next(void)
+/* The same for its first step. */
+static bool
+begin(json_t *repo)
 {
-	json_t *repo;
+	const char *url = json_string_value(json_object_get(repo, "url"));
 	char parent[PATH_MAX];
+	struct stat status;
+	const char *problem;
 	char *clone[] = {"git", "clone", "--quiet", "--", NULL, now.beside, NULL};
 	char *whole[] = {"git", "clone", "--quiet", "--no-checkout", "--", NULL, now.beside, NULL};
 
-	if (next >= json_array_size(all))
-	{
-		json_decref(all);
-		json_decref(environment);
-		all = environment = NULL;
-		return;
-	}
-	repo = json_array_get(all, next++);
-	split_url(&now, json_string_value(json_object_get(repo, "url")));
+	split_url(&now, url != NULL ? url : "");
 	now.ref = json_string_value(json_object_get(repo, "ref"));
-	place(&now, json_string_value(json_object_get(repo, "path")));
-	if (access(now.path, F_OK) == 0)
+	problem = place(&now, json_string_value(json_object_get(repo, "path")));
+	if (problem != NULL || lstat(now.path, &status) == 0)
 	{
-		finish(NULL, NULL);
-		return;
+		if (problem == NULL && !has_git(now.path))
+			problem = "its path exists and is no repository";
+		finish(problem, NULL);
+		return false;
 	}
 	snprintf(parent, sizeof(parent), "%s", now.path);
 	*strrchr(parent, '/') = '\0';
 	(void) nftw(now.beside, remove_entry, 16, FTW_DEPTH | FTW_PHYS); /* of a crash */
 	if (now.ref != NULL && now.ref[0] == '-')
-		finish("its ref begins with a dash", NULL);
+		problem = "its ref begins with a dash";
 	else if (parent[0] != '\0' && !make_directories(parent, 0755))
-		finish(strerror(errno), NULL);
+		problem = strerror(errno);
 	else
 	{
 		step = STEP_CLONE;
 		clone[4] = whole[5] = now.url;
-		if (!git(&now, now.ref != NULL ? whole : clone))
-			finish("no process for it", NULL);
+		if (git(&now, now.ref != NULL ? whole : clone))
+			return true;
+		problem = "no process for it";
 	}
+	finish(problem, NULL);
+	return false;
+}
+
+static void
+begin_next(void)
+{
+	while (next < json_array_size(all))
+	{
+		if (begin(json_array_get(all, next++)))
+			return;
+	}
+	json_decref(all);
+	json_decref(environment);
+	json_decref(taken);
+	all = environment = taken = NULL;
+}
+
+static void
+on_ended(void *arg, int code, const char *words)
+{
+	if (!go_on(code, words))
+		begin_next();
 }
 
 void
@@ -312,6 +365,7 @@ repos_clone(const Settings *with, json_t *repos, json_t *env)
 	settings = with;
 	all = json_incref(repos);
 	environment = json_incref(env);
+	taken = json_object();
 	next = 0;
 	begin_next();
 }

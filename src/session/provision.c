@@ -246,6 +246,15 @@ check_tags(Jsonb *tags)
 	}
 }
 
+/* Whether nothing is left of a path without its slashes. */
+static bool
+is_root(const char *path, int len)
+{
+	while (len > 0 && path[len - 1] == '/')
+		len--;
+	return len == 0;
+}
+
 /* Repositories: objects with url, and perhaps ref and path, all strings. */
 static void
 check_repos(Jsonb *repos)
@@ -260,6 +269,7 @@ check_repos(Jsonb *repos)
 		JsonbValue m;
 		bool has_url = false;
 		bool is_url = false;
+		bool is_path = false;
 
 		if (token != WJB_ELEM)
 			continue;
@@ -273,7 +283,8 @@ check_repos(Jsonb *repos)
 				char *key = pnstrdup(m.val.string.val, m.val.string.len);
 
 				is_url = strcmp(key, "url") == 0;
-				if (!is_url && strcmp(key, "ref") != 0 && strcmp(key, "path") != 0)
+				is_path = strcmp(key, "path") == 0;
+				if (!is_url && !is_path && strcmp(key, "ref") != 0)
 					bad_document(
 						"repos",
 						psprintf("Unknown member \"%s\"; the known ones are url, ref and path.",
@@ -283,6 +294,14 @@ check_repos(Jsonb *repos)
 			{
 				if (m.type != jbvString || m.val.string.len == 0)
 					bad_document("repos", "url, ref and path are strings that are not empty.");
+				if (is_path && is_root(m.val.string.val, m.val.string.len))
+					ereport(ERROR,
+							(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+							 errmsg("repos has the wrong shape"),
+							 errdetail("The path of a repository is \"/\"."),
+							 errhint("Name a directory of its own, or leave path out: it then is "
+									 "the last part of the URL."),
+							 hide_caller()));
 				has_url = has_url || is_url;
 			}
 		}

@@ -66,6 +66,7 @@ SELECT public.regress_provision_error(format('''regress_provision'', %s', argume
 	($$env => '{"A": {"B": "c"}}'$$), ($$env => '{"A": []}'$$), ($$env => '{"": "x"}'$$), ($$env => '{"1A": "x"}'$$), ($$env => '{"A B": "x"}'$$), ($$env => '{"A=B": "x"}'$$), ($$env => '{"A;rm": "x"}'$$),
 	($$repos => '{}'$$), ($$repos => '5'$$), ($$repos => 'null'$$), ($$repos => '["a"]'$$), ($$repos => '[[]]'$$), ($$repos => '[null]'$$), ($$repos => '[{}]'$$), ($$repos => '[{"url": ""}]'$$),
 	($$repos => '[{"url": 5}]'$$), ($$repos => '[{"url": {}}]'$$), ($$repos => '[{"url": "a", "branch": "b"}]'$$), ($$repos => '[{"url": "a", "ref": null}]'$$), ($$repos => '[{"url": "a"}, {"ref": "a"}]'$$),
+	($$repos => '[{"url": "a", "path": "/"}]'$$), ($$repos => '[{"url": "a", "path": "a"}, {"url": "a", "path": "///"}]'$$),
 	($$tags => '[]'$$), ($$tags => '"a"'$$), ($$tags => 'null'$$), ($$tags => '{"a": {}}'$$), ($$tags => '{"a": [1]}'$$), ($$tags => '{"a": null}'$$),
 	($$options => '[]'$$), ($$options => '1'$$), ($$options => 'null'$$)) AS v(arguments);
 -- documents: their size as text, one by one
