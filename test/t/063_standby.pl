@@ -41,14 +41,13 @@ my $sent = provision($primary, 'acme', "profile => 'plain'");
 my $waiting = provision($primary, 'limited', "provider => 'noop'", "options => '{\"launch_delay\": \"20s\"}'");
 { my $end = time + 60; sleep 0.02 while $faults->count('RunInstances') == $before && time < $end; }
 is($primary->safe_psql('postgres', "SELECT lease IS NOT NULL AND vm_id IS NULL FROM agentvm.session WHERE session_id = '$sent'"), 't', 'the call is under way');
-# VMs that nobody could hear for long, as far as the standby knows
-$primary->safe_psql('postgres', "ALTER SYSTEM SET agentvm.sweep_interval = '1h'; SELECT pg_reload_conf()");
-await($primary, 'SHOW agentvm.sweep_interval', '1h', name => 'the primary sweeps no more');
+# VMs that have not been heard for long; a gateway that is away keeps everybody from ending them, until its row goes
 $primary->safe_psql('postgres', <<'SQL');
 BEGIN;
 INSERT INTO agentvm.session (session_id, team_id, provider, state, running, runtime, created_at, ready_at, next_check_at, deadline_at)
 	SELECT ('00000000-0000-7000-8000-00000000000' || i)::uuid, 'acme', 'noop', 'ready', true, true, now() - interval '1 h', now() - interval '1 h', now() + interval '1 d', now() + interval '1 d' FROM generate_series(1, 8) i;
 INSERT INTO agentvm.session_heartbeat (session_id, last_heartbeat_at, lost_after) SELECT session_id, ready_at, '4 s' FROM agentvm.session WHERE session_id < '00000000-0000-7000-9000-000000000000';
+INSERT INTO agentvm.gateway (gateway_id) VALUES (gen_random_uuid());
 COMMIT;
 SQL
 $primary->wait_for_catchup($standby);
@@ -56,6 +55,7 @@ $primary->stop('immediate');
 await($standby, "SELECT now() > pg_postmaster_start_time() + interval '5 s'", 't', name => 'the standby has been there for longer than VMs may be silent');
 my $promoted = $standby->safe_psql('postgres', 'SELECT now()');
 $standby->promote;
+$standby->safe_psql('postgres', 'DELETE FROM agentvm.gateway');
 await($standby, "SELECT ok FROM agentvm.health WHERE name = 'dispatcher'", 't', name => 'the dispatcher of the promoted one starts by itself');
 is($standby->safe_psql('postgres', "SELECT ok FROM agentvm.health WHERE name = 'identity'"), 't', 'it is the same installation');
 ok(!-e $standby->data_dir . '/agentvm.restored', 'not a restored one');
