@@ -85,6 +85,7 @@ typedef struct Outgoing
 	ProviderOp op;
 	const char *operation;
 	bool mutates;
+	int64 lease;
 	TimestampTz leased_until;
 	HttpRequest *request;
 } Outgoing;
@@ -304,6 +305,7 @@ send_request(Engine *engine, Outgoing *out)
 	act->op = out->op;
 	act->operation = MemoryContextStrdup(act->context, out->operation);
 	act->mutates = out->mutates;
+	act->lease = out->lease;
 	act->leased_until = out->leased_until;
 	act->failures = 0;
 	act->reply = NULL;
@@ -467,17 +469,15 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 
 		out->fresh = act == NULL;
 		if (act == NULL)
-		{
 			act = make_act(engine, row);
-			act->lease = fresh_lease();
-		}
 		out->act = act;
 		out->op = result.op;
 		out->operation = result.operation ? result.operation : "call";
 		out->mutates = result.mutates;
 		out->request = result.request;
 		engine->outgoing = lappend(engine->outgoing, out);
-		row->lease = act->lease;
+		/* its own: if what follows the commit raises, the last reply is none to this request */
+		row->lease = out->lease = fresh_lease();
 		row->next_check_at = out->leased_until =
 			GetCurrentTimestamp() + avm_lease_ms * INT64CONST(1000);
 	}
