@@ -3,6 +3,9 @@
 -- complain if the script is sourced in psql rather than by ALTER EXTENSION
 \echo Use "ALTER EXTENSION agentvm UPDATE TO '0.2'" to load this file. \quit
 
+-- the owner of a database may have made functions and operators that match our calls better than PostgreSQL's own
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- ---------------------------------------------------------------------------
 -- Tables
 -- ---------------------------------------------------------------------------

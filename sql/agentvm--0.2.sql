@@ -3,6 +3,9 @@
 -- complain if the script is sourced in psql rather than by CREATE EXTENSION
 \echo Use "CREATE EXTENSION agentvm CASCADE" to load this file. \quit
 
+-- the owner of a database may have made functions and operators that match our calls better than PostgreSQL's own
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- ---------------------------------------------------------------------------
 -- Preconditions: nobody else's schema, nobody else's idea of our roles
 -- ---------------------------------------------------------------------------
