@@ -109,6 +109,8 @@ forget_sessions(const char *detail, ReturnSetInfo *rsinfo)
 		MemoryContextReset(per_row);
 		MemoryContextSwitchTo(per_row);
 		row = session_row_read(&ids[i]);
+		if (row == NULL)
+			continue; /* it was locked: a trigger of the administrator's */
 		if (rsinfo != NULL && may_have_vm(row))
 			put_session(rsinfo, row);
 		row->end_reason = "orphan";

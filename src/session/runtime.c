@@ -50,11 +50,16 @@ static DbQuery by_token_query = {
  */
 static DbQuery boot_lock_query = {
 	"SELECT s.state, s.boot_id, s.team_id, s.payload_enc, "
-	"coalesce(s.payload_key_id, s.key_id), s.deadline_at, "
-	"coalesce(s.launched_at + s.bootstrap_timeout > clock_timestamp(), true), "
-	"EXISTS (SELECT FROM agentvm.session_token t WHERE t.session_id = s.session_id "
-	"AND t.kind = 'session' AND t.token_sha256 = $2) "
+	"coalesce(s.payload_key_id, s.key_id, ''), s.deadline_at, "
+	"coalesce(s.launched_at + s.bootstrap_timeout > clock_timestamp(), true) "
 	"FROM agentvm.session s WHERE s.session_id = $1 FOR UPDATE NOWAIT",
+	1,
+	{UUIDOID}};
+
+/* After the lock: who had it before may have committed since the locking statement's snapshot. */
+static DbQuery own_token_query = {
+	"SELECT FROM agentvm.session_token "
+	"WHERE session_id = $1 AND kind = 'session' AND token_sha256 = $2",
 	2,
 	{UUIDOID, BYTEAOID}};
 
@@ -221,7 +226,6 @@ agentvm_bootstrap(PG_FUNCTION_ARGS)
 	bytea *payload = NULL;
 	TimestampTz deadline;
 	bool in_time;
-	bool same_hash;
 	bool isnull;
 	pg_uuid_t id;
 	Jsonb *answer;
@@ -246,7 +250,6 @@ agentvm_bootstrap(PG_FUNCTION_ARGS)
 	id = *DatumGetUUIDP(db_value(0, 1, &isnull));
 
 	values[0] = UUIDPGetDatum(&id);
-	values[1] = session_token;
 	db_run(&boot_lock_query, values, NULL);
 	if (SPI_processed == 0)
 	{
@@ -265,14 +268,15 @@ agentvm_bootstrap(PG_FUNCTION_ARGS)
 	key_id = db_text(0, 5, CurrentMemoryContext);
 	deadline = DatumGetTimestampTz(db_value(0, 6, &isnull));
 	in_time = DatumGetBool(db_value(0, 7, &isnull));
-	same_hash = DatumGetBool(db_value(0, 8, &isnull));
 
 	if (state == STATE_TERMINATING || state_is_ended(state))
 		raise_gone(&id);
 	if (used_by != NULL)
 	{
 		/* a repeat by the same runtime, whose reply was lost; anybody else is turned away */
-		if (strcmp(used_by, boot_id) != 0 || !same_hash)
+		values[1] = session_token;
+		db_run(&own_token_query, values, NULL);
+		if (strcmp(used_by, boot_id) != 0 || SPI_processed == 0)
 		{
 			db_leave(&scope);
 			PG_RETURN_NULL();

@@ -36,7 +36,7 @@ PG_FUNCTION_INFO_V1(agentvm_session_transition);
 static DbQuery facts_query = {
 	"SELECT s.state, s.end_reason, s.detail, s.next_check_at, s.xmin, "
 	"$3 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = s.team_id "
-	"AND pg_has_role($2, m.role, 'USAGE')) "
+	"AND pg_has_role($2, m.role, 'USAGE')), s.ceiling_at "
 	"FROM agentvm.session s WHERE s.session_id = $1",
 	3,
 	{UUIDOID, OIDOID, BOOLOID}};
@@ -77,9 +77,6 @@ static DbQuery has_ended_query = {
 static DbQuery displace_query = {
 	"DELETE FROM agentvm.placement WHERE session_id = $1", 1, {UUIDOID}};
 
-static DbQuery ceiling_query = {
-	"SELECT ceiling_at::text FROM agentvm.session WHERE session_id = $1", 1, {UUIDOID}};
-
 pg_uuid_t *
 session_id_argument(FunctionCallInfo fcinfo, int argument)
 {
@@ -95,6 +92,15 @@ uuid_text(const pg_uuid_t *id)
 	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
 }
 
+pg_noreturn static void
+raise_no_such_session(const pg_uuid_t *id)
+{
+	ereport(ERROR,
+			(errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
+			 errhint("It may also belong to a team that the current role is not a member of.")));
+	pg_unreachable();
+}
+
 void
 session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 {
@@ -104,10 +110,7 @@ session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 
 	db_run(&facts_query, values, NULL);
 	if (SPI_processed == 0 || !DatumGetBool(db_value(0, 6, &isnull)) || isnull)
-		ereport(
-			ERROR,
-			(errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
-			 errhint("It may also belong to a team that the current role is not a member of.")));
+		raise_no_such_session(id);
 	facts->state = state_parse(db_text(0, 1, CurrentMemoryContext));
 	facts->end_reason = db_text(0, 2, CurrentMemoryContext);
 	facts->detail = db_text(0, 3, CurrentMemoryContext);
@@ -116,6 +119,7 @@ session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 		facts->next_check_at = 0;
 	facts->changed_here =
 		TransactionIdIsCurrentTransactionId(DatumGetTransactionId(db_value(0, 5, &isnull)));
+	facts->ceiling_at = DatumGetTimestampTz(db_value(0, 7, &isnull));
 	SPI_freetuptable(SPI_tuptable);
 }
 
@@ -208,10 +212,11 @@ agentvm_extend(PG_FUNCTION_ARGS)
 			ereport(ERROR,
 					(errcode(AVM_SESSION_ENDED), errmsg("session %s is %s and cannot be extended",
 														uuid_text(id), state_name(facts.state))));
-		db_run(&ceiling_query, values, NULL);
 		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
 						errmsg("session %s cannot be extended beyond its ceiling", uuid_text(id)),
-						errdetail("The ceiling is %s.", db_text(0, 1, CurrentMemoryContext)),
+						errdetail("The ceiling is %s.",
+								  DatumGetCString(DirectFunctionCall1(
+									  timestamptz_out, TimestampTzGetDatum(facts.ceiling_at)))),
 						errhint("It was set by the team's max_lifetime and "
 								"agentvm.max_lifetime_ceiling when the session was made.")));
 	}
@@ -247,10 +252,7 @@ agentvm_status(PG_FUNCTION_ARGS)
 	if (SPI_execute_plan(plan, values, NULL, true, 1) != SPI_OK_SELECT)
 		elog(ERROR, "the status query failed");
 	if (SPI_processed == 0)
-		ereport(
-			ERROR,
-			(errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
-			 errhint("It may also belong to a team that the current role is not a member of.")));
+		raise_no_such_session(id);
 	result = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull);
 	result = SPI_datumTransfer(result, false, -1);
 	SPI_finish();
@@ -273,6 +275,8 @@ agentvm_inspect(PG_FUNCTION_ARGS)
 	old = MemoryContextSwitchTo(caller);
 	row = session_row_read(id);
 	MemoryContextSwitchTo(old);
+	if (row == NULL)
+		raise_no_such_session(id); /* a purge has taken it meanwhile */
 	db_leave(&scope);
 	PG_RETURN_JSONB_P(provider_ask(OP_INSPECT, row->team_id, row->provider, row->options, row));
 }

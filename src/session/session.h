@@ -21,6 +21,7 @@ typedef struct SessionFacts
 	char *end_reason;
 	char *detail;
 	TimestampTz next_check_at; /* 0: never */
+	TimestampTz ceiling_at;
 	bool
 		changed_here; /* this transaction has written the row: its engine work begins after commit */
 } SessionFacts;

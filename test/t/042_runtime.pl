@@ -69,6 +69,12 @@ is(psql_ok($node, "BEGIN; UPDATE agentvm.session SET launched_at = now() - boots
 	'', 'after the bootstrap timeout it is worth nothing');
 like(psql_ok($node, gate('bootstrap(' . hash(token($second)) . ', ' . hash('second') . ", 'b', NULL)")), qr/"env": \{\}.*"repos": \[\]/, 'before that it is; without env and repos they are empty');
 
+# other tooling has left the payload without a key
+my $keyless = launched('env => ' . json($env));
+$node->safe_psql('postgres', "UPDATE agentvm.session SET key_id = NULL WHERE session_id = '$keyless'");
+fails_with($node, gate('bootstrap(' . hash(token($keyless)) . ', ' . hash('keyless') . ", 'b')"), 'AV010', qr/has no key ""/, 'a payload without a key');
+$node->safe_psql('postgres', "DELETE FROM agentvm.session WHERE session_id = '$keyless'");
+
 # arguments
 for (['NULL, ?', '22004'], ['?, NULL', '22004'], ["'', ?", '22023'], ["'\\x00', ?", '22023'], ["?, '\\x" . '00' x 33 . "'", '22023'], [ "?, '\\x" . '00' x 31 . "'", '22023'])
 {
