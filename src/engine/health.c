@@ -142,8 +142,8 @@ static void
 put_keys(ReturnSetInfo *rsinfo)
 {
 	List *uses = key_uses();
-	char *problem = keyring_problem();
-	char *current = problem == NULL ? keyring_current_id() : NULL;
+	char *current;
+	char *problem = keyring_problem(&current);
 	StringInfoData missing;
 	StringInfoData old;
 	ListCell *lc;
@@ -156,7 +156,9 @@ put_keys(ReturnSetInfo *rsinfo)
 	foreach (lc, uses)
 	{
 		KeyUse *use = (KeyUse *) lfirst(lc);
-		StringInfo list = keyring_key_problem(use->key_id) != NULL ? &missing : &old;
+		/* the file may have become usable since: what we have said of it stands */
+		bool there = current != NULL && keyring_key_problem(use->key_id) == NULL;
+		StringInfo list = there ? &old : &missing;
 
 		if (list == &missing || strcmp(use->key_id, current) != 0)
 			appendStringInfo(list, "%s\"%s\": %s", list->len > 0 ? "; " : "", use->key_id,

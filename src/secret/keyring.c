@@ -397,11 +397,15 @@ keyring_current_id(void)
 }
 
 char *
-keyring_problem(void)
+keyring_problem(char **current_id)
 {
 	KeyringProblem problem;
 
-	return keyring_refresh(&problem) ? NULL : problem.message;
+	*current_id = NULL;
+	if (!keyring_refresh(&problem))
+		return problem.message;
+	*current_id = pstrdup(keyring.keys[0].id);
+	return NULL;
 }
 
 char *

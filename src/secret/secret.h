@@ -66,10 +66,10 @@ extern char *secret_redact(const SecretSet *set, const char *text);
 extern char *keyring_current_id(void);
 
 /*
- * NULL when the keyring is usable, else a palloc'd sentence that says what is
- * wrong (for view health).  Never raises.
+ * NULL when the keyring is usable, and *current_id as above, else a palloc'd
+ * sentence that says what is wrong (for view health), and NULL.  Never raises.
  */
-extern char *keyring_problem(void);
+extern char *keyring_problem(char **current_id);
 
 /* The same, and a key of that id has to be there. */
 extern char *keyring_key_problem(const char *key_id);

@@ -330,12 +330,11 @@ static void
 run_keyring(const char *data, size_t size)
 {
 	int fd = open(avm_key_file, O_WRONLY | O_TRUNC | O_CREAT | O_CLOEXEC, 0600);
+	char *id;
 
 	check(fd >= 0 && write(fd, data, size) == (ssize_t) size && close(fd) == 0);
-	if (keyring_problem() == NULL)
+	if (keyring_problem(&id) == NULL)
 	{
-		char *id = keyring_current_id();
-
 		check(strlen(id) >= 1 && strlen(id) <= KEYRING_ID_MAX);
 		check(strlen(keyring_key_text(id)) == KEYRING_TEXT_LEN);
 		(void) keyring_bootstrap_token(id, "session", 1);

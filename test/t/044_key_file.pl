@@ -1,6 +1,7 @@
 # agentvm.key_file: who may read it, what it may hold, and that it is read anew when it has changed
 use strict;
 use warnings;
+use AgentVM::Process;
 use AgentVM::Test;
 use MIME::Base64 qw(encode_base64);
 use Test::More;
@@ -77,4 +78,20 @@ write_keys(0400, 'k3:' . key('c'), 'k2:' . key('b'));
 psql_ok($node, $set, 'a new key, read-only');
 is($node->safe_psql('postgres', 'SELECT string_agg(DISTINCT key_id, $$,$$) FROM agentvm.provider_secret'), 'k3', 'it is used at once');
 is($node->safe_psql('postgres', "SELECT count(*) FROM agentvm.provider_secret WHERE position('planted'::bytea IN value_enc) > 0"), 0, 'in the column it is not in the clear');
+
+# a file that comes and goes while view health looks at it, once for each key that is needed
+write_keys(0600, 'k1:' . key('a'));
+rename $keys, "$keys.aside";
+$node->safe_psql('postgres', "INSERT INTO agentvm.session (session_id, team_id, provider, next_check_at, runtime, key_id) SELECT gen_random_uuid(), 'acme', 'noop', NULL, true, 'k' || i FROM generate_series(1, 2000) i");
+my $flicker = AgentVM::Process->new('flicker', 'perl', '-e', 'while (getppid == $ARGV[1]) { link "$ARGV[0].aside", $ARGV[0]; select undef, undef, undef, .003; unlink $ARGV[0]; select undef, undef, undef, .003 }', $keys, $$);
+$flicker->start;
+my %seen;
+for my $try (1 .. 40)
+{
+	my ($code, $out, $err) = $node->psql('postgres', "SELECT ok FROM agentvm.health WHERE name = 'key_file'");
+	$seen{ $code == 0 ? $out : $err }++;
+	last if $code;
+}
+is(join(' ', sort keys %seen), 'f t', 'view health, while the key file comes and goes') or diag(explain(\%seen));
+$flicker->stop;
 done_testing();
