@@ -23,6 +23,9 @@ ALTER TABLE agentvm.session SET (autovacuum_vacuum_scale_factor = 0.05);
 -- of payload_enc, where that is not key_id any more: rotate_keys(); key_id stays that of the bootstrap token
 ALTER TABLE agentvm.session ADD COLUMN payload_key_id text;
 
+-- the library's session_is_sound() asks for a reason now; other tooling may have left it out
+UPDATE agentvm.session SET end_reason = 'requested' WHERE state = 'terminating' AND end_reason IS NULL;
+
 CREATE TABLE agentvm.session_ending (
 	session_id uuid PRIMARY KEY
 );

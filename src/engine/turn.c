@@ -276,6 +276,9 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 	int round;
 
 	memset(result, 0, sizeof(*result));
+	/* a row of other tooling, older than the constraint that would refuse to write it back */
+	if (row->state == STATE_TERMINATING && row->end_reason == NULL)
+		row->end_reason = pstrdup("requested");
 	for (round = 0;; round++)
 	{
 		ProviderContext context = {0};

@@ -288,7 +288,7 @@ unsound(const char *detail)
 					errdetail("%s", detail)));
 }
 
-/* CHECK of agentvm.session: known values; a tombstone says why and when, and is never due again. */
+/* CHECK of agentvm.session: known values; an end has a reason; a tombstone says when, and is never due again. */
 Datum
 agentvm_session_is_sound(PG_FUNCTION_ARGS)
 {
@@ -314,10 +314,10 @@ agentvm_session_is_sound(PG_FUNCTION_ARGS)
 	}
 	if (state_is_ended(state) != has_ended_at)
 		unsound("A session has ended_at if and only if it is terminated or failed.");
-	if (has_ended_at && (reason == NULL || !PG_ARGISNULL(4)))
-		unsound("A session that has ended has an end_reason and no next_check_at.");
-	if (reason != NULL && state != STATE_TERMINATING && !has_ended_at)
-		unsound("A session has an end_reason only while it is ending and afterwards.");
+	if (has_ended_at && !PG_ARGISNULL(4))
+		unsound("A session that has ended has no next_check_at.");
+	if ((reason != NULL) != (state == STATE_TERMINATING || has_ended_at))
+		unsound("A session has an end_reason if and only if it is terminating or has ended.");
 	PG_RETURN_BOOL(true);
 }
 

@@ -185,7 +185,7 @@ SELECT public.regress_session_error(command) FROM (VALUES
 SELECT regexp_replace(public.regress_session_error('INSERT INTO agentvm.session (session_id, team_id, provider, next_check_at' || columns || ') VALUES (''00000000-0000-7000-8000-00000000eee1'', ''regress_session'', ''noop'', NULL' || vals || ')'),
 	' \| Failing row.*', '') FROM (VALUES
 	(', state', $$, 'running'$$), (', state', ', NULL'), (', state, end_reason, ended_at', $$, 'terminated', 'bored', now()$$), (', state, end_reason', $$, 'terminated', 'requested'$$),
-	(', state, ended_at', $$, 'terminated', now()$$), (', ended_at', ', now()'), (', end_reason', $$, 'requested'$$), (', purchase', $$, 'stolen'$$), (', tags', ', NULL'), (', deadline_at', ', NULL'),
+	(', state, ended_at', $$, 'terminated', now()$$), (', ended_at', ', now()'), (', end_reason', $$, 'requested'$$), (', purchase', $$, 'stolen'$$), (', state', $$, 'terminating'$$), (', tags', ', NULL'), (', deadline_at', ', NULL'),
 	(', attempt', ', NULL'), (', created_by', ', NULL'), (', options', ', NULL')) AS v(columns, vals);
 SELECT public.regress_session_error($$INSERT INTO agentvm.session (session_id, team_id, provider, state, end_reason, ended_at) VALUES ('00000000-0000-7000-8000-00000000eee1', 'regress_session', 'noop', 'failed', 'quota', now())$$) ~ '^23514';
 SELECT regexp_replace(public.regress_session_error(command), ' \| Failing row.*', '') FROM (VALUES

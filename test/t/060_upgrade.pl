@@ -29,6 +29,13 @@ INSERT INTO agentvm.session (session_id, team_id, provider, state, running, runt
 INSERT INTO agentvm.session_heartbeat (session_id, last_heartbeat_at, lost_after) SELECT session_id, ready_at, '4 s' FROM agentvm.session WHERE state = 'ready';
 SELECT agentvm.wake();
 SQL
+# an end without a reason, which the old library let pass
+$node->safe_psql('upgraded', <<'SQL');
+ALTER TABLE agentvm.session DROP CONSTRAINT session_is_sound;
+INSERT INTO agentvm.session (session_id, team_id, provider, state, next_check_at) VALUES ('01900000-0000-7000-8000-000000000003', 'acme', 'noop', 'terminating', 'infinity');
+ALTER TABLE agentvm.session ADD CONSTRAINT session_is_sound CHECK (agentvm.session_is_sound(state, end_reason, purchase, ended_at, next_check_at)) NOT VALID;
+UPDATE pg_constraint SET convalidated = true WHERE conname = 'session_is_sound';
+SQL
 await($node, "SELECT ok FROM agentvm.health WHERE name = 'version'", 'f', @up, name => 'health says so');
 is($node->safe_psql('upgraded', "SELECT detail FROM agentvm.health WHERE name = 'version'"),
 	"the extension is of version $old, the library of version $new: run ALTER EXTENSION agentvm UPDATE, or install the newer library and restart", 'and what to do');
@@ -46,9 +53,10 @@ await($node, "SELECT now() > pg_postmaster_start_time() + interval '5 s'", 't', 
 my $upgraded = $node->safe_psql('upgraded', 'ALTER EXTENSION agentvm UPDATE; SELECT clock_timestamp()');
 await($node, "SELECT state FROM agentvm.session WHERE session_id = '01900000-0000-7000-8000-000000000001'", 'ready', @up, name => 'the launch goes on');
 is($node->safe_psql('upgraded', 'SELECT pid FROM agentvm.stat_dispatcher'), $pid, 'in the same dispatcher');
+is($node->safe_psql('upgraded', "SELECT state, end_reason FROM agentvm.session WHERE next_check_at = 'infinity'"), 'terminating|requested', 'an end without a reason has one');
 is($node->safe_psql('upgraded', 'SELECT * FROM agentvm.session_event ORDER BY event_id LIMIT 1'), $before, 'history is as it was');
 await($node, 'SELECT sum(cardinality(event_ids)) = (SELECT count(*) FROM agentvm.session_event) FROM agentvm.event_seal', 't', @up, name => 'and is sealed from its beginning');
-is($node->safe_psql('upgraded', 'SET ROLE alice; SELECT count(*) FROM agentvm.sessions'), 10, 'a member is still one');
+is($node->safe_psql('upgraded', 'SET ROLE alice; SELECT count(*) FROM agentvm.sessions'), 11, 'a member is still one');
 await($node, "SELECT count(*) FROM agentvm.sessions WHERE end_reason = 'heartbeat_timeout'", 8, @up, name => 'VMs that say nothing after it are lost');
 is($node->safe_psql('upgraded', "SELECT min(at) > timestamptz '$upgraded' + interval '3 s' FROM agentvm.session_event WHERE reason = 'heartbeat_timeout'"), 't', 'but they have had their time, from the upgrade on');
 my $said = () = log_text($node) =~ /LOG:  agentvm: the extension's version is \Q$old\E, the library's \Q$new\E/g;

@@ -72,6 +72,14 @@ tries('provisioning', 6, 30, 90);
 tries('provisioning', 1000, 30, 90);
 tries('terminating', 1000, 150, 450);
 
+# ---- an end without a reason, from before the constraint asked for one ----
+sql('ALTER TABLE agentvm.session DROP CONSTRAINT session_is_sound');
+row(%ready, state => "'terminating'", next_check_at => 'now()');
+sql('ALTER TABLE agentvm.session ADD CONSTRAINT session_is_sound CHECK (agentvm.session_is_sound(state, end_reason, purchase, ended_at, next_check_at)) NOT VALID');
+is(dispatch(), 1, 'it has its turn');
+is(sql("SELECT concat_ws(' ', state, end_reason) FROM agentvm.session"), 'terminated requested', 'and ends');
+sql('DELETE FROM agentvm.session; ALTER TABLE agentvm.session VALIDATE CONSTRAINT session_is_sound');
+
 # ---- who is found silent is looked at again under the lock: a beat that has come meanwhile counts ----
 my ($beats, $silent) = map { row(%ready, runtime => 'true') } 1, 2;
 sql("INSERT INTO agentvm.session_heartbeat (session_id, lost_after) SELECT session_id, '1 s' FROM agentvm.session");
