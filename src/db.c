@@ -346,10 +346,11 @@ prepare_insert(DbInsert *insert, Relation table)
 	MemoryContext old;
 	int i;
 
-	if (insert->context != NULL)
-		MemoryContextDelete(insert->context);
+	/* the query is in the context; the plan is not */
 	if (insert->query != NULL && insert->query->plan != NULL)
 		SPI_freeplan(insert->query->plan);
+	if (insert->context != NULL)
+		MemoryContextDelete(insert->context);
 	insert->context = NULL;
 	insert->query = NULL;
 	insert->defaults = NIL;

@@ -349,6 +349,7 @@ give_up(MemoryContext context)
 					  errdetail("Whoever listens has to read the tables. This is told once a "
 								"minute at most.")));
 	}
+	FreeErrorData(error);
 	announce_forget();
 	announcer.not_before = now + ERROR_PAUSE_US;
 	RESUME_INTERRUPTS();
