@@ -1,9 +1,11 @@
 # Real VMs by the provider libvirt, under TCG: launched, looked at, ended, and nothing left
 use strict;
 use warnings;
+use AgentVM::Client;
 use AgentVM::Libvirt;
 use AgentVM::Test;
 use Digest::SHA qw(sha256_hex);
+use IO::Socket::UNIX;
 use MIME::Base64;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -27,16 +29,29 @@ sub ends
 	psql_ok($node, "SELECT agentvm.terminate('$session')", 'terminate()');
 	await_state($node, $session, 'terminated', timeout => 120);
 	$libvirt->nothing_left($session);
+	is(sql("SELECT count(*) FROM agentvm.placement WHERE session_id = '$session'"), 0, 'nor a place taken');
 	return;
 }
 
 sql("SELECT agentvm.create_team('acme', provider => 'libvirt'); SELECT agentvm.set_provider('acme', 'libvirt', " . json($image) . ')');
 profile('plain', {}, 'runtime => false', 'memory_mib => 256');
 profile('whole', {}, 'memory_mib => 256', "bootstrap_timeout => '1 hour'");
-$libvirt->host($node);
 await($node, "SELECT count(*) FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 1, name => 'a runner');
 
+# ---- a host that takes a connection and says nothing: what comes of it takes a minute, and is seen at the end ----
+my $silent = $libvirt->dir . '/silent';
+my $listener = IO::Socket::UNIX->new(Local => $silent, Listen => 5) or die "no socket: $!";
+my %host = (name => 'silent', uri => "qemu+unix:///session?socket=$silent", accel => 'tcg');
+$libvirt->host($node, %host);
+my @askers = map { AgentVM::Client->new($node) } 1 .. 2;
+$_->send("SELECT agentvm.check_provider('acme')") foreach @askers;
+my $silence_began = time;
+my $held = $listener->accept;
+await($node, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Extension' AND pid IN (" . join(', ', map { $_->pid } @askers) . ')', 2, name => 'two ask');
+sql('DELETE FROM agentvm.host');
+
 # ---- the host, before ----
+$libvirt->host($node);
 my %check = %{ JSON::PP::decode_json(sql("SELECT agentvm.check_provider('acme')")) };
 ok($check{ok}, 'the host is in order') or diag(JSON::PP->new->pretty->encode(\%check));
 like($check{hosts}{here}{emulator}, qr/qemu-system-x86_64$/, 'it has an emulator');
@@ -44,6 +59,17 @@ my @checks = map { my %one; $one{handle} = IPC::Run::start([ 'psql', '-XAtq', '-
 $_->{handle}->finish foreach @checks;
 is(join(' ', map { JSON::PP::decode_json($_->{out})->{ok} ? 'ok' : $_->{out} . $_->{error} } @checks), 'ok ok ok ok ok ok', 'six checks at once are in nobody\'s way');
 is("@{[ $libvirt->files ]}", '', 'checks leave nothing behind');
+
+# ---- as many VMs as it lists, with the longest names of teams: the answer has room for them ----
+my $cluster = sql('SELECT installation_id FROM agentvm.installation');
+my $team = '&quot;' x 128;
+append_to_file($libvirt->dir . '/many.xml', '<node>' . join('', map { my $id = sprintf('00000000-0000-7000-8000-%012d', $_);
+	"<domain type='test'><name>agentvm-$id</name><uuid>$id</uuid><metadata><agentvm:vm xmlns:agentvm='urn:agentvm:vm'><agentvm:cluster>$cluster</agentvm:cluster>"
+	. "<agentvm:session>$id</agentvm:session><agentvm:team>$team</agentvm:team></agentvm:vm></metadata><memory>1024</memory><os><type>hvm</type></os></domain>" } 1 .. 600) . '</node>');
+$libvirt->host($node, name => 'many', uri => 'test://' . $libvirt->dir . '/many.xml', accel => 'tcg');
+sql("UPDATE agentvm.host SET enabled = name = 'many'");
+is(sql(q{SELECT count(*), count(DISTINCT d ->> 'session'), min(d ->> 'team') = repeat('"', 128) FROM jsonb_array_elements(agentvm.check_provider('acme') #> '{hosts,many,domains}') d}), '500|500|t', '500 VMs are listed at most');
+sql("DELETE FROM agentvm.host WHERE name = 'many'; UPDATE agentvm.host SET enabled = true");
 
 # ---- without a runtime: running is ready ----
 my $began = time;
@@ -65,6 +91,18 @@ ends($session);
 is(inspected($session, 'state'), 'not_found', 'inspect() of one that is gone');
 is(sql(qq{SELECT string_agg(detail ->> 'operation' || ' ' || (detail ->> 'status'), ' ' ORDER BY event_id) FROM agentvm.session_event WHERE session_id = '$session' AND kind = 'provider_call'}),
 	'launch 1 terminate 1', 'the log');
+
+# ---- an end for silence tells whether the VM was gone ----
+foreach my $gone (0, 1)
+{
+	$session = provision($node, 'acme', "profile => 'plain'");
+	await_state($node, $session, 'ready', timeout => 120);
+	$libvirt->virsh('destroy', "agentvm-$session") if $gone;
+	sql("UPDATE agentvm.session SET state = 'terminating', end_reason = 'heartbeat_timeout', next_check_at = now() WHERE session_id = '$session'; SELECT agentvm.wake()");
+	await_state($node, $session, 'terminated|failed', timeout => 120);
+	is(sql("SELECT end_reason FROM agentvm.sessions WHERE session_id = '$session'"), $gone ? 'provider_lost' : 'heartbeat_timeout', $gone ? 'the VM was gone' : 'the VM was there');
+	$libvirt->nothing_left($session);
+}
 
 # ---- with one: what the guest sees ----
 $session = provision($node, 'acme', "profile => 'whole'");
@@ -186,4 +224,18 @@ is_deeply([ sort split /\n/, sql("SELECT d ->> 'session' FROM jsonb_array_elemen
 sql('SELECT agentvm.terminate(session_id) FROM agentvm.sessions');
 await($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0, timeout => 120);
 is(join(' ', $libvirt->domains, $libvirt->files, $libvirt->qemu), '', 'nothing is left');
+is(sql('SELECT count(*) FROM agentvm.placement'), 0, 'no place is taken');
+
+# ---- the host that was silent: one thread is in its hands, and the others try anew, now that somebody is there ----
+like(join(' ', sort map { $_->answer } @askers), qr/no answer within \d+ ms.*could not connect to .*: it does not answer/, 'one has waited for it, the other for that one, not as long');
+is(sql("SELECT stuck FROM agentvm.stat_dispatcher WHERE kind = 'runner'"), 1, 'one thread is stuck');
+unlink $silent;
+symlink($libvirt->dir . '/run/libvirt/libvirt-sock', $silent) or die "no link: $!";
+sql('DELETE FROM agentvm.host');
+$libvirt->host($node, %host);
+await($node, "SELECT agentvm.check_provider('acme') ->> 'ok'", 'true', name => 'after a minute', timeout => 90);
+note(sprintf('after %.1f s', time - $silence_began));
+close $held;
+await($node, "SELECT stuck FROM agentvm.stat_dispatcher WHERE kind = 'runner'", 0, name => 'no thread is stuck any more');
+is(sql("SELECT agentvm.check_provider('acme') ->> 'ok'"), 'true', 'the one that was late is in nobody\'s way');
 done_testing();

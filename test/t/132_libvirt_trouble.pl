@@ -140,8 +140,10 @@ kill('KILL', $libvirt->daemon);
 terminate($session);
 await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND detail ->> 'error' ~ 'directory.*Permission denied'", 't', timeout => 120, name => 'it is told');
 is(sql("SELECT state FROM agentvm.sessions WHERE session_id = '$session'"), 'terminating', 'and not over');
+$libvirt->virsh('destroy', "agentvm-$session");
+sql("UPDATE agentvm.session SET end_reason = 'heartbeat_timeout' WHERE session_id = '$session'");
 chmod(0700, $libvirt->vms);
-await_state($node, $session, 'terminated', timeout => 120);
+await_state($node, $session, 'terminated', timeout => 120, name => 'that the VM is gone by then says nothing: an earlier end may have reached it');
 $libvirt->nothing_left($session);
 
 # ---- a libvirtd that does not even take a connection: one thread waits for it, the others do not ----
@@ -155,12 +157,18 @@ await($node, "SELECT count(*) FROM agentvm.sessions WHERE state = 'ready'", 4, t
 is(scalar $libvirt->domains, 4, 'one domain each');
 ends($_) foreach @sessions;
 is(inspected($steady), 'running', 'the other one lives through it');
-$qemu = $libvirt->qemu($steady);
 
 # ---- VMs that hang, or vanish ----
 $session = launched();
-kill('STOP', $libvirt->qemu($session));
-ends($session);
+$qemu = $libvirt->qemu($session);
+kill('STOP', $qemu);
+terminate($session);
+$until = time + AgentVM::Process::timeout();
+sleep 0.02 while -e $libvirt->vms . "/$session.boot" && time < $until;
+ok(kill(0, $qemu), 'the boot disk goes first, so that a launch that is still under way comes to nothing');
+await_state($node, $session, 'terminated', timeout => 120);
+$libvirt->nothing_left($session);
+$qemu = $libvirt->qemu($steady);
 kill('KILL', $qemu);
 await($node, "SELECT agentvm.inspect('$steady') ->> 'state'", 'not_found', name => 'inspect(): the VM has vanished');
 ends($steady);
@@ -191,5 +199,6 @@ system('sh', '-c', "virsh -q -c qemu:///session dumpxml agentvm-$session > " . $
 ends($session);
 
 is(join(' ', $libvirt->domains, $libvirt->files, $libvirt->qemu), '', 'nothing is left');
+is(sql('SELECT count(*) FROM agentvm.placement'), 0, 'no place is taken');
 unlike(log_text($node), qr/libvirt.*error :/, 'libvirt writes nothing into the log');
 done_testing();
