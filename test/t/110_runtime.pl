@@ -163,6 +163,7 @@ $relay->says(qr/bootstrapping/, 'a runtime with a device');
 my ($socket) = slurp_file('/proc/net/unix') =~ /\@(agentvm-@{[ $relay->pid ]}-\w+)/;
 my $intruder = IO::Socket::UNIX->new(Peer => "\0$socket");
 ok($intruder, 'another process finds its socket');
+$intruder->blocking(0);
 ok(IO::Select->new($intruder)->can_read(AgentVM::Process::timeout()), 'and hears at once');
 is(sysread($intruder, my $nothing, 1), 0, 'that it is not taken');
 $relay->stop;

@@ -51,9 +51,10 @@ for to in 127.0.0.1:%d 10.0.2.2:%d 8.8.8.8:53; do
 done
 SH
 my $size = 'until [ -s /run/agentvm/env.json ]; do sleep 1; done; echo "env.json:" $(wc -c </run/agentvm/env.json)';
+my @jumps = (undef, '2040-01-01', '1999-01-01');    # of the wall clock, once there is a session
 my @ids = (launched('env => ' . json({ BIG => 'x' x 60000 })), launched(), launched());
 my @guests = map {
-	AgentVM::Guest->new($dir, $ids[$_], ($_ == 0 ? sprintf($look, $gateway->port, $gateway->port) . "($size) &\n" : '') .
+	AgentVM::Guest->new($dir, $ids[$_], ($_ == 0 ? sprintf($look, $gateway->port, $gateway->port) . "($size) &\n" : "(until [ -s /run/agentvm/env.json ]; do sleep 1; done; date -s $jumps[$_]) &\n") .
 		  AgentVM::Guest::settings(GATEWAY_URL => 'http://gateway.test', BOOTSTRAP_TOKEN => bootstrap_token($node, $ids[$_]), SESSION_ID => $ids[$_], STATE_DIR => '/run/agentvm'))->start
 } 0 .. 2;
 await_state($node, $_, 'ready', name => 'a VM without a network reports for duty') for @ids;
@@ -62,6 +63,8 @@ $guests[0]->says(qr/^routes: 0 0\r?$/m, 'and no route');
 $guests[0]->says(qr/does not reach $_/, "it does not reach $_") for '127.0.0.1', '10.0.2.2', '8.8.8.8';
 $guests[0]->says(qr/first heartbeat acknowledged.*by=channel/, 'its channel is open, and carries the heartbeats');
 $guests[0]->says(qr/^env.json: 60\d{3}\r?$/m, 'an answer of 60 kB has come');
+$guests[1]->says(qr/ 00:00:00 UTC 2040/, "one's wall clock jumps forth");
+$guests[2]->says(qr/ 00:00:00 UTC 1999/, "another's back");
 beats_again($_, 'it beats') for @ids, @ids;
 is(metric('vms'), 3, 'metrics: three VMs');
 cmp_ok(metric('vm_streams'), '>=', 3, 'and their streams');
