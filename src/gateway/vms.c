@@ -397,6 +397,8 @@ scan(Vms *vms)
 		/* a connection outlives its file */
 		if (vm != NULL && !vm->is_there && vm->cable.fd < 0)
 			forget(vm);
+		if (vms->all[i] == NULL)
+			vms->is_full = false;
 	}
 }
 

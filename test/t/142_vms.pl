@@ -13,8 +13,8 @@ use Time::HiRes qw(sleep time);
 my ($HELLO, $OPEN, $DATA, $CREDIT, $CLOSE) = 1 .. 5;
 my $node = new_node('main');
 my $base = PostgreSQL::Test::Utils::tempdir_short();
-my ($dir, $later) = ("$base/a", "$base/b");
-mkdir $dir;
+my ($dir, $later, $many) = ("$base/a", "$base/b", "$base/c");
+mkdir $_ for $dir, $many;
 my $timeout = AgentVM::Process::timeout();
 
 # ---- a VM: what QEMU and a guest would do ----
@@ -137,7 +137,7 @@ symlink($canary->{path}, "$dir/link.sock");
 my $other = vm('other.socket');
 rename("$dir/other.socket.sock", "$dir/other.socket");
 my ($longest, $long) = (vm('y' x 44), vm('x' x 45));
-my $gateway = AgentVM::Gateway->new($node, options => [ '--vm-sockets', $dir, '--vm-sockets', $later, '--unauthenticated-rate', 5 ]);
+my $gateway = AgentVM::Gateway->new($node, options => [ '--vm-sockets', $dir, '--vm-sockets', $later, '--vm-sockets', $many, '--unauthenticated-rate', 5 ]);
 sub metric
 {
 	my ($name) = @_;
@@ -272,6 +272,47 @@ for my $name (sort keys %floods)
 my $end = time + $timeout;
 sleep 0.2 while files() > $files && time < $end;
 cmp_ok(files(), '<=', $files, 'no file is left open');
+
+# ---- more than it has places for: said once each time ----
+sub is_told
+{
+	my ($like, $times, $name) = @_;
+	my $end = time + $timeout;
+	my $told;
+	sleep 0.1 until ($told = () = $gateway->output =~ /$like/g) >= $times || time > $end;
+	return is($told, $times, $name);
+}
+for my $time (1, 2)
+{
+	for my $n (1 .. 1030) { close(IO::Socket::UNIX->new(Local => "$many/$n.sock", Listen => 1) // die "$many/$n.sock: $!"); }
+	is_told(qr/too many VMs' sockets/, $time, 'more than 1024 sockets are told');
+	unlink glob("$many/*");
+	rmdir $many;
+	is_told(qr/cannot be looked for" directory=\Q$many\E/, $time, 'they are gone');
+	next if $time == 2;
+	mkdir $many;
+	is_told(qr/watching for VMs' sockets" directory=\Q$many\E/, 1, 'and their directory is back');
+}
+
+# ---- what a crash of the host leaves, with infra/systemd/agentvm.tmpfiles ----
+SKIP:
+{
+	skip 'no systemd-tmpfiles', 5 unless grep { -x "$_/systemd-tmpfiles" } split(/:/, $ENV{PATH});
+	my $root = PostgreSQL::Test::Utils::tempdir('root');
+	my ($vms, $logs) = ("$root/var/lib/agentvm/vms", "$root/var/cache/agentvm-vm/libvirt/qemu/log");
+	system_or_bail('mkdir', '-p', $vms, $logs);
+	append_to_file($_, 'x') for "$vms/a.sock", "$vms/a.disk", "$logs/a.log";
+	append_to_file("$root/soon", slurp_file("$ENV{TESTDIR}/infra/systemd/agentvm.tmpfiles") =~ s/\b30d$/1s/mr);
+	my $tidy = sub { return system('systemd-tmpfiles', "--root=$root", @_) == 0; };
+	my $left = sub { return join(' ', map { s/.*\///r } glob("$vms/* $logs/*")); };
+	ok($tidy->('--create', '--remove', '--clean', "$ENV{TESTDIR}/infra/systemd/agentvm.tmpfiles"), 'systemd-tmpfiles takes it');
+	is($left->(), 'a.disk a.sock a.log', 'while the host is up, it removes nothing that is new');
+	ok($tidy->('--boot', '--remove', "$ENV{TESTDIR}/infra/systemd/agentvm.tmpfiles"), 'at boot');
+	is($left->(), 'a.disk a.log', 'it removes the sockets');
+	my $end = time + $timeout;
+	sleep 0.2 while $tidy->('--clean', "$root/soon") && -e "$logs/a.log" && time < $end;
+	is($left->(), 'a.disk', 'and logs that are old');
+}
 
 # ---- settings ----
 sub checked { my (@arguments) = @_; my ($out, $error) = run_command([ @{ $gateway->{command} }[ 0 .. 2 ], '--check', @arguments ]); return $out . $error; }
