@@ -82,7 +82,7 @@ gateway_flags = $(shell pkg-config --cflags --libs libwebsockets libuv libpq jan
 .PHONY: gateway install-gateway
 gateway: $(GATEWAY)
 $(GATEWAY): $(wildcard src/gateway/*.[ch] src/common/*.[ch]) src/protocol.h src/agentvm.h
-	$(CC) -std=gnu11 -O2 -g $(warnings) $(GATEWAY_CFLAGS) -DAGENTVM_VERSION='$(shell sed -n 's/^\#define AGENTVM_VERSION //p' src/agentvm.h)' \
+	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -g $(warnings) $(GATEWAY_CFLAGS) -DAGENTVM_VERSION='$(shell sed -n 's/^\#define AGENTVM_VERSION //p' src/agentvm.h)' \
 		-o $@ $(filter %.c,$^) $(gateway_flags)
 install-gateway: gateway
 	$(MKDIR_P) '$(DESTDIR)$(bindir)'

@@ -22,6 +22,7 @@ struct Channel
 	struct lws *wsi;
 	Server *server;
 	Request *waiting;
+	Turn turn; /* to ask whose token it is */
 	Session *session;
 	uint8_t hash[HASH_LEN];
 	char out[96];	/* the one frame that is to be sent */
@@ -79,6 +80,18 @@ channel_authenticated(void *arg, Outcome outcome, Session *session, const char *
 		send_frame(before, "", PROTOCOL_CLOSE_REPLACED);
 	}
 	send_frame(channel, "{\"type\": \"hello\"}", 0);
+}
+
+static void
+authenticate(void *arg, bool may)
+{
+	Channel *channel = arg;
+
+	if (may)
+		channel->waiting = sessions_authenticate(channel->server->sessions, channel->hash,
+												 channel_authenticated, channel);
+	else
+		send_frame(channel, "", PROTOCOL_CLOSE_AWAY);
 }
 
 static void
@@ -238,8 +251,9 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 				send_frame(channel, "", PROTOCOL_CLOSE_UNKNOWN);
 				return 0;
 			}
-			channel->waiting = sessions_authenticate(server->sessions, channel->hash,
-													 channel_authenticated, channel);
+			if (!wait_for_turn(server, wsi, true, channel->hash, &channel->turn, authenticate,
+							   channel))
+				authenticate(channel, true);
 			return 0;
 
 		case LWS_CALLBACK_RECEIVE:
@@ -293,6 +307,7 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 			if (channel->waiting != NULL)
 				request_forget(channel->waiting);
 			channel->waiting = NULL;
+			leave_queue(server, &channel->turn);
 			if (channel->session != NULL)
 				session_detach(channel->session, channel);
 			channel->session = NULL;

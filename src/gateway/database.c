@@ -3,9 +3,11 @@
  * database.c
  *		A connection to the database that never blocks and comes back by itself.
  *
- * libpq in pipeline mode behind one uv_poll.  A query that is not answered within
- * ANSWER_S means that the server or the network hangs: the connection is dropped
- * and made anew, and whoever asked is told that the outcome is unknown.
+ * libpq in pipeline mode behind one uv_poll.  Connections are made on a thread of
+ * libuv's, since libpq waits for names, tickets and files, whatever function begins
+ * it.  A query that is not answered within ANSWER_S means that the server or the
+ * network hangs: the connection is dropped and made anew, and whoever asked is told
+ * that the outcome is unknown.
  *
  *-------------------------------------------------------------------------
  */
@@ -41,6 +43,16 @@ typedef struct Query
 	uint64_t sent_at; /* ms of the loop's clock */
 } Query;
 
+/* One try to connect, on a thread. */
+typedef struct Attempt
+{
+	uv_work_t work;
+	Database *database; /* NULL: it has been closed meanwhile */
+	char *conninfo;
+	char *name;
+	PGconn *connection;
+} Attempt;
+
 typedef enum Phase
 {
 	PHASE_AWAY,
@@ -57,10 +69,10 @@ struct Database
 	char *name;
 	DatabaseEvents events;
 	Phase phase;
+	Attempt *attempt;
 	PGconn *connection;
 	uv_poll_t
 		*poll; /* of the socket; its own allocation, since closing it takes a turn of the loop */
-	int socket;
 	uv_timer_t *timer; /* next try, or the deadline of what is under way */
 	int backoff_ms;
 	int set_up_left;
@@ -90,20 +102,15 @@ stop_poll(Database *database)
 	database->poll = NULL;
 }
 
-/* Watch the socket, which may be another one than before, for these events. */
+/* Watch the socket for these events. */
 static void
 watch(Database *database, int events)
 {
-	int socket = PQsocket(database->connection);
-
-	if (database->poll != NULL && socket != database->socket)
-		stop_poll(database);
 	if (database->poll == NULL)
 	{
 		database->poll = calloc(1, sizeof(uv_poll_t));
 		database->poll->data = database;
-		database->socket = socket;
-		uv_poll_init(database->loop, database->poll, socket);
+		uv_poll_init(database->loop, database->poll, PQsocket(database->connection));
 	}
 	uv_poll_start(database->poll, events, on_socket);
 }
@@ -117,9 +124,9 @@ on_timer(uv_timer_t *timer)
 		begin_connecting(database);
 }
 
-/* The connection is of no use any more: tell everybody, and try again later. */
+/* Say so, once. */
 static void
-lose(Database *database, const char *why)
+complain(Database *database, const char *why)
 {
 	if (!database->complained)
 	{
@@ -132,6 +139,13 @@ lose(Database *database, const char *why)
 		log_line(LOG_LEVEL_WARNING, "database is away", "reason", text, NULL);
 	}
 	database->complained = true;
+}
+
+/* The connection is of no use any more: tell everybody, and try again later. */
+static void
+lose(Database *database, const char *why)
+{
+	complain(database, why);
 	stop_poll(database);
 	if (database->connection != NULL)
 		PQfinish(database->connection);
@@ -161,7 +175,8 @@ on_too_late(uv_timer_t *timer)
 	Database *database = timer->data;
 
 	if (database->phase == PHASE_CONNECTING)
-		lose(database, "timeout while connecting");
+		/* no more than that: libpq has a time limit of its own for each host */
+		complain(database, "connecting takes long");
 	else if (database->count > 0 &&
 			 uv_now(database->loop) - database->pending[database->first].sent_at >= ANSWER_S * 1000)
 		lose(database, "no answer to a query");
@@ -287,24 +302,6 @@ on_socket(uv_poll_t *poll, int status, int events)
 	Database *database = poll->data;
 	PGnotify *notice;
 
-	if (database->phase == PHASE_CONNECTING)
-	{
-		switch (PQconnectPoll(database->connection))
-		{
-			case PGRES_POLLING_READING:
-				watch(database, UV_READABLE);
-				return;
-			case PGRES_POLLING_WRITING:
-				watch(database, UV_WRITABLE);
-				return;
-			case PGRES_POLLING_OK:
-				connected(database);
-				return;
-			default:
-				lose(database, PQerrorMessage(database->connection));
-				return;
-		}
-	}
 	if (PQconsumeInput(database->connection) != 1)
 	{
 		lose(database, PQerrorMessage(database->connection));
@@ -326,7 +323,7 @@ on_socket(uv_poll_t *poll, int status, int events)
 }
 
 static PGconn *
-start(const char *conninfo, const char *name, bool wait)
+connect_to(const char *conninfo, const char *name)
 {
 	const char *const keywords[] = {"dbname",
 									"application_name",
@@ -338,23 +335,53 @@ start(const char *conninfo, const char *name, bool wait)
 									NULL};
 	const char *const values[] = {conninfo, name, "UTF8", "10", "5", "3", "10", NULL};
 
-	return wait ? PQconnectdbParams(keywords, values, 1)
-				: PQconnectStartParams(keywords, values, 1);
+	return PQconnectdbParams(keywords, values, 1);
+}
+
+/* On the thread: nothing of the database is touched. */
+static void
+try_to_connect(uv_work_t *work)
+{
+	Attempt *attempt = work->data;
+
+	attempt->connection = connect_to(attempt->conninfo, attempt->name);
+}
+
+static void
+tried_to_connect(uv_work_t *work, int status)
+{
+	Attempt *attempt = work->data;
+	Database *database = attempt->database;
+
+	if (database == NULL)
+		PQfinish(attempt->connection);
+	else
+	{
+		database->attempt = NULL;
+		database->connection = attempt->connection;
+		if (PQstatus(database->connection) == CONNECTION_OK)
+			connected(database);
+		else
+			lose(database, PQerrorMessage(database->connection));
+	}
+	free(attempt->conninfo);
+	free(attempt->name);
+	free(attempt);
 }
 
 static void
 begin_connecting(Database *database)
 {
-	database->connection = start(database->conninfo, database->name, false);
-	if (database->connection == NULL || PQstatus(database->connection) == CONNECTION_BAD)
-	{
-		lose(database,
-			 database->connection ? PQerrorMessage(database->connection) : "out of memory");
-		return;
-	}
+	Attempt *attempt = calloc(1, sizeof(Attempt));
+
+	attempt->work.data = attempt;
+	attempt->database = database;
+	attempt->conninfo = strdup(database->conninfo);
+	attempt->name = strdup(database->name);
+	database->attempt = attempt;
 	database->phase = PHASE_CONNECTING;
 	uv_timer_start(database->timer, on_too_late, CONNECT_S * 1000, 0);
-	watch(database, UV_WRITABLE);
+	uv_queue_work(database->loop, &attempt->work, try_to_connect, tried_to_connect);
 }
 
 Database *
@@ -379,6 +406,8 @@ database_close(Database *database)
 {
 	database->complained = true;
 	database->events.up = NULL;
+	if (database->attempt != NULL)
+		database->attempt->database = NULL;
 	lose(database, "closing");
 	uv_timer_stop(database->timer);
 	uv_close((uv_handle_t *) database->timer, free_handle);
@@ -409,7 +438,7 @@ database_send(Database *database, const char *sql, int count, const Oid *types,
 char *
 database_problem(const char *conninfo, const char *name)
 {
-	PGconn *connection = start(conninfo, name, true);
+	PGconn *connection = connect_to(conninfo, name);
 	char *problem = NULL;
 	int i;
 

@@ -27,6 +27,7 @@ struct Exchange
 	struct lws *wsi;
 	Server *server;
 	Request *waiting; /* for the database */
+	Turn turn;		  /* to ask it */
 	bool is_open;
 	bool whole; /* all of it has arrived */
 	bool headers_sent;
@@ -160,6 +161,17 @@ put_metric(char **at, const char *end, const char *name, const char *type, const
 	*at += snprintf(*at, end - *at, "%s%s %.0f\n", name, labels, value);
 }
 
+/* What all VMs do together is not for each of them to know. */
+static bool
+may_read_metrics(const Exchange *exchange)
+{
+	struct sockaddr_storage client;
+	socklen_t len = sizeof(client);
+
+	return getpeername(lws_get_socket_fd(exchange->wsi), (struct sockaddr *) &client, &len) == 0 &&
+		   options_metrics_for(exchange->server->options, &client);
+}
+
 static void
 answer_metrics(Exchange *exchange)
 {
@@ -226,7 +238,6 @@ path_is(const char *path, const char *known)
 	return strcmp(path, known) == 0;
 }
 
-/* The body has arrived: ask the database. */
 static void
 bootstrap(Exchange *exchange)
 {
@@ -262,17 +273,29 @@ bootstrap(Exchange *exchange)
 	json_decref(root);
 }
 
+/* Ask the database, if it may be asked. */
 static void
-body_complete(Exchange *exchange)
+ask(void *arg, bool may)
 {
-	exchange->whole = true;
-	if (exchange->answered)
-		return;
-	if (exchange->is_bootstrap)
+	Exchange *exchange = arg;
+
+	if (!may)
+		refuse(exchange, 429);
+	else if (exchange->is_bootstrap)
 		bootstrap(exchange);
 	else
 		exchange->waiting =
 			sessions_heartbeat(exchange->server->sessions, exchange->hash, request_done, exchange);
+}
+
+static void
+body_complete(Exchange *exchange)
+{
+	exchange->whole = true;
+	if (!exchange->answered &&
+		!wait_for_turn(exchange->server, exchange->wsi, !exchange->is_bootstrap, exchange->hash,
+					   &exchange->turn, ask, exchange))
+		ask(exchange, true);
 }
 
 #define LENGTH_NONE (-1)
@@ -314,7 +337,9 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 		refuse(exchange, 400);
 	else if (path_is(path, "/healthz") || path_is(path, "/readyz") || path_is(path, "/metrics"))
 	{
-		if (!get)
+		if (path_is(path, "/metrics") && !may_read_metrics(exchange))
+			refuse(exchange, 404);
+		else if (!get)
 			refuse(exchange, 405);
 		else if (path_is(path, "/metrics"))
 			answer_metrics(exchange);
@@ -355,6 +380,7 @@ end_exchange(Exchange *exchange)
 	if (exchange->waiting != NULL)
 		request_forget(exchange->waiting);
 	exchange->waiting = NULL;
+	leave_queue(exchange->server, &exchange->turn);
 	if (exchange->answer != NULL)
 		OPENSSL_cleanse(exchange->answer, exchange->answer_len); /* a bootstrap's holds env */
 	free(exchange->answer);
@@ -456,14 +482,6 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			server->tls = user;
 			return 0;
 
-		case LWS_CALLBACK_FILTER_NETWORK_CONNECTION:
-		{
-			char address[48];
-
-			peer_address(NULL, (int) (intptr_t) in, address, sizeof(address));
-			return may_connect(server, address) ? 0 : 1;
-		}
-
 		case LWS_CALLBACK_SERVER_NEW_CLIENT_INSTANTIATED:
 		{
 			char address[48];
@@ -474,6 +492,7 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			else
 				peer_address(wsi, -1, address, sizeof(address));
 			peer = peer_of(server, address);
+			peer->is_vm = server->vm != NULL;
 			peer->connections++;
 			server->counts.connections++;
 			lws_set_opaque_user_data(wsi, peer);
@@ -547,8 +566,9 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			return 0;
 
 		case LWS_CALLBACK_TIMER:
-			if (exchange == NULL || !exchange->is_open || exchange->waiting != NULL)
-				return 0; /* the database has a time limit of its own */
+			if (exchange == NULL || !exchange->is_open || exchange->waiting != NULL ||
+				exchange->turn.peer != NULL)
+				return 0; /* the database has a time limit of its own, and so have turns */
 			if (exchange->answered)
 				return -1; /* it does not read its answer */
 			refuse(exchange, 408);

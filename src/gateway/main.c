@@ -4,9 +4,10 @@
  *		agentvm-gateway: the door that VMs knock on.
  *
  * A process of its own, apart from PostgreSQL, because a parser that faces the
- * network does not belong where shared buffers are mapped.  One thread, one
- * libuv loop: libwebsockets and libpq live on it.  It keeps nothing that must
- * survive; run as many as you like.
+ * network does not belong where shared buffers are mapped.  One libuv loop:
+ * libwebsockets and libpq live on it, and nothing but connecting to the database is
+ * done on another thread.  It keeps nothing that must survive; run as many as you
+ * like.
  *
  *-------------------------------------------------------------------------
  */
@@ -14,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <systemd/sd-daemon.h>
 #include <time.h>
 #include <unistd.h>
@@ -81,6 +83,42 @@ watch_signal(Gateway *gateway, uv_signal_t *signal, int number)
 	uv_signal_start(signal, on_signal, number);
 }
 
+/* Make room for as many descriptors as there may be connections, or the other way round. */
+static const char *
+fit_descriptors(Options *options)
+{
+	static char problem[256];
+	char limit[32], wanted[32], may[32];
+	struct rlimit files;
+	int connections;
+
+	getrlimit(RLIMIT_NOFILE, &files);
+	if (files.rlim_cur < files.rlim_max)
+	{
+		files.rlim_cur = files.rlim_max;
+		(void) setrlimit(RLIMIT_NOFILE, &files);
+		getrlimit(RLIMIT_NOFILE, &files);
+	}
+	connections = server_max_connections(options, files.rlim_cur);
+	if (connections >= options->max_connections)
+		return NULL;
+	snprintf(limit, sizeof(limit), "%llu", (unsigned long long) files.rlim_cur);
+	if (connections < MIN_CONNECTIONS)
+	{
+		snprintf(problem, sizeof(problem),
+				 "too few descriptors: the limit of open files (ulimit -n) is %s, of which %d "
+				 "connections remain; there should be %d",
+				 limit, connections < 0 ? 0 : connections, options->max_connections);
+		return problem;
+	}
+	snprintf(wanted, sizeof(wanted), "%d", options->max_connections);
+	snprintf(may, sizeof(may), "%d", connections);
+	log_line(LOG_LEVEL_WARNING, "fewer connections than --max-connections: too few descriptors",
+			 "max-connections", wanted, "open-files-limit", limit, "connections", may, NULL);
+	options->max_connections = connections;
+	return NULL;
+}
+
 static int
 check(const Options *options)
 {
@@ -107,11 +145,15 @@ int
 main(int argc, char **argv)
 {
 	static Gateway gateway; /* libuv's handles must not move */
+	const struct rlimit no_core = {0, 0};
 	const char *problem;
 
+	(void) setrlimit(RLIMIT_CORE, &no_core); /* it would hold tokens */
 	options_parse(&gateway.options, argc, argv);
 	log_set_level((LogLevel) gateway.options.log_level);
 	problem = options_problem(&gateway.options);
+	if (problem == NULL)
+		problem = fit_descriptors(&gateway.options);
 	if (problem != NULL)
 	{
 		fprintf(stderr, "agentvm-gateway: %s\n", problem);
@@ -139,5 +181,5 @@ main(int argc, char **argv)
 	uv_run(&gateway.loop, UV_RUN_DEFAULT);
 	server_destroy(gateway.server);
 	log_line(LOG_LEVEL_INFO, "ended", NULL);
-	return 0;
+	_exit(0); /* exit() would wait for a thread that may still look for the database's host */
 }

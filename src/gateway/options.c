@@ -64,14 +64,20 @@ static const struct
 	 "directory of sockets *.sock of VMs without a network: each is connected to, and what comes "
 	 "through it is served as if it came to the port; may be given more than once, or several "
 	 "with colons between them"},
-	{"max-connections", OPTION_NUMBER, AT(max_connections), 10, 1000000, "20000",
-	 "connections in all"},
+	{"max-connections", OPTION_NUMBER, AT(max_connections), MIN_CONNECTIONS, 1000000, "20000",
+	 "connections in all; fewer if the limit of open files (ulimit -n) is too low for as many"},
 	{"max-per-address", OPTION_NUMBER, AT(max_per_address), 1, 1000000, "1000",
 	 "connections from one address (VMs behind one NAT share theirs)"},
 	{"request-timeout", OPTION_NUMBER, AT(request_timeout_s), 1, 600, "10",
 	 "seconds in which a whole request must have arrived"},
 	{"unauthenticated-rate", OPTION_NUMBER, AT(unauthenticated_rate), 1, 1000000, "60",
-	 "refused tokens per address and minute, beyond which those that are not known get 429"},
+	 "refused tokens per address and minute, beyond which those that are not known wait for their "
+	 "turn"},
+	{"unauthenticated-lookups", OPTION_NUMBER, AT(unauthenticated_lookups), 0, 1000000, "200",
+	 "such turns a second, in all, each address in turn; who gets none in time gets 429"},
+	{"metrics-from", OPTION_TEXT, AT(metrics_from), 0, 0, "127.0.0.0/8,::1",
+	 "who may read /metrics: addresses or networks, with commas between them (0.0.0.0/0,::/0: "
+	 "anybody); VMs by their sockets never may"},
 	{"drain", OPTION_NUMBER, AT(drain_s), 0, 600, "10",
 	 "seconds for open requests to finish after SIGTERM"},
 	{"log-level", OPTION_LEVEL, AT(log_level), 0, 0, "info", "debug, info, warning or error"},
@@ -244,6 +250,66 @@ options_parse(Options *options, int argc, char **argv)
 	}
 }
 
+/*
+ * Read the first network of a list, as one of IPv6 (of which IPv4's are a part), and
+ * go on to the next.  Returns false where there is none.
+ */
+static bool
+next_network(const char **list, struct in6_addr *network, int *bits)
+{
+	static const struct in6_addr mapped = {.s6_addr = {[10] = 0xff, [11] = 0xff}};
+	char text[64];
+	size_t len = strcspn(*list, ",");
+	char *slash;
+	int most;
+
+	if (len >= sizeof(text))
+		return false;
+	memcpy(text, *list, len);
+	text[len] = '\0';
+	*list += len + ((*list)[len] == ',');
+	slash = strchr(text, '/');
+	if (slash != NULL)
+		*slash++ = '\0';
+	most = strchr(text, ':') != NULL ? 128 : 32;
+	*network = mapped;
+	if (inet_pton(most == 32 ? AF_INET : AF_INET6, text,
+				  network->s6_addr + (most == 32 ? 12 : 0)) != 1)
+		return false;
+	*bits = most;
+	if (slash != NULL && (slash[0] == '\0' || slash[strspn(slash, "0123456789")] != '\0' ||
+						  strlen(slash) > 3 || (*bits = atoi(slash)) > most))
+		return false;
+	*bits += 128 - most;
+	return true;
+}
+
+bool
+options_metrics_for(const Options *options, const struct sockaddr_storage *client)
+{
+	struct in6_addr address = {.s6_addr = {[10] = 0xff, [11] = 0xff}};
+	const char *list = options->metrics_from;
+	struct in6_addr network;
+	int bits;
+
+	if (client->ss_family == AF_INET6)
+		address = ((const struct sockaddr_in6 *) client)->sin6_addr;
+	else if (client->ss_family == AF_INET)
+		memcpy(address.s6_addr + 12, &((const struct sockaddr_in *) client)->sin_addr, 4);
+	else
+		return false;
+	while (*list != '\0' && next_network(&list, &network, &bits))
+	{
+		int whole = bits / 8;
+
+		if (memcmp(address.s6_addr, network.s6_addr, (size_t) whole) == 0 &&
+			(bits % 8 == 0 ||
+			 (address.s6_addr[whole] ^ network.s6_addr[whole]) >> (8 - bits % 8) == 0))
+			return true;
+	}
+	return false;
+}
+
 static bool
 is_loopback(const char *address)
 {
@@ -260,14 +326,26 @@ options_problem(const Options *options)
 {
 	static char problem[512];
 	unsigned char address[sizeof(struct in6_addr)];
+	const char *metrics_from = options->metrics_from;
+	struct in6_addr network;
 	SSL_CTX *context;
 	bool usable;
+	int bits;
 
 	if (inet_pton(AF_INET, options->listen, address) != 1 &&
 		inet_pton(AF_INET6, options->listen, address) != 1)
 	{
 		snprintf(problem, sizeof(problem), "--listen=%s is not an IP address", options->listen);
 		return problem;
+	}
+	while (*metrics_from != '\0')
+	{
+		if (!next_network(&metrics_from, &network, &bits))
+		{
+			snprintf(problem, sizeof(problem), "--metrics-from=%s is not a list of networks",
+					 options->metrics_from);
+			return problem;
+		}
 	}
 	if ((options->tls_cert == NULL) != (options->tls_key == NULL))
 		return "--tls-cert and --tls-key are needed together";

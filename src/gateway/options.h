@@ -9,8 +9,10 @@
 #define GATEWAY_OPTIONS_H
 
 #include <stdbool.h>
+#include <sys/socket.h>
 
 #define MAX_VM_SOCKETS 16
+#define MIN_CONNECTIONS 10
 
 typedef struct Options
 {
@@ -26,6 +28,8 @@ typedef struct Options
 	int max_per_address;						/* connections of one address */
 	int request_timeout_s;						/* for a whole request to arrive */
 	int unauthenticated_rate;					/* refused tokens per address and minute */
+	int unauthenticated_lookups;				/* a second, of tokens beyond that */
+	const char *metrics_from;					/* networks, with commas between them */
 	int drain_s;								/* for open requests after SIGTERM */
 	int log_level;								/* LogLevel */
 	bool check;									/* only verify the configuration */
@@ -44,6 +48,9 @@ extern void options_parse(Options *options, int argc, char **argv);
  * without TLS.  Returns NULL, or a static or malloc'ed text that says what is wrong.
  */
 extern const char *options_problem(const Options *options);
+
+/* Whether this client may read /metrics; one of a VM's socket may not. */
+extern bool options_metrics_for(const Options *options, const struct sockaddr_storage *client);
 
 /*
  * Whether the VMs' sockets can be got at.  They may come later, and a gateway that

@@ -11,11 +11,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <utlist.h>
 
 #include "../common/log.h"
 #include "server_private.h"
 
 #define LINGER_MS 60000 /* an address's counters are kept so long */
+#define TURN_MS 20
+#define WAIT_MS 6000 /* for a turn: less than a runtime waits for its answer */
 
 void
 peer_address(struct lws *wsi, int fd, char *address, size_t size)
@@ -94,10 +97,8 @@ forget_peers(Server *server)
 }
 
 static bool
-may_try_tokens(Server *server, struct lws *wsi)
+may_try_tokens(Server *server, const Peer *peer)
 {
-	Peer *peer = lws_get_opaque_user_data(wsi);
-
 	return peer == NULL || uv_now(server->loop) - peer->window_began_at > LINGER_MS ||
 		   peer->refused < server->options->unauthenticated_rate;
 }
@@ -137,14 +138,100 @@ read_token(struct lws *wsi, uint8_t *hash)
 int
 check_token(Server *server, struct lws *wsi, bool is_of_session, uint8_t *hash)
 {
+	const Peer *peer = lws_get_opaque_user_data(wsi);
 	bool is_token = read_token(wsi, hash);
 
 	if (is_token && is_of_session && sessions_know(server->sessions, hash))
 		return 0;
-	if (!may_try_tokens(server, wsi))
+	/* a VM by its socket has no neighbours */
+	if (!may_try_tokens(server, peer) &&
+		(!is_token || peer->is_vm || server->options->unauthenticated_lookups == 0))
 		return 429;
 	if (is_token)
 		return 0;
 	note_refused(server, wsi);
 	return 401;
+}
+
+/* ---- turns: a token bucket for all addresses, and a queue for each ---- */
+
+static bool
+take_lookup(Server *server)
+{
+	uint64_t now = uv_now(server->loop);
+	double rate = server->options->unauthenticated_lookups;
+
+	server->lookups += (double) (now - server->lookups_at) * rate / 1000;
+	server->lookups_at = now;
+	if (server->lookups > rate)
+		server->lookups = rate;
+	if (server->lookups < 1)
+		return false;
+	server->lookups -= 1;
+	return true;
+}
+
+static void
+on_turns(uv_timer_t *timer)
+{
+	Server *server = timer->data;
+	Peer *peer, *next;
+
+	while (server->queue != NULL && take_lookup(server))
+	{
+		Turn *turn;
+
+		peer = server->queue;
+		DL_DELETE(server->queue, peer);
+		DL_APPEND(server->queue, peer);
+		turn = peer->waiting;
+		leave_queue(server, turn);
+		turn->come(turn->arg, true);
+	}
+	DL_FOREACH_SAFE(server->queue, peer, next)
+	{
+		Turn *turn;
+
+		while ((turn = peer->waiting) != NULL && uv_now(server->loop) - turn->since >= WAIT_MS)
+		{
+			leave_queue(server, turn);
+			turn->come(turn->arg, false);
+		}
+	}
+	if (server->queue == NULL)
+		uv_timer_stop(timer);
+}
+
+bool
+wait_for_turn(Server *server, struct lws *wsi, bool is_of_session, const uint8_t *hash, Turn *turn,
+			  void (*come)(void *arg, bool may), void *arg)
+{
+	Peer *peer = lws_get_opaque_user_data(wsi);
+
+	if (may_try_tokens(server, peer) || (is_of_session && sessions_know(server->sessions, hash)) ||
+		(server->queue == NULL && take_lookup(server)))
+		return false;
+	turn->peer = peer;
+	turn->come = come;
+	turn->arg = arg;
+	turn->since = uv_now(server->loop);
+	if (peer->waiting == NULL)
+		DL_APPEND(server->queue, peer);
+	DL_APPEND(peer->waiting, turn);
+	if (!uv_is_active((uv_handle_t *) server->turns))
+		uv_timer_start(server->turns, on_turns, TURN_MS, TURN_MS);
+	return true;
+}
+
+void
+leave_queue(Server *server, Turn *turn)
+{
+	Peer *peer = turn->peer;
+
+	if (peer == NULL)
+		return;
+	turn->peer = NULL;
+	DL_DELETE(peer->waiting, turn);
+	if (peer->waiting == NULL)
+		DL_DELETE(server->queue, peer);
 }

@@ -9,6 +9,7 @@
 #define GATEWAY_SERVER_H
 
 #include <stdbool.h>
+#include <sys/resource.h>
 #include <uv.h>
 
 #include "options.h"
@@ -20,6 +21,9 @@ typedef struct Server Server;
  * the address cannot be had or the certificate cannot be used.
  */
 extern Server *server_create(uv_loop_t *loop, const Options *options);
+
+/* How many connections there may be with so many descriptors, all in all; may be negative. */
+extern int server_max_connections(const Options *options, rlim_t descriptors);
 
 /* Read certificate and key again; connections that are there keep theirs.  Logs the outcome. */
 extern void server_reload(Server *server);

@@ -17,13 +17,26 @@
 #include "sessions.h"
 #include "vms.h"
 
+/* A token that is to be looked up when it is its address's turn. */
+typedef struct Turn
+{
+	struct Peer *peer; /* NULL: it does not wait */
+	void (*come)(void *arg, bool may);
+	void *arg;
+	uint64_t since;
+	struct Turn *prev, *next;
+} Turn;
+
 /* Connections and refused tokens of one address (of IPv6: of one /64). */
 typedef struct Peer
 {
 	char address[48]; /* key */
+	bool is_vm;
 	int connections;
 	int refused;
 	uint64_t window_began_at;
+	Turn *waiting; /* a list */
+	struct Peer *prev, *next;
 	UT_hash_handle hh;
 } Peer;
 
@@ -41,13 +54,20 @@ struct Server
 	uv_loop_t *loop;
 	const Options *options;
 	struct lws_context *context;
-	struct lws_vhost *listener;
+	struct lws_vhost *vhost;
+	uv_poll_t *listener;
+	uv_timer_t *pause;	/* when connections cannot be accepted */
+	bool cannot_accept; /* and the log says so */
 	Vms *vms;
 	const char *vm; /* whose stream is being taken over from vms.c, or NULL */
 	struct lws_protocols protocols[3];
 	SSL_CTX *tls;
 	Sessions *sessions;
 	Peer *peers;
+	Peer *queue; /* those that have turns to wait for */
+	uv_timer_t *turns;
+	double lookups; /* that may be made now */
+	uint64_t lookups_at;
 	HttpCounts counts;
 	unsigned open_requests;
 	bool draining;
@@ -72,10 +92,20 @@ extern bool read_token(struct lws *wsi, uint8_t *hash);
 
 /*
  * The same, if it may be looked up: returns 0, or 401 when there is none that could
- * be one, or 429 when too many of this connection's address have been refused.  A
- * session token that we know is good at any time, whoever else is behind the address.
+ * be one, or 429 when too many of this connection's address have been refused, and
+ * it is no use to wait.  A session token that we know is good at any time, whoever
+ * else is behind the address.
  */
 extern int check_token(Server *server, struct lws *wsi, bool is_of_session, uint8_t *hash);
+
+/*
+ * Where too many of an address have been refused, tokens wait for their turn to be
+ * looked up.  Returns false if this one has not to; else "come" is called, later,
+ * unless leave_queue() is called first, and told whether it may.
+ */
+extern bool wait_for_turn(Server *server, struct lws *wsi, bool is_of_session, const uint8_t *hash,
+						  Turn *turn, void (*come)(void *arg, bool may), void *arg);
+extern void leave_queue(Server *server, Turn *turn);
 
 /* Count a token that was refused. */
 extern void note_refused(Server *server, struct lws *wsi);

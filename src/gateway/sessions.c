@@ -79,11 +79,12 @@ struct Sessions
 	SessionCounts counts;
 };
 
-/* Heartbeats on their way to the database. */
+/* Heartbeats on their way to the database, or only the question which of these sessions live. */
 typedef struct Batch
 {
 	Sessions *sessions;
 	Request *requests;
+	bool beats;
 } Batch;
 
 /* ---- sessions ---- */
@@ -368,7 +369,7 @@ batch_answered(void *arg, const PGresult *result)
 
 	if (!ok)
 	{
-		sessions->counts.failed_batches++;
+		sessions->counts.failed_batches += batch->beats;
 		(void) outcome_of(result); /* tells why */
 	}
 	DL_FOREACH_SAFE(batch->requests, request, next)
@@ -385,7 +386,7 @@ batch_answered(void *arg, const PGresult *result)
 			row++;
 		if (row < rows && memcmp(PQgetvalue(result, row, 0), request->session->id, UUID_LEN) == 0)
 		{
-			sessions->counts.heartbeats++;
+			sessions->counts.heartbeats += batch->beats;
 			deadline_body(PQgetvalue(result, row, 1), body, sizeof(body));
 			finish(request, OUTCOME_OK, body);
 		}
@@ -398,10 +399,18 @@ batch_answered(void *arg, const PGresult *result)
 	free(batch);
 }
 
-/* Send what has been gathered, also if that is nothing. */
+/* Send these, whose order is changed. */
 static void
-flush_batch(Sessions *sessions)
+send_batch(Sessions *sessions, Request *requests, bool beats)
 {
+	static const char beat[] =
+		/* NULL: the time is the server's, whatever our clock says */
+		"WITH b AS MATERIALIZED (SELECT count(*) AS gone FROM agentvm.heartbeat_batch($1, "
+		"array_fill(NULL::timestamptz, ARRAY[cardinality($1)]))) "
+		"SELECT d.session_id, d.deadline_at FROM b, agentvm.deadlines($1) d "
+		"WHERE b.gone >= 0 ORDER BY d.session_id";
+	static const char look[] =
+		"SELECT d.session_id, d.deadline_at FROM agentvm.deadlines($1) d ORDER BY d.session_id";
 	static const Oid types[] = {UUID_ARRAY_OID};
 	Batch *batch = calloc(1, sizeof(Batch));
 	Request *request, *previous = NULL;
@@ -411,13 +420,9 @@ flush_batch(Sessions *sessions)
 	char *array, *at;
 	int count = 0;
 
-	uv_timer_stop(sessions->flush);
 	batch->sessions = sessions;
-	batch->requests = sessions->gathered;
-	sessions->gathered = NULL;
-	sessions->gathered_count = 0;
-	sessions->last_batch_at = uv_now(sessions->loop);
-	sessions->counts.batches++;
+	batch->requests = requests;
+	batch->beats = beats;
 	DL_SORT(batch->requests, compare_ids);
 
 	/* the binary form of uuid[]: dimensions, flags, element type, length and lower bound, elements */
@@ -447,16 +452,24 @@ flush_batch(Sessions *sessions)
 	if (count == 0)
 		lengths[0] = 12;
 
-	/* NULL: the time is the server's, whatever our clock says */
-	if (!database_send(
-			sessions->database,
-			"WITH b AS MATERIALIZED (SELECT count(*) AS gone FROM agentvm.heartbeat_batch($1, "
-			"array_fill(NULL::timestamptz, ARRAY[cardinality($1)]))) "
-			"SELECT d.session_id, d.deadline_at FROM b, agentvm.deadlines($1) d "
-			"WHERE b.gone >= 0 ORDER BY d.session_id",
-			1, types, values, lengths, formats, batch_answered, batch))
+	if (!database_send(sessions->database, beats ? beat : look, 1, types, values, lengths, formats,
+					   batch_answered, batch))
 		batch_answered(batch, NULL);
 	free(array);
+}
+
+/* Send what has been gathered, also if that is nothing. */
+static void
+flush_batch(Sessions *sessions)
+{
+	Request *gathered = sessions->gathered;
+
+	uv_timer_stop(sessions->flush);
+	sessions->gathered = NULL;
+	sessions->gathered_count = 0;
+	sessions->last_batch_at = uv_now(sessions->loop);
+	sessions->counts.batches++;
+	send_batch(sessions, gathered, true);
 }
 
 static void
@@ -554,6 +567,34 @@ sessions_know(Sessions *sessions, const uint8_t *hash)
 
 /* ---- ends that the database tells of ---- */
 
+/* Which sessions have ended while nobody listened? */
+static void
+look_for_ended(Sessions *sessions)
+{
+	Request *requests = NULL;
+	Session *session, *next;
+	int count = 0;
+
+	HASH_ITER(hh, sessions->by_hash, session, next)
+	{
+		Request *request;
+
+		if (session->has_ended)
+			continue;
+		request = make_request(sessions, session->hash, NULL, NULL);
+		set_session(request, session);
+		DL_APPEND(requests, request);
+		if (++count == MAX_BATCH)
+		{
+			send_batch(sessions, requests, false);
+			requests = NULL;
+			count = 0;
+		}
+	}
+	if (count > 0)
+		send_batch(sessions, requests, false);
+}
+
 static void
 listening(void *arg, const PGresult *result)
 {
@@ -571,6 +612,7 @@ channel_answered(void *arg, const PGresult *result)
 		return;
 	snprintf(listen, sizeof(listen), "LISTEN \"%.63s\"", PQgetvalue(result, 0, 0));
 	(void) database_send(sessions->database, listen, 0, NULL, NULL, NULL, NULL, listening, NULL);
+	look_for_ended(sessions); /* after LISTEN, so that none can slip through between them */
 }
 
 /* Connected anew: notifications are asked for again, and that we listen is said at once. */

@@ -27,7 +27,6 @@
 #include "../common/log.h"
 #include "options.h"
 
-#define MAX_VMS 1024
 #define SUFFIX ".sock"
 #define PREFIX "vm:"
 #define MAX_NAME 47 /* what Peer has room for */
@@ -79,9 +78,9 @@ struct Vms
 	uv_poll_t *poll;
 	uv_timer_t *tick;
 	uint64_t scan_at;
-	bool is_full; /* there are more than MAX_VMS, and the log says so */
+	bool is_full; /* there are more than VMS_MAX, and the log says so */
 	uint64_t resets;
-	Vm *all[MAX_VMS];
+	Vm *all[VMS_MAX];
 };
 
 /* What an event of epoll belongs to. */
@@ -312,7 +311,7 @@ vm_of(Vms *vms, int dir, const char *entry)
 		log_line(LOG_LEVEL_WARNING, "a VM's socket has too long a name", "socket", entry, NULL);
 		return NULL;
 	}
-	for (i = 0; i < MAX_VMS; i++)
+	for (i = 0; i < VMS_MAX; i++)
 	{
 		if (vms->all[i] == NULL)
 			place = place < 0 ? i : place;
@@ -377,7 +376,7 @@ scan(Vms *vms)
 	int i;
 
 	vms->scan_at = uv_now(vms->loop) + SCAN_MS;
-	for (i = 0; i < MAX_VMS; i++)
+	for (i = 0; i < VMS_MAX; i++)
 	{
 		if (vms->all[i] != NULL)
 			vms->all[i]->is_there = false;
@@ -390,7 +389,7 @@ scan(Vms *vms)
 							  IN_CREATE | IN_MOVED_TO | IN_ATTRIB | IN_DELETE_SELF | IN_MOVE_SELF);
 		scan_dir(vms, i);
 	}
-	for (i = 0; i < MAX_VMS; i++)
+	for (i = 0; i < VMS_MAX; i++)
 	{
 		Vm *vm = vms->all[i];
 
@@ -491,7 +490,7 @@ on_tick(uv_timer_t *timer)
 
 	if (now >= vms->scan_at)
 		scan(vms);
-	for (i = 0; i < MAX_VMS; i++)
+	for (i = 0; i < VMS_MAX; i++)
 	{
 		Vm *vm = vms->all[i];
 
@@ -554,7 +553,7 @@ vms_destroy(Vms *vms)
 
 	if (vms->poll != NULL)
 	{
-		for (i = 0; i < MAX_VMS; i++)
+		for (i = 0; i < VMS_MAX; i++)
 		{
 			if (vms->all[i] != NULL)
 				forget(vms->all[i]);
@@ -574,7 +573,7 @@ vms_counts(const Vms *vms)
 	VmsCounts counts = {.resets = vms->resets};
 	int i;
 
-	for (i = 0; i < MAX_VMS; i++)
+	for (i = 0; i < VMS_MAX; i++)
 	{
 		if (vms->all[i] == NULL)
 			continue;

@@ -21,6 +21,8 @@
 #include <stdint.h>
 #include <uv.h>
 
+#define VMS_MAX 1024 /* VMs at once: each has a descriptor, and one more for each of its streams */
+
 typedef struct Vms Vms;
 
 /*

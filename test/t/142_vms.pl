@@ -315,7 +315,7 @@ SKIP:
 }
 
 # ---- settings ----
-sub checked { my (@arguments) = @_; my ($out, $error) = run_command([ @{ $gateway->{command} }[ 0 .. 2 ], '--check', @arguments ]); return $out . $error; }
+sub checked { my (@arguments) = @_; my ($out, $error) = run_command([ @{ $gateway->{command} }[ 0 .. 2 ], '--check', '--max-connections', 100, @arguments ]); return $out . $error; }
 is(checked('--vm-sockets', "$dir:$later"), 'ok', '--check: all is well, whatever is behind a link');
 like(checked('--vm-sockets', "$base/none"), qr/--vm-sockets=\S+none: No such file/, 'a directory that is not there');
 chmod 0000, $later;
