@@ -4,6 +4,7 @@ use warnings;
 use AgentVM::Client;
 use AgentVM::Listener;
 use AgentVM::Test;
+use List::Util qw(sum);
 use PostgreSQL::Test::Utils;
 use Test::More;
 
@@ -187,6 +188,23 @@ my $tries = 0;
 sleep 1 until log_text($node) =~ $complaint || ++$tries > 60;
 my $told = () = log_text($node) =~ /$complaint/g;
 is($told, 1, 'an error in announcing is told once');
+my $dispatcher = $node->safe_psql('postgres', 'SELECT pid FROM agentvm.stat_dispatcher');
+
+# How much memory the dispatcher uses, once it has failed so many more times
+sub used_after
+{
+	my ($errors) = @_;
+	my $failed = "SELECT xact_rollback FROM pg_stat_database WHERE datname = 'postgres'";
+	await($node, "SELECT xact_rollback >= $errors + " . $node->safe_psql('postgres', $failed) . substr($failed, length 'SELECT xact_rollback'), 't', name => "$errors more errors");
+	my $from = -s $node->logfile;
+	$node->safe_psql('postgres', "SELECT pg_log_backend_memory_contexts($dispatcher)");
+	$node->wait_for_log(qr/Grand total: /, $from);
+	# not of caches, which come and go
+	return sum(slurp_file($node->logfile, $from) =~ /level: \d+; (?:TopMemoryContext|agentvm engine): .* (\d+) used/g);
+}
+my $used = used_after(3);
+my $more = used_after(5) - $used;
+cmp_ok($more, '<', 1000, 'and leaves no memory behind');
 $node->safe_psql('postgres', 'ALTER TABLE agentvm.team RENAME gone TO channel');
 $tries = 0;
 do { $session = provision($node, 'globex'); await_state($node, $session, 'ready'); sleep 1 } until $others->of($session) || ++$tries > 60;
