@@ -288,8 +288,24 @@ make_disk(LvJob *job, virStoragePoolPtr pool, LvMachine *machine)
 
 /* ---- launch ---- */
 
+/* A launch has found the domain: good if it runs.  Lets go of it. */
 static bool
-start_domain(LvJob *job, const LvMachine *machine)
+take_domain(LvJob *job, virDomainPtr domain)
+{
+	const char *state = lv_state_name(domain);
+
+	/* a libvirtd that was started anew takes down a VM whose start was interrupted */
+	if (state == NULL || strcmp(state, "running") != 0)
+		lv_fail(job, CLASS_TRANSIENT, "NotRunning", "the domain is there, but does not run");
+	else
+		describe(job, domain);
+	virDomainFree(domain);
+	return !job->failed;
+}
+
+/* If it fails, *taken says whether another launch has made a domain of the files. */
+static bool
+start_domain(LvJob *job, const LvMachine *machine, bool *taken)
 {
 	char *name = domain_name(job);
 	char *xml = lv_domain_xml(job, name, machine);
@@ -326,6 +342,8 @@ start_domain(LvJob *job, const LvMachine *machine)
 			job->error = why;
 			return false;
 		}
+		*taken = true;
+		return take_domain(job, domain);
 	}
 	describe(job, domain);
 	virDomainFree(domain);
@@ -338,21 +356,12 @@ lv_launch(LvJob *job)
 	LvMachine machine = {0};
 	virDomainPtr domain = NULL;
 	virStoragePoolPtr pool;
+	bool taken = false;
 
 	if (!lv_connect(job) || !find_domain(job, &domain))
 		return false;
 	if (domain != NULL)
-	{
-		const char *state = lv_state_name(domain);
-
-		/* a libvirtd that was started anew takes down a VM whose start was interrupted */
-		if (state == NULL || strcmp(state, "running") != 0)
-			lv_fail(job, CLASS_TRANSIENT, "NotRunning", "the domain is there, but does not run");
-		else
-			describe(job, domain);
-		virDomainFree(domain);
-		return !job->failed;
-	}
+		return take_domain(job, domain);
 
 	pool = lv_pool(job, lv_text(job, "directory"));
 	if (pool == NULL)
@@ -361,9 +370,9 @@ lv_launch(LvJob *job)
 	if (lv_int(job, "runtime") != 0)
 		machine.socket = lv_file(job, true, "sock");
 	if ((lv_text(job, "disk") == NULL || make_disk(job, pool, &machine)) &&
-		make_boot_disk(job, pool, &machine) && start_domain(job, &machine))
+		make_boot_disk(job, pool, &machine) && start_domain(job, &machine, &taken))
 		;
-	else if (!job->error.no_answer)
+	else if (!job->error.no_answer && !taken)
 	{
 		/* what has been made of it is of no use; a termination takes away what stays */
 		LvError why = job->error;

@@ -5,11 +5,18 @@ use warnings;
 use AgentVM::Client;
 use AgentVM::Libvirt;
 use AgentVM::Test;
+use PostgreSQL::Test::Utils qw(append_to_file system_or_bail);
 use Test::More;
 use Time::HiRes qw(sleep time);
 
 my $libvirt = AgentVM::Libvirt->new;
 my $image = $libvirt->options;
+# the libvirtd's qemu-img waits while there is a file "hold"
+my $bin = $libvirt->dir . '/bin';
+mkdir $bin;
+append_to_file("$bin/qemu-img", "#!/bin/sh\nwhile [ -e $bin/hold ]; do : > $bin/held; sleep 0.1; done\nexec /usr/bin/qemu-img \"\$\@\"\n");
+chmod(0755, "$bin/qemu-img");
+$ENV{PATH} = "$bin:$ENV{PATH}";
 my $node = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_libvirt'\nagentvm.lease = '12s'\nagentvm.launch_settle = '10min'\nrestart_after_crash = on\n");
 sub sql { return $node->safe_psql('postgres', @_); }
 sub inspected { return sql("SELECT agentvm.inspect('$_[0]') ->> 'state'"); }
@@ -192,6 +199,27 @@ my ($ours) = $xml =~ m{<agentvm:cluster>(.*?)<};
 $libvirt->virsh('metadata', "agentvm-$session", '--uri', 'urn:agentvm:vm', '--key', 'agentvm', '--set', "<vm><cluster>$ours</cluster></vm>");
 await_state($node, $session, 'terminated', timeout => 120);
 $libvirt->nothing_left($session);
+
+# ---- another launch makes the domain meanwhile, and it does not run: that is no success, and its files are left alone ----
+my $other = launched();
+my $base = $libvirt->dir . '/base.img';
+system_or_bail('qemu-img', 'create', '-q', '-f', 'qcow2', $base, '64M');
+sql("SELECT agentvm.create_profile('disk', 'libvirt', memory_mib => 256, runtime => false, options => " . json({ disk => $base }) . ')');
+append_to_file("$bin/hold", '');
+$session = provision($node, 'acme', "profile => 'disk'");
+$until = time + AgentVM::Process::timeout();
+sleep 0.1 until -e "$bin/held" || time > $until;
+$xml = $libvirt->virsh('dumpxml', '--inactive', "agentvm-$other");
+$xml =~ s/(<name>agentvm-|<uuid>|<agentvm:session>)$other/$1$session/g;
+append_to_file("$bin/xml", $xml);
+$libvirt->virsh('create', "$bin/xml", '--paused');
+unlink "$bin/hold";
+await($node, "SELECT detail ~ 'NotRunning' FROM agentvm.sessions WHERE session_id = '$session'", 't', name => 'a domain is there, and paused');
+is(sql("SELECT state FROM agentvm.sessions WHERE session_id = '$session'"), 'provisioning', 'so the session waits');
+is("@{[ grep { /^$session/ } $libvirt->files ]}", "$session.boot $session.disk", 'the files are there');
+$libvirt->virsh('resume', "agentvm-$session");
+await_state($node, $session, 'ready', timeout => 120);
+ends($_) foreach $session, $other;
 
 # ---- made persistent by somebody: gone all the same ----
 $session = launched();
