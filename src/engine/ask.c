@@ -16,6 +16,7 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "agentvm.h"
+#include "catalog/pg_type.h"
 #include "db.h"
 #include "engine/ask.h"
 #include "engine/placement.h"
@@ -23,12 +24,21 @@
 #include "engine/turn.h"
 #include "miscadmin.h"
 #include "secret/credentials.h"
+#include "utils/builtins.h"
 #include "utils/timestamp.h"
 
 #define ASK_TIMEOUT_MS 10000
 #define MAX_STEPS 16
 
 static DbQuery cluster_query = {"SELECT installation_id::text FROM agentvm.installation", 0, {0}};
+
+/* As provision() finds them: a team's own hides one for all. */
+static DbQuery profiles_query = {
+	"SELECT name, options FROM (SELECT DISTINCT ON (name) name, options, provider "
+	"FROM agentvm.profile WHERE team_id = $1 OR team_id IS NULL "
+	"ORDER BY name, team_id NULLS LAST) p WHERE provider = $2 ORDER BY name",
+	2,
+	{TEXTOID, TEXTOID}};
 
 /* What a question is about. */
 typedef struct Ask
@@ -162,6 +172,29 @@ ask_hosts(Ask *asked, List *hosts)
 	return handle_set_bool(answer, "ok", ok);
 }
 
+static List *
+load_profiles(const char *team_id, const char *provider, MemoryContext context)
+{
+	Datum values[2] = {CStringGetTextDatum(team_id), CStringGetTextDatum(provider)};
+	List *profiles = NIL;
+	MemoryContext old;
+	uint64 i;
+
+	db_run(&profiles_query, values, NULL);
+	old = MemoryContextSwitchTo(context);
+	for (i = 0; i < SPI_processed; i++)
+	{
+		ProviderProfile *profile = palloc(sizeof(ProviderProfile));
+		bool isnull;
+
+		profile->name = db_text(i, 1, context);
+		profile->options = (Jsonb *) PG_DETOAST_DATUM_COPY(db_value(i, 2, &isnull));
+		profiles = lappend(profiles, profile);
+	}
+	MemoryContextSwitchTo(old);
+	return profiles;
+}
+
 Jsonb *
 provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Jsonb *options,
 			 const SessionRow *row)
@@ -177,6 +210,7 @@ provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Json
 	{
 		db_run(&cluster_query, NULL, NULL);
 		asked.context.cluster = SPI_processed > 0 ? db_text(0, 1, caller) : NULL;
+		asked.context.profiles = load_profiles(team_id, provider_name, caller);
 	}
 	asked.context.secrets = credentials_load(team_id, provider_name, caller);
 	MemoryContextSwitchTo(caller);

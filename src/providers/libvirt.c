@@ -32,8 +32,10 @@
 
 #include "fmgr.h"
 #include "mb/pg_wchar.h"
+#include "nodes/value.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
+#include "utils/json.h"
 #include "utils/jsonb.h"
 
 #include "db.h"
@@ -52,6 +54,7 @@ extern PGDLLEXPORT void _PG_init(void);
 
 #define AGAIN_MS 2000 /* between looks for what may still come */
 #define CALL_MS 60000 /* the engine allows less */
+#define MAX_IMAGES 50 /* that one check looks at */
 
 static const ProviderOption libvirt_options[] = {
 	{"kernel", 's', false, "path of the kernel on the host"},
@@ -207,6 +210,60 @@ copy_options(Jsonb *request, Jsonb *options)
 	return request;
 }
 
+/* Images of a set of options, as objects of a list, each path once; false when there are too many. */
+static bool
+list_images(StringInfo list, List **paths, const char *profile, Jsonb *options)
+{
+	static const char *const names[] = {"kernel", "initrd", "disk"};
+
+	for (int i = 0; i < lengthof(names); i++)
+	{
+		char *path = option_text(options, names[i]);
+
+		if (path == NULL || list_member(*paths, makeString(path)))
+			continue;
+		if (list_length(*paths) >= MAX_IMAGES)
+			return false;
+		*paths = lappend(*paths, makeString(path));
+		appendStringInfo(list, "%s{\"what\": \"%s\", \"path\": ", list->len > 1 ? ", " : "",
+						 names[i]);
+		escape_json(list, path);
+		if (profile != NULL)
+		{
+			appendStringInfoString(list, ", \"profile\": ");
+			escape_json(list, profile);
+		}
+		appendStringInfoChar(list, '}');
+	}
+	return true;
+}
+
+/* What a check looks at: images of the team's options, then of the profiles that it may use. */
+static Jsonb *
+add_images(Jsonb *request, const ProviderContext *context)
+{
+	StringInfoData list;
+	List *paths = NIL;
+	ListCell *lc;
+	bool all;
+
+	initStringInfo(&list);
+	appendStringInfoChar(&list, '[');
+	all = list_images(&list, &paths, NULL, context->options);
+	foreach (lc, context->profiles)
+	{
+		ProviderProfile *profile = lfirst(lc);
+
+		if (all)
+			all = list_images(&list, &paths, profile->name, profile->options);
+	}
+	appendStringInfoChar(&list, ']');
+	request = handle_set_document(
+		request, "images",
+		DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(list.data))));
+	return handle_set_int(request, "images_left_out", !all);
+}
+
 /* Whether the VM is to run under KVM: 1, 0, or -1 if the host has to be probed first. */
 static int
 wants_kvm(Step *step)
@@ -244,6 +301,8 @@ send(Step *step, const char *operation, bool mutates, char *script, int script_l
 	ask = handle_set_text(ask, "cluster",
 						  session != NULL ? session->cluster : step->context->cluster);
 	ask = copy_options(ask, step->context->options);
+	if (step->context->op == OP_CHECK)
+		ask = add_images(ask, step->context);
 	if (session != NULL)
 	{
 		ask = handle_set_text(ask, "session", session->session_id);

@@ -309,7 +309,8 @@ typedef struct Finding
 {
 	struct Finding *next;
 	const char *what;
-	const char *hint; /* what to do about it */
+	const char *hint;	 /* what to do about it */
+	const char *profile; /* whose options it is in; NULL: the team's, or none */
 	char *message;
 } Finding;
 
@@ -321,11 +322,11 @@ typedef struct Check
 	Finding *warnings; /* what may become a problem */
 } Check;
 
-static void tell(Finding **list, const char *what, const char *hint, const char *format, ...)
+static Finding *tell(Finding **list, const char *what, const char *hint, const char *format, ...)
 	__attribute__((format(printf, 4, 5)));
 
 /* Append to a list. */
-static void
+static Finding *
 tell(Finding **list, const char *what, const char *hint, const char *format, ...)
 {
 	Finding *finding = calloc(1, sizeof(Finding));
@@ -345,6 +346,7 @@ tell(Finding **list, const char *what, const char *hint, const char *format, ...
 	while (*list != NULL)
 		list = &(*list)->next;
 	*list = finding;
+	return finding;
 }
 
 /* Into the result, and free them. */
@@ -361,6 +363,7 @@ put_findings(LvJob *job, const char *name, Finding *list)
 		lv_put_text(job, "what", list->what);
 		lv_put_text(job, "message", list->message);
 		lv_put_text(job, "hint", list->hint);
+		lv_put_text(job, "profile", list->profile);
 		yajl_gen_map_close(job->result);
 		free(list->message);
 		free(list);
@@ -378,15 +381,51 @@ last_message(void)
 }
 
 /* The failure of the job becomes a problem of the list. */
-static void
+static Finding *
 tell_failure(Check *check, const char *what, const char *hint)
 {
 	LvJob *job = check->job;
 	LvError none = {0};
+	Finding *finding = tell(&check->problems, what, hint, "%s", job->error.message);
 
-	tell(&check->problems, what, hint, "%s", job->error.message);
 	job->failed = false;
 	job->error = none;
+	return finding;
+}
+
+/* What to do about a connection that failed. */
+static const char *
+connection_hint(const LvJob *job)
+{
+	static const struct
+	{
+		const char *says;
+		const char *hint;
+	} hints[] = {
+		{"HOST IDENTIFICATION HAS CHANGED",
+		 "The host has another SSH key than the known one. If that is right, replace it in the "
+		 "known hosts of the server's user."},
+		{"host key",
+		 "Add the host's SSH key, having compared it, to the known hosts of the server's "
+		 "user (~/.ssh/known_hosts, or what the URI names)."},
+		{"Permission denied (",
+		 "Put the public key of the server's user (or of the URI's keyfile), which may have no "
+		 "passphrase, into ~/.ssh/authorized_keys of the URI's user on the host."},
+		{" not found",
+		 "The host needs virt-ssh-helper (Debian: libvirt-daemon), or, for a URI with a socket, a "
+		 "netcat (Debian: netcat-openbsd)."},
+		{"'ssh' in path", "Install ssh where the server runs (Debian: openssh-client)."},
+		{"ssh: ", "Is the host up, does its name resolve, and does its sshd listen where the URI "
+				  "says?"},
+	};
+
+	for (size_t i = 0; i < sizeof(hints) / sizeof(hints[0]); i++)
+	{
+		if (strcasestr(job->error.message, hints[i].says) != NULL)
+			return hints[i].hint;
+	}
+	return "Is libvirt's daemon installed (Debian: libvirt-daemon, libvirt-daemon-driver-qemu), "
+		   "running, and may the server's user connect?";
 }
 
 static void
@@ -422,34 +461,62 @@ check_emulator(Check *check)
 
 /* Whether the file can be read there, by reading its first byte. */
 static void
-check_image(Check *check, const char *what)
+check_image(Check *check, const char *what, const char *path, const char *profile)
 {
 	LvJob *job = check->job;
-	const char *path = lv_text(job, what);
-	virStorageVolPtr volume;
+	virStorageVolPtr volume = lv_image(job, path);
 	virStreamPtr stream;
 	char byte;
 
-	if (path == NULL)
-		return;
-	volume = lv_image(job, path);
 	if (volume == NULL)
 	{
 		tell_failure(check, what,
-					 "Put the image there, readable by the user that libvirtd runs as.");
+					 "Put the image there, readable by the user that libvirtd runs as.")
+			->profile = profile;
 		return;
 	}
 	stream = virStreamNew(job->conn, 0);
 	if (stream == NULL || virStorageVolDownload(volume, stream, 0, 1, 0) < 0 ||
 		virStreamRecv(stream, &byte, 1) != 1)
 		tell(&check->problems, what, "Make it readable by the user that libvirtd runs as.",
-			 "image \"%s\": %s", path, last_message());
+			 "image \"%s\": %s", path, last_message())
+			->profile = profile;
 	if (stream != NULL)
 	{
 		(void) virStreamAbort(stream);
 		virStreamFree(stream);
 	}
 	virStorageVolFree(volume);
+}
+
+static const char *
+text_of(yajl_val object, const char *name)
+{
+	const char *path[] = {name, NULL};
+
+	return YAJL_GET_STRING(yajl_tree_get(object, path, yajl_t_string));
+}
+
+static void
+check_images(Check *check)
+{
+	LvJob *job = check->job;
+	const char *path[] = {"images", NULL};
+	yajl_val images = yajl_tree_get(job->ask, path, yajl_t_array);
+	size_t n = YAJL_IS_ARRAY(images) ? YAJL_GET_ARRAY(images)->len : 0;
+	size_t i;
+
+	for (i = 0; i < n && lv_now() < job->deadline; i++)
+	{
+		yajl_val image = YAJL_GET_ARRAY(images)->values[i];
+
+		if (text_of(image, "what") != NULL && text_of(image, "path") != NULL)
+			check_image(check, text_of(image, "what"), text_of(image, "path"),
+						text_of(image, "profile"));
+	}
+	if (i < n || lv_int(job, "images_left_out") != 0)
+		tell(&check->warnings, "images", "Drop profiles that nobody uses.",
+			 "only the first %zu images have been looked at, those of other profiles have not", i);
 }
 
 /* Make and remove a file there. */
@@ -627,15 +694,12 @@ put_domains(LvJob *job)
 bool
 lv_check(LvJob *job)
 {
-	static const char *const images[] = {"kernel", "initrd", "disk"};
 	Check all = {.job = job};
 	Check *check = &all;
 	unsigned long version;
 
 	if (!lv_connect(job))
-		tell_failure(check, "connection",
-					 "Is libvirt's daemon installed (Debian: libvirt-daemon, "
-					 "libvirt-daemon-driver-qemu), running, and may the server's user connect?");
+		tell_failure(check, "connection", connection_hint(job));
 	else
 	{
 		if (virConnectGetLibVersion(job->conn, &version) == 0)
@@ -648,8 +712,7 @@ lv_check(LvJob *job)
 		}
 		check_emulator(check);
 		check_directory(check);
-		for (size_t i = 0; i < sizeof(images) / sizeof(images[0]); i++)
-			check_image(check, images[i]);
+		check_images(check);
 		check_cgroup(check);
 		put_domains(job);
 	}

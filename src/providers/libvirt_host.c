@@ -352,6 +352,21 @@ is_being_opened(const Host *host)
 	return host->opening != 0 && lv_now() < host->opening + OPEN_LOST_MS;
 }
 
+/* A server has nobody who would answer ssh's questions, so it is not to ask any. */
+static virConnectPtr
+open_connection(const char *uri)
+{
+	bool ssh = strstr(uri, "+ssh://") != NULL;
+	char *whole =
+		lv_format("%s%s", uri, !ssh ? "" : (strchr(uri, '?') != NULL ? "&no_tty=1" : "?no_tty=1"));
+	virConnectPtr conn;
+
+	virResetLastError();
+	conn = virConnectOpen(whole);
+	free(whole);
+	return conn;
+}
+
 bool
 lv_connect(LvJob *job)
 {
@@ -401,8 +416,7 @@ lv_connect(LvJob *job)
 
 	if (dead != NULL)
 		virConnectClose(dead);
-	virResetLastError();
-	conn = virConnectOpen(job->uri);
+	conn = open_connection(job->uri);
 	if (conn != NULL)
 		(void) virConnectSetKeepAlive(conn, KEEPALIVE_S, KEEPALIVE_COUNT);
 

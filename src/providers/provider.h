@@ -82,6 +82,13 @@ typedef struct ProviderHost
 	int kvm; /* whether a guest has been seen to run under KVM there: 1, 0, -1 not known */
 } ProviderHost;
 
+/* A profile that a team may use. */
+typedef struct ProviderProfile
+{
+	const char *name;
+	Jsonb *options;
+} ProviderProfile;
+
 typedef struct ProviderContext
 {
 	ProviderOp op;
@@ -96,6 +103,8 @@ typedef struct ProviderContext
 	TimestampTz now;
 	bool
 		ending; /* OP_PROVISION: the session is to end: begin nothing new, just take in the reply */
+	List *profiles; /* OP_CHECK: of ProviderProfile, by name: those of the provider that the team
+					 * may use */
 } ProviderContext;
 
 typedef enum StepKind

@@ -61,6 +61,23 @@ ok(!(grep { !$_->{hint} || !$_->{message} } @{ $check{hosts}{mock}{problems} }),
 my $cluster = sql('SELECT installation_id FROM agentvm.installation');
 is_deeply([ sort map { "$_->{session} $_->{team} $_->{cluster} $_->{state}" } @{ $check{hosts}{mock}{domains} } ], [ sort map { "$_ acme $cluster running" } @sessions, $plain ], 'our domains, and no others');
 
+# ---- images of profiles, too: those that the team may use, each file once ----
+sub images { return join(', ', map { join(' ', grep { defined } @$_{qw(what profile)}) } grep { $_->{what} =~ /kernel|initrd|disk/ } @{ $check{hosts}{mock}{problems} }); }
+sub profile { my ($name, $options, @more) = @_; sql('SELECT agentvm.create_profile(' . join(', ', literal($name), "'libvirt'", 'options => ' . json($options), @more) . ')'); return; }
+sql("SELECT agentvm.create_team('other'); SELECT agentvm.create_profile('hidden', 'noop', team_id => 'acme')");
+profile('a', { kernel => '/a', disk => '/b' });
+profile('hidden', { disk => '/hidden' });
+profile('own', { disk => '/c', initrd => '/a' }, "team_id => 'acme'");
+profile('own', { disk => '/not/own' });
+profile('theirs', { disk => '/theirs' }, "team_id => 'other'");
+%check = %{ JSON::PP::decode_json(sql("SELECT agentvm.check_provider('acme')")) };
+is(images(), 'kernel, initrd, kernel a, disk a, disk own', 'which file of which profile is missing');
+is(scalar @{ $check{hosts}{mock}{warnings} }, 0, 'no warnings');
+profile("many$_", { disk => "/many/$_" }) foreach 1 .. 48;
+%check = %{ JSON::PP::decode_json(sql("SELECT agentvm.check_provider('acme')")) };
+is(scalar(my @images = split(/, /, images())), 50, 'not without bound');
+like($check{hosts}{mock}{warnings}[0]{message}, qr/^only the first 50 images/, 'which is said');
+
 # ---- the end ----
 sql('SELECT agentvm.terminate(session_id) FROM agentvm.sessions');
 await($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0);

@@ -61,7 +61,7 @@ sub new
 	my ($class) = @_;
 	# sockets have short paths
 	my $dir = File::Temp::tempdir('/tmp/avXXXXXX');
-	my $self = bless({ dir => $dir, owner => $$ }, $class);
+	my $self = bless({ dir => $dir, owner => $$, uri => 'qemu:///session' }, $class);
 	mkdir("$dir/$_", 0700) or die "could not make $dir/$_: $!" for qw(run home home/.config home/.cache vms);
 	my %env = (HOME => "$dir/home", XDG_RUNTIME_DIR => "$dir/run", XDG_CONFIG_HOME => "$dir/home/.config", XDG_CACHE_HOME => "$dir/home/.cache");
 	$ENV{$_} = $env{$_} for keys %env;
@@ -110,13 +110,13 @@ SH
 sub host
 {
 	my ($self, $node, %column) = @_;
-	%column = (name => 'here', directory => $self->vms, vcpus => 8, memory_mib => 4096, %column);
+	%column = (name => 'here', uri => $self->{uri}, directory => $self->vms, vcpus => 8, memory_mib => 4096, %column);
 	my @names = sort keys %column;
 	psql_ok($node, 'INSERT INTO agentvm.host (' . join(', ', @names) . ') VALUES (' . join(', ', map { literal($column{$_}) } @names) . ')', "host $column{name}");
 	return;
 }
 
-sub virsh { my ($self, @arguments) = @_; return $self->_run('virsh', '-q', '-c', 'qemu:///session', @arguments); }
+sub virsh { my ($self, @arguments) = @_; return $self->_run('virsh', '-q', '-c', $self->{uri}, @arguments); }
 sub domains { my ($self) = @_; return grep { /\S/ } split /\n/, $self->virsh('list', '--all', '--name'); }
 
 sub files

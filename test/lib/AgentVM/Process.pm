@@ -5,6 +5,7 @@
 #	$process->signal('TERM');
 #	$process->exits(0, 'what it shows');   # a check: waits until it has ended, with this exit code
 #	$process->says(qr/ready/, 'what it shows');   # a check: waits until its output has that
+#	AgentVM::Process::pids(cmdline => qr/x/);     # of all processes whose file of that name in /proc is like this
 package AgentVM::Process;
 
 use strict;
@@ -22,6 +23,18 @@ sub new
 	my $self = bless { name => $name, command => [@command], log => PostgreSQL::Test::Utils::tempdir($name) . '/log' }, $class;
 	push @all, $self;
 	return $self;
+}
+
+sub pids
+{
+	my ($name, $like) = @_;
+	my @pids;
+	foreach my $pid (map { m{(\d+)} } glob '/proc/[0-9]*')
+	{
+		open(my $file, '<', "/proc/$pid/$name") or next;
+		push @pids, $pid if join('', <$file>) =~ $like;
+	}
+	return @pids;
 }
 
 sub timeout { return $PostgreSQL::Test::Utils::timeout_default // 180; }

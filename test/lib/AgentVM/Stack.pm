@@ -1,7 +1,7 @@
 # All of it, with real VMs: a cluster, a gateway, a libvirt of the test's own as host "here", the micro image as profile
 # "micro", and team acme. VMs are emulated, and have no network card.
 #
-#	my $stack = AgentVM::Stack->new;                             # conf => lines
+#	my $stack = AgentVM::Stack->new;                             # conf => lines, libvirt => a libvirt other than AgentVM::Libvirt->new
 #	my $id = $stack->vm;                                         # provision(); vm('profile', more arguments of it)
 #	my ($id, ...) = $stack->ready('micro', 2);                   # so many, provisioned together, that become ready
 #	$stack->profile('other', {options => {...}}, 'max_lifetime => ...');
@@ -26,7 +26,7 @@ our $patience = 180;    # emulated, on a machine that does other things, too
 sub new
 {
 	my ($class, %opt) = @_;
-	my $self = bless { libvirt => AgentVM::Libvirt->new }, $class;
+	my $self = bless { libvirt => $opt{libvirt} // AgentVM::Libvirt->new }, $class;
 	$self->{node} = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_libvirt'\nagentvm.gateway_url = 'http://gateway.test'\nagentvm.heartbeat_interval = 1\n"
 		  . "agentvm.bootstrap_timeout = 600\nagentvm.heartbeat_timeout = 600\n" . ($opt{conf} // ''));
 	$self->{gateway} = AgentVM::Gateway->new($self->{node}, options => [ '--vm-sockets', $self->{libvirt}->vms ]);
