@@ -13,6 +13,24 @@ use Time::HiRes qw(sleep time);
 
 my $libvirt = AgentVM::Libvirt->new;
 my $image = $libvirt->options;
+# an emulator that can be told to let the probe fail under KVM, or hang as it does where KVM is broken
+my $bin = $libvirt->dir . '/bin';
+mkdir $bin;
+append_to_file("$bin/qemu-system-x86_64", <<"SH");
+#!/bin/sh
+PATH=$ENV{PATH}
+case "\$*" in *agentvm-probe*"-accel kvm"*)
+	[ ! -e "$bin/no-kvm" ] || { echo 'failed to initialize kvm: Operation not permitted' >&2; exit 1; }
+	[ ! -e "$bin/hang" ] || for argument; do
+		shift
+		case "\$argument" in kvm) argument=tcg ;; host*) argument=max ;; esac
+		set -- "\$@" "\$argument"
+	done ;;
+esac
+exec qemu-system-x86_64 "\$@"
+SH
+chmod(0755, "$bin/qemu-system-x86_64");
+$ENV{PATH} = "$bin:$ENV{PATH}";
 my $node = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_libvirt'\n");
 sub sql { return $node->safe_psql('postgres', @_); }
 sub content { my ($path) = @_; open(my $file, '<', $path) or return ''; return join('', <$file>); }
@@ -192,22 +210,42 @@ like(sql("SELECT agentvm.check_provider('acme') #> '{hosts,here,problems}'"), qr
 mkdir($libvirt->dir . '/none', 0500);
 like(sql("SELECT agentvm.check_provider('acme') #> '{hosts,here,problems}'"), qr/"what": "directory".*Permission denied/, 'nor may it be written');
 sql('UPDATE agentvm.host SET directory = ' . literal($libvirt->vms));
-sql("UPDATE agentvm.host SET accel = 'kvm'");
-like(sql("SELECT agentvm.check_provider('acme') #> '{hosts,here,problems}'"), qr/"what": "accelerator"/, 'no KVM where there is none');
-sql("UPDATE agentvm.host SET accel = 'auto'");
-sql("UPDATE agentvm.host SET kvm = true");
-$session = provision($node, 'acme', "profile => 'plain'");
-await_state($node, $session, 'ready', timeout => 120);
-is(inspected($session, 'accel') . ' ' . sql('SELECT kvm FROM agentvm.host'), 'tcg f', 'a host that has had KVM, and has it no more: the VM runs without');
-ends($session);
+my $offered = sql("SELECT agentvm.check_provider('acme') #>> '{hosts,here,kvm_offered}'") eq 'true';
 SKIP:
 {
-	skip 'KVM is not offered here', 2 unless sql("SELECT agentvm.check_provider('acme') #>> '{hosts,here,kvm_offered}'") eq 'true';
-	sql("UPDATE agentvm.host SET kvm = NULL; SELECT agentvm.set_provider('acme', 'libvirt', " . json({ %$image, kernel => '/nonexistent/kernel' }) . ')');
+	skip 'KVM is offered here', 1 if $offered;
+	sql("UPDATE agentvm.host SET accel = 'kvm'");
+	like(sql("SELECT agentvm.check_provider('acme') #> '{hosts,here,problems}'"), qr/"what": "accelerator"/, 'no KVM where there is none');
+	sql("UPDATE agentvm.host SET accel = 'auto'");
+	sql("UPDATE agentvm.host SET kvm = true");
 	$session = provision($node, 'acme', "profile => 'plain'");
+	await_state($node, $session, 'ready', timeout => 120);
+	is(inspected($session, 'accel') . ' ' . sql('SELECT kvm FROM agentvm.host'), 'tcg f', 'a host that has had KVM, and has it no more: the VM runs without');
+	ends($session);
+}
+SKIP:
+{
+	skip 'KVM is not offered here', 1 unless $offered;
+	sql('UPDATE agentvm.host SET kvm = NULL');
+	$session = provision($node, 'acme', "profile => 'kernel'");
 	await_state($node, $session, 'failed', timeout => 120);
 	like(state_of($node, $session), qr/^failed provider_error/, 'a kernel that is not there');
 	is(sql('SELECT kvm IS NULL FROM agentvm.host'), 't', 'says nothing about KVM');
+
+	sql("ALTER SYSTEM SET agentvm.lease = '12s'; SELECT pg_reload_conf()");
+	append_to_file("$bin/no-kvm", '');
+	$session = provision($node, 'acme', "profile => 'plain'");
+	await_state($node, $session, 'ready', timeout => 120);
+	is(inspected($session, 'accel') . ' ' . sql('SELECT kvm FROM agentvm.host'), 'tcg f', 'an emulator that does not start under KVM, but without: there is none');
+	ends($session);
+	unlink "$bin/no-kvm";
+	append_to_file("$bin/hang", '');
+	sql("UPDATE agentvm.host SET kvm = NULL; SELECT agentvm.set_provider('acme', 'libvirt', " . json({ %$image, cmdline => 'rdinit=/none' }) . ')');
+	$session = provision($node, 'acme', "profile => 'plain'");
+	await($node, "SELECT detail ~ 'TooLate: agentvm.lease leaves too little time' FROM agentvm.sessions WHERE session_id = '$session'", 't', timeout => 120, name => 'a probe that is cut short');
+	is(sql('SELECT kvm IS NULL FROM agentvm.host'), 't', 'says nothing about KVM either');
+	sql('ALTER SYSTEM RESET agentvm.lease; SELECT pg_reload_conf()');
+	ends($session);
 }
 sql("SELECT agentvm.set_provider('acme', 'libvirt', " . json({ %$image, disk => '/nonexistent/disk' }) . ')');
 like(sql("SELECT agentvm.check_provider('acme') #> '{hosts,here,problems}'"), qr/"what": "disk".*nonexistent/, 'an image that is not there');
