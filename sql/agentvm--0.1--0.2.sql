@@ -106,9 +106,9 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON agentvm.host TO agentvm_admin;
 CREATE POLICY admin_writes ON agentvm.host TO agentvm_admin USING (true) WITH CHECK (true);
 
 CREATE FUNCTION agentvm.host_changed() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_host_changed';
-COMMENT ON FUNCTION agentvm.host_changed() IS 'notes when a host has been changed, refuses another uri or directory while it has VMs, and forgets what was learned of it when it is another machine';
+COMMENT ON FUNCTION agentvm.host_changed() IS 'refuses a uri that would do more than connect; notes when a host has been changed, refuses another uri or directory while it has VMs, and forgets what was learned of it when it is another machine';
 
-CREATE TRIGGER changed BEFORE UPDATE ON agentvm.host FOR EACH ROW EXECUTE FUNCTION agentvm.host_changed();
+CREATE TRIGGER changed BEFORE INSERT OR UPDATE ON agentvm.host FOR EACH ROW EXECUTE FUNCTION agentvm.host_changed();
 
 -- the dispatchers' view has two more columns; whatever is built on it stays
 ALTER FUNCTION agentvm.stat_dispatcher_get() RENAME TO former_stat_dispatcher_get;

@@ -421,9 +421,9 @@ CREATE TRIGGER session_transition AFTER UPDATE ON agentvm.session
 	FOR EACH ROW WHEN (OLD.state IS DISTINCT FROM NEW.state) EXECUTE FUNCTION agentvm.session_transition();
 
 CREATE FUNCTION agentvm.host_changed() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_host_changed';
-COMMENT ON FUNCTION agentvm.host_changed() IS 'notes when a host has been changed, refuses another uri or directory while it has VMs, and forgets what was learned of it when it is another machine';
+COMMENT ON FUNCTION agentvm.host_changed() IS 'refuses a uri that would do more than connect; notes when a host has been changed, refuses another uri or directory while it has VMs, and forgets what was learned of it when it is another machine';
 
-CREATE TRIGGER changed BEFORE UPDATE ON agentvm.host FOR EACH ROW EXECUTE FUNCTION agentvm.host_changed();
+CREATE TRIGGER changed BEFORE INSERT OR UPDATE ON agentvm.host FOR EACH ROW EXECUTE FUNCTION agentvm.host_changed();
 
 CREATE FUNCTION agentvm.event_is_append_only() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'agentvm_event_is_append_only';
 COMMENT ON FUNCTION agentvm.event_is_append_only() IS 'refuses changes to the log';

@@ -22,6 +22,7 @@
 #include "agentvm.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_collation.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "db.h"
@@ -29,6 +30,7 @@
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
+#include "utils/fmgrprotos.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
@@ -352,6 +354,39 @@ differs(const TriggerData *trigger, const char *column)
 		   strcmp(TextDatumGetCString(old_value), TextDatumGetCString(new_value)) != 0;
 }
 
+/*
+ * The uris that libvirt may be given, since it runs programs for some, skips
+ * verification for others, and quotes any file that test:///FILE names.  Nothing
+ * is percent-encoded, which libvirt decodes, nor separated by semicolons.
+ */
+#define SAFE_NAME "[A-Za-z0-9][A-Za-z0-9._-]*"
+#define SAFE_AUTHORITY "(" SAFE_NAME "@)?(" SAFE_NAME "|\\[[0-9A-Fa-f:.]+\\])(:[0-9]+)?"
+#define SAFE_PARAMETER                                                                             \
+	"((socket|keyfile|known_hosts|pkipath)=/[A-Za-z0-9._/+~@-]+|sshauth=[a-z,-]+|no_tty=[01]|"     \
+	"mode=(auto|legacy|direct)|proxy=(auto|native))"
+#define SAFE_URI                                                                                   \
+	"^(test:///default|(qemu(\\+unix)?://|qemu(\\+(tls|ssh|libssh|libssh2))?://" SAFE_AUTHORITY    \
+	")/(system|session)(\\?" SAFE_PARAMETER "(&" SAFE_PARAMETER ")*)?)$"
+
+static void
+check_uri(const TriggerData *trigger, HeapTuple tuple)
+{
+	TupleDesc desc = RelationGetDescr(trigger->tg_relation);
+	bool isnull;
+	Datum uri = heap_getattr(tuple, SPI_fnumber(desc, "uri"), desc, &isnull);
+
+	/* the table refuses NULL */
+	if (!isnull && !DatumGetBool(DirectFunctionCall2Coll(textregexeq, C_COLLATION_OID, uri,
+														 CStringGetTextDatum(SAFE_URI))))
+		ereport(
+			ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("uri of host is not allowed: \"%s\"", TextDatumGetCString(uri)),
+			 errhint("Give qemu[+TRANSPORT]://[[USER@]HOST[:PORT]]/system or /session; transports: "
+					 "unix, tls, ssh, libssh, libssh2; parameters: socket, keyfile, known_hosts, "
+					 "pkipath, sshauth, no_tty, mode, proxy.")));
+}
+
 /* VMs and their files are found by what the host's row says: raise 55006 if there may be any. */
 static void
 refuse_if_used(const TriggerData *trigger)
@@ -377,8 +412,9 @@ refuse_if_used(const TriggerData *trigger)
 }
 
 /*
- * BEFORE UPDATE of a host: notes when; refuses what would lose VMs; what was
- * learned of a machine does not hold for another one.
+ * BEFORE INSERT OR UPDATE of a host: refuses uris that would do more than connect.
+ * On UPDATE notes when; refuses what would lose VMs; what was learned of a machine
+ * does not hold for another one.
  */
 Datum
 agentvm_host_changed(PG_FUNCTION_ARGS)
@@ -390,11 +426,17 @@ agentvm_host_changed(PG_FUNCTION_ARGS)
 	bool nulls[2] = {false, true};
 	bool moved;
 
-	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BY_UPDATE(trigger->tg_event) ||
-		!TRIGGER_FIRED_BEFORE(trigger->tg_event))
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BEFORE(trigger->tg_event))
 		ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 						errmsg("agentvm.host_changed() is a trigger on agentvm.host")));
+	if (!TRIGGER_FIRED_BY_UPDATE(trigger->tg_event))
+	{
+		check_uri(trigger, trigger->tg_trigtuple);
+		return PointerGetDatum(trigger->tg_trigtuple);
+	}
 	moved = differs(trigger, "uri");
+	if (moved)
+		check_uri(trigger, trigger->tg_newtuple);
 	if (moved || differs(trigger, "directory"))
 		refuse_if_used(trigger);
 	desc = RelationGetDescr(trigger->tg_relation);

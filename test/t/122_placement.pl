@@ -176,4 +176,23 @@ is(used(), '', 'a fork frees what was placed: the VMs are the original\'s');
 is(sql('SELECT count(*) FROM public.overcommitted'), 0, 'and nothing was ever too much');
 sql("INSERT INTO agentvm.placement SELECT session_id, 'one', 1, 1 FROM agentvm.session WHERE session_id = '$live'; DELETE FROM agentvm.session WHERE session_id = '$live'");
 is(used(), '', 'a placement goes with its session at the latest');
+# ---- a uri connects, and does nothing else: libvirt would run programs and read files as the server's user ----
+sub host_at { return "INSERT INTO agentvm.host (name, uri, directory, vcpus, memory_mib) VALUES ('at', " . literal($_[0]) . ", '/', 1, 1)"; }
+foreach my $uri ('qemu:///system', 'qemu+unix:///session?socket=/run/agentvm-vm/libvirt/libvirt-sock', 'qemu+ssh://vm@host/system', 'qemu://host.example:16514/system?pkipath=/etc/pki/vm',
+	'qemu+tls://[fe80::1]/system', 'qemu+libssh2://vm@10.0.0.1:2222/session?keyfile=/etc/vm/id_ed25519&known_hosts=/etc/vm/known_hosts&sshauth=privkey&no_tty=1',
+	'qemu+libssh://a/system?mode=direct&proxy=native', 'test:///default')
+{
+	psql_ok($node, 'BEGIN; SET ROLE agentvm_admin; ' . host_at($uri), $uri);
+}
+foreach my $uri ('qemu+ext:///session?command=/tmp/x.sh', 'qemu+ssh://h/system?command=/tmp/x.sh', 'qemu+ssh://h/system?%63ommand=/tmp/x.sh', 'qemu+ssh://h/system?keyfile=/k&command=/tmp/x.sh',
+	'qemu+ssh://h/system?keyfile=/k;command=/tmp/x.sh', 'qemu+ssh://h/system?COMMAND=/tmp/x.sh', 'qemu+ssh://h/system?netcat=/tmp/x.sh', 'qemu+ssh://h/system?proxy=netcat', 'qemu+ssh://h/system?keyfile=-oProxyCommand=x',
+	'qemu+ssh://-oProxyCommand=x/system', 'qemu+ssh://-l@h/system', 'qemu+ssh://%2doProxyCommand=x/system', 'qemu+tls://h/system?no_verify=1', 'qemu+ssh://h/system?no_verify=1', 'qemu://h/system?tls_priority=NONE',
+	'qemu+ssh://h/system?no_sanity=1', 'qemu+libssh://h/system?known_hosts_verify=ignore', 'qemu://h/system?name=qemu%2bext', 'qemu+tcp://h/system', 'test:///etc/passwd', 'qemu:///embed?root=/tmp', 'xen:///system', 'nonsense:///x',
+	'qemu:///system#x', "qemu:///system\n", "x\nqemu:///system", '', 'QEMU+EXT:///session', 'remote+ext:///?command=/tmp/x.sh', 'qemu+unix://h/system')
+{
+	fails_with($node, 'SET ROLE agentvm_admin; ' . host_at($uri), '22023', qr/uri of host is not allowed.*HINT:.*transports/s, 'refused: ' . $uri =~ s/\n/\\n/r);
+}
+fails_with($node, "SET ROLE agentvm_admin; UPDATE agentvm.host SET uri = 'qemu+ext:///session?command=/tmp/x.sh'", '22023', qr/not allowed/, 'nor by an UPDATE');
+fails_with($node, host_at(undef) =~ s/'at', [^,]*/'at', NULL/r, '23502', undef, 'none at all');
+
 done_testing();

@@ -84,7 +84,9 @@ my $team = '&quot;' x 128;
 append_to_file($libvirt->dir . '/many.xml', '<node>' . join('', map { my $id = sprintf('00000000-0000-7000-8000-%012d', $_);
 	"<domain type='test'><name>agentvm-$id</name><uuid>$id</uuid><metadata><agentvm:vm xmlns:agentvm='urn:agentvm:vm'><agentvm:cluster>$cluster</agentvm:cluster>"
 	. "<agentvm:session>$id</agentvm:session><agentvm:team>$team</agentvm:team></agentvm:vm></metadata><memory>1024</memory><os><type>hvm</type></os></domain>" } 1 .. 600) . '</node>');
-$libvirt->host($node, name => 'many', uri => 'test://' . $libvirt->dir . '/many.xml', accel => 'tcg');
+$libvirt->host($node, name => 'many', uri => 'test:///default', accel => 'tcg');
+# a superuser can get round the trigger, which refuses files
+sql("SET session_replication_role = replica; UPDATE agentvm.host SET uri = 'test://" . $libvirt->dir . "/many.xml' WHERE name = 'many'");
 sql("UPDATE agentvm.host SET enabled = name = 'many'");
 is(sql(q{SELECT count(*), count(DISTINCT d ->> 'session'), min(d ->> 'team') = repeat('"', 128) FROM jsonb_array_elements(agentvm.check_provider('acme') #> '{hosts,many,domains}') d}), '500|500|t', '500 VMs are listed at most');
 sql("DELETE FROM agentvm.host WHERE name = 'many'; UPDATE agentvm.host SET enabled = true");

@@ -112,7 +112,9 @@ sub host
 	my ($self, $node, %column) = @_;
 	%column = (name => 'here', uri => $self->{uri}, directory => $self->vms, vcpus => 8, memory_mib => 4096, %column);
 	my @names = sort keys %column;
-	psql_ok($node, 'INSERT INTO agentvm.host (' . join(', ', @names) . ') VALUES (' . join(', ', map { literal($column{$_}) } @names) . ')', "host $column{name}");
+	# a superuser gets round the trigger: the tests' ssh is a program of theirs
+	my $first = $column{uri} =~ /command=/ ? 'SET session_replication_role = replica; ' : '';
+	psql_ok($node, $first . 'INSERT INTO agentvm.host (' . join(', ', @names) . ') VALUES (' . join(', ', map { literal($column{$_}) } @names) . ')', "host $column{name}");
 	return;
 }
 
