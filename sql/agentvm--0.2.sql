@@ -14,6 +14,7 @@ DO $$
 DECLARE
 	r text;
 	a pg_catalog.pg_roles;
+	member text;
 BEGIN
 	IF EXISTS (SELECT FROM pg_catalog.pg_namespace n
 			   WHERE n.nspname OPERATOR(pg_catalog.=) 'agentvm'
@@ -34,6 +35,14 @@ BEGIN
 			RAISE EXCEPTION 'role "%" exists and is a superuser or may log in', r
 				USING ERRCODE = 'duplicate_object', HINT = 'agentvm grants rights to this role; rename the existing one, or make it NOLOGIN and NOSUPERUSER.';
 		END IF;
+		-- who made the role before us (CREATEROLE) may do all that it is given now; somebody may want just that
+		FOR member IN
+			SELECT DISTINCT m.rolname FROM pg_catalog.pg_auth_members g JOIN pg_catalog.pg_roles m ON m.oid = g.member
+			WHERE g.roleid = a.oid AND g.admin_option AND NOT m.rolsuper
+		LOOP
+			RAISE WARNING 'role "%", which is no superuser, may grant role "%" to itself and others', member, r
+				USING HINT = pg_catalog.format('If that is not meant to be: REVOKE %I FROM %I CASCADE, and look at who else is a member.', r, member);
+		END LOOP;
 	END LOOP;
 END
 $$;

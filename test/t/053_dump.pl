@@ -116,5 +116,10 @@ for my $role ('agentvm_admin SUPERUSER', 'agentvm_user LOGIN', 'agentvm_gateway 
 }
 is($other->safe_psql('postgres', "SELECT count(*) FROM pg_roles WHERE rolname LIKE 'agentvm%'"), 0, 'no role is left');
 psql_ok($other, 'CREATE ROLE agentvm_admin; CREATE ROLE agentvm_user NOLOGIN; CREATE EXTENSION agentvm CASCADE', 'harmless ones are taken');
+my $warns = sub { my ($error) = ($other->psql($_[0], 'CREATE EXTENSION agentvm CASCADE'))[2]; return $error; };
+$other->safe_psql('postgres', 'CREATE ROLE boss SUPERUSER; CREATE ROLE ann; GRANT agentvm_user TO ann; GRANT agentvm_admin TO boss WITH ADMIN OPTION; CREATE DATABASE second; CREATE DATABASE third');
+unlike($warns->('second'), qr/WARNING/, 'members are no surprise');
+$other->safe_psql('postgres', 'CREATE ROLE mallory CREATEROLE; GRANT agentvm_admin TO mallory WITH ADMIN OPTION');
+like($warns->('third'), qr/WARNING:  role "mallory", which is no superuser, may grant role "agentvm_admin".*\nHINT:.* REVOKE agentvm_admin FROM mallory/, 'but who may make members and is no superuser is named');
 
 done_testing();
