@@ -29,6 +29,7 @@ AVM_MODULE_MAGIC("agentvm", AGENTVM_VERSION);
 
 char *avm_databases;
 char *avm_provider_libraries;
+char *avm_image_directories;
 char *avm_key_file;
 char *avm_default_provider;
 int avm_dispatchers;
@@ -64,6 +65,21 @@ check_name_list(char **newval, void **extra, GucSource source)
 
 	if (!ok)
 		GUC_check_errdetail("It must be a list of names separated by commas.");
+	return ok;
+}
+
+/* A list of absolute paths separated by commas. */
+static bool
+check_directory_list(char **newval, void **extra, GucSource source)
+{
+	List *directories;
+	ListCell *cell;
+	bool ok = SplitDirectoriesString(pstrdup(*newval), ',', &directories);
+
+	foreach (cell, directories)
+		ok = ok && is_absolute_path((char *) lfirst(cell));
+	if (!ok)
+		GUC_check_errdetail("It must be a list of absolute paths separated by commas.");
 	return ok;
 }
 
@@ -119,6 +135,10 @@ define_settings(void)
 	define_string("agentvm.provider_libraries",
 				  "Libraries that add providers, separated by commas.", &avm_provider_libraries, "",
 				  check_name_list);
+	define_string("agentvm.image_directories",
+				  "Directories on hosts with the images that may be booted, separated by commas.",
+				  &avm_image_directories, "/var/lib/agentvm/images,/var/cache/agentvm/images",
+				  check_directory_list);
 	define_string("agentvm.key_file",
 				  "File of the master keys, one \"id:base64\" a line; the first one encrypts.",
 				  &avm_key_file, "", NULL);

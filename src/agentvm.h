@@ -35,6 +35,7 @@
 /* Settings (agentvm.*); times are in the unit that the name says. All reload with SIGHUP. */
 extern char *avm_databases;
 extern char *avm_provider_libraries;
+extern char *avm_image_directories;
 extern char *avm_key_file;
 extern char *avm_default_provider;
 extern int avm_dispatchers;

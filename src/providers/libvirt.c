@@ -37,6 +37,7 @@
 #include "utils/fmgrprotos.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
+#include "utils/varlena.h"
 
 #include "db.h"
 #include "providers/boot.h"
@@ -88,6 +89,25 @@ bad_option(const char *name, const char *hint)
 			errhint("%s", hint), hide_caller());
 }
 
+/* Whether a path is in a directory of images: a guest reads all that it boots. */
+static bool
+is_image(const char *path)
+{
+	List *directories;
+	ListCell *cell;
+
+	if (strstr(path, "/../") != NULL)
+		return false;
+	if (!SplitDirectoriesString(pstrdup(avm_image_directories), ',', &directories))
+		return false;
+	foreach (cell, directories)
+	{
+		if (path_is_prefix_of_path(lfirst(cell), path))
+			return true;
+	}
+	return false;
+}
+
 static void
 check_path(Jsonb *options, const char *name)
 {
@@ -96,6 +116,12 @@ check_path(Jsonb *options, const char *name)
 	if (path != NULL &&
 		(path[0] != '/' || path[strlen(path) - 1] == '/' || !boot_is_printable(path, MAX_PATH_LEN)))
 		bad_option(name, "Give the absolute path of a file on the hosts, in printable ASCII.");
+	if (path != NULL && !is_image(path))
+		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+				errmsg("option \"%s\" of provider \"libvirt\" is not in agentvm.image_directories",
+					   name),
+				errhint("Give a path without \"..\", beneath one of: %s.", avm_image_directories),
+				hide_caller());
 }
 
 static void

@@ -36,7 +36,7 @@ fails_with($node, "SET $_ = DEFAULT", '55P02', undef, "not by a user: $_") for '
 
 # ---- invalid values ----
 my %invalid = (
-	'agentvm.databases' => "a,,b", 'agentvm.provider_libraries' => '"a', 'agentvm.gateway_url' => 'gateway.example', 'agentvm.aws_endpoint_url' => 'https://a b',
+	'agentvm.databases' => "a,,b", 'agentvm.provider_libraries' => '"a', 'agentvm.image_directories' => '/a, b', 'agentvm.gateway_url' => 'gateway.example', 'agentvm.aws_endpoint_url' => 'https://a b',
 	map { $_ => $settings{$_}[1] eq 'bool' ? 'maybe' : $settings{$_}[4] - 1 } grep { $settings{$_}[1] ne 'string' } keys %settings);
 my $values = "SELECT string_agg(name || '=' || setting, ' ' ORDER BY name) FROM pg_settings WHERE name ~ '^agentvm\\.'";
 my $before = sql($values);

@@ -27,12 +27,17 @@ foreach my $path ('vmlinuz', 'a/b', '', '/dir/', "/a\nb", '/ä', '/' . 'x' x 600
 {
 	fails_with($node, set_options({ $_ => $path }), 'AV010', qr/option "$_"/, "no $_: " . substr($path =~ s/\n/\\n/r, 0, 20)) for qw(kernel disk);
 }
+foreach my $path ($node->data_dir . '/PG_VERSION', $node->basedir . '/keys', '/srvother/x', '/srv/../etc/passwd', '/srv/a/../../etc/passwd', '/etc/srv/x')
+{
+	fails_with($node, set_options({ $_ => $path }), 'AV010', qr/option "$_" .*is not in agentvm.image_directories.*HINT:.*\/srv/s, "$_ is no image: $path") for qw(kernel initrd disk);
+}
+fails_with($node, "SELECT agentvm.create_profile('keys', 'libvirt', options => " . json({ disk => '/etc/passwd' }) . ')', 'AV010', qr/image_directories/, 'nor in a profile');
 fails_with($node, set_options({ machine => 'pc' }), 'AV010', qr/auto, q35, microvm/, 'no such machine');
 fails_with($node, set_options({ cmdline => "a\nb" }), 'AV010', qr/cmdline/, 'a command line is printable');
 fails_with($node, set_options({ network => 'a b' }), 'AV010', qr/network/, 'a name of a network');
 fails_with($node, set_options({ emulator => '/bin/sh' }), 'AV010', qr/unknown option.*cmdline/s, 'no other options');
 fails_with($node, "SELECT agentvm.provision('acme')", 'AV010', qr/neither option "kernel" nor option "disk"/, 'something to boot');
-psql_ok($node, set_options({ disk => '/image', initrd => '/initrd' }), 'a part of the options');
+psql_ok($node, set_options({ disk => '/srv/image', initrd => '/srv/initrd' }), 'a part of the options');
 fails_with($node, "SELECT agentvm.provision('acme')", 'AV010', qr/"initrd".* needs option "kernel"/, 'which must fit together');
 psql_ok($node, set_options({ kernel => '/srv/a kernel & <one>', initrd => "/srv/it's", cmdline => q{a="b" c='d' <&>]]>} }), 'paths of all kinds');
 fails_with($node, "SELECT agentvm.provision('acme', options => '{\"$_\": \"/a\"}')", 'AV010', qr/not for callers/, "$_ is not for callers") for qw(kernel initrd disk cmdline machine network);
@@ -65,15 +70,15 @@ is_deeply([ sort map { "$_->{session} $_->{team} $_->{cluster} $_->{state}" } @{
 sub images { return join(', ', map { join(' ', grep { defined } @$_{qw(what profile)}) } grep { $_->{what} =~ /kernel|initrd|disk/ } @{ $check{hosts}{mock}{problems} }); }
 sub profile { my ($name, $options, @more) = @_; sql('SELECT agentvm.create_profile(' . join(', ', literal($name), "'libvirt'", 'options => ' . json($options), @more) . ')'); return; }
 sql("SELECT agentvm.create_team('other'); SELECT agentvm.create_profile('hidden', 'noop', team_id => 'acme')");
-profile('a', { kernel => '/a', disk => '/b' });
-profile('hidden', { disk => '/hidden' });
-profile('own', { disk => '/c', initrd => '/a' }, "team_id => 'acme'");
-profile('own', { disk => '/not/own' });
-profile('theirs', { disk => '/theirs' }, "team_id => 'other'");
+profile('a', { kernel => '/srv/a', disk => '/srv/b' });
+profile('hidden', { disk => '/srv/hidden' });
+profile('own', { disk => '/srv/c', initrd => '/srv/a' }, "team_id => 'acme'");
+profile('own', { disk => '/srv/not/own' });
+profile('theirs', { disk => '/srv/theirs' }, "team_id => 'other'");
 %check = %{ JSON::PP::decode_json(sql("SELECT agentvm.check_provider('acme')")) };
 is(images(), 'kernel, initrd, kernel a, disk a, disk own', 'which file of which profile is missing');
 is(scalar @{ $check{hosts}{mock}{warnings} }, 0, 'no warnings');
-profile("many$_", { disk => "/many/$_" }) foreach 1 .. 48;
+profile("many$_", { disk => "/srv/many/$_" }) foreach 1 .. 48;
 %check = %{ JSON::PP::decode_json(sql("SELECT agentvm.check_provider('acme')")) };
 is(scalar(my @images = split(/, /, images())), 50, 'not without bound');
 like($check{hosts}{mock}{warnings}[0]{message}, qr/^only the first 50 images/, 'which is said');

@@ -63,7 +63,7 @@ sub new
 	my $dir = File::Temp::tempdir('/tmp/avXXXXXX');
 	my $self = bless({ dir => $dir, owner => $$, uri => 'qemu:///session' }, $class);
 	mkdir("$dir/$_", 0700) or die "could not make $dir/$_: $!" for qw(run home home/.config home/.cache vms);
-	my %env = (HOME => "$dir/home", XDG_RUNTIME_DIR => "$dir/run", XDG_CONFIG_HOME => "$dir/home/.config", XDG_CACHE_HOME => "$dir/home/.cache");
+	my %env = (AGENTVM_IMAGES => $dir, HOME => "$dir/home", XDG_RUNTIME_DIR => "$dir/run", XDG_CONFIG_HOME => "$dir/home/.config", XDG_CACHE_HOME => "$dir/home/.cache");
 	$ENV{$_} = $env{$_} for keys %env;
 	push @all, $self;
 	return $self;

@@ -11,6 +11,7 @@ package AgentVM::Test;
 use strict;
 use warnings;
 use Exporter 'import';
+use File::Basename 'dirname';
 use JSON::PP;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
@@ -30,6 +31,7 @@ sub new_node
 	my $keys = $node->basedir . '/keys';
 	my $libraries = $preload ? join(',', 'agentvm', @$preload) : '';
 	my $databases = $opt{databases} // 'postgres';
+	my $images = join(', ', '/srv', '/nonexistent', $ENV{AGENTVM_IMAGES} // (), map { defined $ENV{$_} ? dirname($ENV{$_}) : () } qw(AGENTVM_MICRO AGENTVM_DEBIAN));
 	my $endpoint = $opt{moto} ? $opt{moto}->endpoint : '';
 
 	$node->init(%{ $opt{init} // {} });
@@ -40,6 +42,7 @@ max_connections = 100
 max_worker_processes = 24
 agentvm.databases = '$databases'
 agentvm.key_file = '$keys'
+agentvm.image_directories = '$images'
 agentvm.sweep_interval = '1s'
 agentvm.gateway_url = 'https://gateway.example'
 agentvm.aws_endpoint_url = '$endpoint'
