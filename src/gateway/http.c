@@ -392,7 +392,7 @@ int
 add_date(struct lws *wsi, unsigned char **at, unsigned char *end)
 {
 	char date[40];
-	time_t now = time(NULL);
+	time_t now = sessions_time(server_of(wsi)->sessions);
 	struct tm utc;
 	int len = (int) strftime(date, sizeof(date), "%a, %d %b %Y %H:%M:%S GMT", gmtime_r(&now, &utc));
 

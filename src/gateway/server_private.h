@@ -121,8 +121,8 @@ extern const size_t channel_size;
 extern Server *server_of(struct lws *wsi);
 
 /*
- * Add the header Date: deadlines are meant by our clock, since that of a VM may be
- * anything.  Returns nonzero when there is no room.
+ * Add the header Date, by the database's clock: deadlines are meant by that one, and
+ * ours and that of a VM may be anything.  Returns nonzero when there is no room.
  */
 extern int add_date(struct lws *wsi, unsigned char **at, unsigned char *end);
 

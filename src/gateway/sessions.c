@@ -74,6 +74,7 @@ struct Sessions
 	Request *gathered; /* heartbeats for the next batch */
 	int gathered_count;
 	uint64_t last_batch_at;
+	int64_t clock; /* the database's, less the loop's: milliseconds since 1970; 0: not known yet */
 	uv_timer_t *flush;
 	uv_timer_t *tick;
 	SessionCounts counts;
@@ -331,18 +332,42 @@ put_int32(char **at, uint32_t value)
 	*at += 4;
 }
 
-/* {"deadline": "2026-01-31T12:34:56.789Z"} from the microseconds since 2000 that PostgreSQL sends */
+/* A timestamptz as PostgreSQL sends it: microseconds since 2000. */
+static int64_t
+get_micros(const char *value)
+{
+	uint64_t bits;
+
+	memcpy(&bits, value, 8);
+	return (int64_t) be64toh(bits);
+}
+
+/* Note what time it is in the database. */
+static void
+set_clock(Sessions *sessions, const char *value)
+{
+	uv_update_time(sessions->loop);
+	sessions->clock =
+		(int64_t) PG_EPOCH * 1000 + get_micros(value) / 1000 - (int64_t) uv_now(sessions->loop);
+}
+
+time_t
+sessions_time(const Sessions *sessions)
+{
+	if (sessions->clock == 0)
+		return time(NULL);
+	return (time_t) ((sessions->clock + (int64_t) uv_now(sessions->loop)) / 1000);
+}
+
+/* {"deadline": "2026-01-31T12:34:56.789Z"} */
 static void
 deadline_body(const char *value, char *body, size_t size)
 {
-	uint64_t bits;
-	int64_t micros;
+	int64_t micros = get_micros(value);
 	time_t seconds;
 	struct tm utc;
 	char stamp[32];
 
-	memcpy(&bits, value, 8);
-	micros = (int64_t) be64toh(bits);
 	seconds = PG_EPOCH + (micros >= 0 ? micros / 1000000 : -((-micros + 999999) / 1000000));
 	gmtime_r(&seconds, &utc);
 	strftime(stamp, sizeof(stamp), "%Y-%m-%dT%H:%M:%S", &utc);
@@ -372,6 +397,8 @@ batch_answered(void *arg, const PGresult *result)
 		sessions->counts.failed_batches += batch->beats;
 		(void) outcome_of(result); /* tells why */
 	}
+	if (rows > 0)
+		set_clock(sessions, PQgetvalue(result, 0, 2));
 	DL_FOREACH_SAFE(batch->requests, request, next)
 	{
 		char body[64];
@@ -407,10 +434,11 @@ send_batch(Sessions *sessions, Request *requests, bool beats)
 		/* NULL: the time is the server's, whatever our clock says */
 		"WITH b AS MATERIALIZED (SELECT count(*) AS gone FROM agentvm.heartbeat_batch($1, "
 		"array_fill(NULL::timestamptz, ARRAY[cardinality($1)]))) "
-		"SELECT d.session_id, d.deadline_at FROM b, agentvm.deadlines($1) d "
+		"SELECT d.session_id, d.deadline_at, clock_timestamp() FROM b, agentvm.deadlines($1) d "
 		"WHERE b.gone >= 0 ORDER BY d.session_id";
 	static const char look[] =
-		"SELECT d.session_id, d.deadline_at FROM agentvm.deadlines($1) d ORDER BY d.session_id";
+		"SELECT d.session_id, d.deadline_at, clock_timestamp() FROM agentvm.deadlines($1) d "
+		"ORDER BY d.session_id";
 	static const Oid types[] = {UUID_ARRAY_OID};
 	Batch *batch = calloc(1, sizeof(Batch));
 	Request *request, *previous = NULL;
@@ -610,6 +638,7 @@ channel_answered(void *arg, const PGresult *result)
 
 	if (outcome_of(result) != OUTCOME_OK)
 		return;
+	set_clock(sessions, PQgetvalue(result, 0, 1));
 	snprintf(listen, sizeof(listen), "LISTEN \"%.63s\"", PQgetvalue(result, 0, 0));
 	(void) database_send(sessions->database, listen, 0, NULL, NULL, NULL, NULL, listening, NULL);
 	look_for_ended(sessions); /* after LISTEN, so that none can slip through between them */
@@ -621,8 +650,8 @@ on_up(void *arg)
 {
 	Sessions *sessions = arg;
 
-	(void) database_send(sessions->database, "SELECT agentvm.gateway_channel()", 0, NULL, NULL,
-						 NULL, NULL, channel_answered, sessions);
+	(void) database_send(sessions->database, "SELECT agentvm.gateway_channel(), clock_timestamp()",
+						 0, NULL, NULL, NULL, NULL, channel_answered, sessions);
 	flush_batch(sessions);
 }
 

@@ -43,6 +43,12 @@ extern Sessions *sessions_create(uv_loop_t *loop, const char *conninfo, const ch
 								 SessionEnded ended);
 extern void sessions_destroy(Sessions *sessions);
 
+/*
+ * What time it is, in seconds since 1970, by the database's clock, which deadlines
+ * are meant by; by our own until the database has been heard.
+ */
+extern time_t sessions_time(const Sessions *sessions);
+
 /* Whether the database can be asked now. */
 extern bool sessions_ready(const Sessions *sessions);
 
