@@ -97,7 +97,7 @@ my $session = provision($node, 'acme', "profile => 'plain'");
 await_state($node, $session, 'ready', timeout => 120);
 note(sprintf('ready after %.2f s', time - $began));
 is(sql("SELECT vm_id, region, attempt FROM agentvm.sessions WHERE session_id = '$session'"), "agentvm-$session|here|1", 'what is known of it');
-is(sql('SELECT kvm FROM agentvm.host'), 'f', 'and of the host: no guest runs under KVM there');
+is(sql('SELECT kvm FROM agentvm.host'), inspected($session, 'accel') eq 'kvm' ? 't' : 'f', 'and of the host: whether guests run under KVM there');
 is("@{[ $libvirt->domains ]}", "agentvm-$session", 'one domain');
 is("@{[ $libvirt->files ]}", "$session.boot", 'one file: no runtime, no socket');
 fails_with($node, "UPDATE agentvm.host SET directory = '/tmp'", '55006', qr/host "here" has VMs/, 'where they are is not changed');
