@@ -131,11 +131,12 @@ sweep() { # DIR
 	local signal dir tries pids
 	if [[ ! -d $1 || -L $1 || ! $1 =~ ^/.*/agentvm-[a-z]+\.[A-Za-z0-9]{6}$ ]] || ! dir=$(readlink -f "$1") || [[ ! $dir ]]; then say "no directory of ours: $1" && return 1; fi
 	cd /
+	unset TMPDIR HOME_DIR # or we would find ourselves
 	for signal in QUIT KILL; do
 		for ((tries = 0; tries < 30; tries++)); do
 			pids=$({
 				find /proc/[0-9]*/cwd -maxdepth 0 \( -lname "$dir" -o -lname "$dir/*" -o -lname "$dir (deleted)" \) -printf '%h\n'
-				grep -lzE "^XDG_(RUNTIME_DIR|CACHE_HOME)=$dir/" /proc/[0-9]*/environ
+				grep -lzE "^(XDG_(RUNTIME_DIR|CACHE_HOME)|TMPDIR)=$dir/" /proc/[0-9]*/environ
 			} 2>/dev/null | cut -d/ -f3 | sort -u || true)
 			[[ $pids ]] || break 2
 			# shellcheck disable=SC2086
@@ -143,6 +144,8 @@ sweep() { # DIR
 			sleep 0.1
 		done
 	done
+	# AgentVM::Libvirt's, whose paths have to be short
+	grep -lsE "^$dir/" /tmp/av??????/of | xargs -r dirname | xargs -r rm -rf || true
 	rm -rf "$dir"
 }
 

@@ -61,6 +61,8 @@ sub new
 	my ($class) = @_;
 	# sockets have short paths
 	my $dir = File::Temp::tempdir('/tmp/avXXXXXX');
+	# test/lib/env.sh removes what a test leaves that is killed
+	PostgreSQL::Test::Utils::append_to_file("$dir/of", ($ENV{TMPDIR} // '') . "\n");
 	my $self = bless({ dir => $dir, owner => $$, uri => 'qemu:///session' }, $class);
 	mkdir("$dir/$_", 0700) or die "could not make $dir/$_: $!" for qw(run home home/.config home/.cache vms);
 	my %env = (AGENTVM_IMAGES => $dir, HOME => "$dir/home", XDG_RUNTIME_DIR => "$dir/run", XDG_CONFIG_HOME => "$dir/home/.config", XDG_CACHE_HOME => "$dir/home/.cache");
