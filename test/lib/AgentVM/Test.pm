@@ -87,7 +87,8 @@ sub await
 	$expected //= 't';
 	while (1)
 	{
-		$node->psql($dbname, $query, stdout => \$answer, stderr => \$error);
+		# psql does not read the query where a server that has just crashed refuses it
+		eval { $node->psql($dbname, $query, stdout => \$answer, stderr => \$error); 1 } or ($answer, $error) = ('', $@);
 		last if ($answer // '') eq $expected || time > $end;
 		sleep 0.05;
 	}
