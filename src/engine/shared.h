@@ -83,7 +83,8 @@ extern void shared_set_launcher(Latch *latch);
 /*
  * Since when this server has taken writes: its start, its promotion, or the end
  * of its last crash recovery.  The launcher begins with that (memory is new after
- * a crash).
+ * a crash); as long as it has not, the time is now.  Without preloading it is the
+ * postmaster's start, which is all that can be known then.
  */
 extern TimestampTz shared_open_since(void);
 
