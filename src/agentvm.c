@@ -45,6 +45,9 @@ int avm_max_lifetime_ceiling_s;
 int avm_deadline_grace_s;
 int avm_deadman_allowance_s;
 int avm_lease_ms;
+int avm_max_output_kib;
+int avm_max_file_size_kib;
+bool avm_log_commands;
 int avm_retention_s;
 int avm_launch_settle_s;
 char *avm_gateway_url;
@@ -194,6 +197,13 @@ define_settings(void)
 		"agentvm.environment_credentials",
 		"Let teams without credentials of their own use the server's (for development).", NULL,
 		&avm_environment_credentials, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	define_int("agentvm.max_output", "Output of a command that is kept, of each stream.",
+			   &avm_max_output_kib, 16 * 1024, 1, 256 * 1024, GUC_UNIT_KB);
+	define_int("agentvm.max_file_size", "Largest file that upload() and download() take.",
+			   &avm_max_file_size_kib, 256 * 1024, 1, 1000 * 1024, GUC_UNIT_KB);
+	DefineCustomBoolVariable("agentvm.log_commands",
+							 "Keep the text of commands in agentvm.session_event.", NULL,
+							 &avm_log_commands, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("agentvm");
 }
 

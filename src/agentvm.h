@@ -12,7 +12,7 @@
 
 #include "compat.h"
 
-#define AGENTVM_VERSION "0.2"
+#define AGENTVM_VERSION "0.3"
 
 /* SQLSTATEs that applications rely on; README.md lists them for users. */
 #define AVM_INVALID_CREDENTIALS MAKE_SQLSTATE('A', 'V', '0', '0', '1')
@@ -58,5 +58,8 @@ extern char *avm_gateway_ca_file;
 extern char *avm_aws_endpoint_url;
 extern bool avm_allow_insecure_endpoints;
 extern bool avm_environment_credentials;
+extern int avm_max_output_kib;
+extern int avm_max_file_size_kib;
+extern bool avm_log_commands;
 
 #endif /* AGENTVM_H */

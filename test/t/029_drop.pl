@@ -119,7 +119,7 @@ fails_with($node, "SELECT agentvm.provision('noop')", '55000', qr/ALTER EXTENSIO
 $node->safe_psql('postgres', 'SELECT agentvm.wake()') for 1 .. 3;
 my $said = () = PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset) =~ /LOG:  agentvm: the extension's version is 0\.0, the library's 0\.2: nothing is dispatched/g;
 is($said, 1, 'which the log says once');
-$version->('0.2');
+$version->('0.3');
 await($node, "SELECT ok FROM agentvm.health WHERE name = 'dispatcher'", 't', name => 'the right one is');
 unlike(log_text($node), qr/PANIC|TRAP|terminated by signal/, 'nothing has crashed');
 

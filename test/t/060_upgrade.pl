@@ -5,7 +5,7 @@ use AgentVM::Test;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my ($old, $new) = ('0.1', '0.2');
+my ($old, $new) = ('0.1', '0.3');
 my $node = new_node('main', extension => 0, databases => 'postgres,upgraded');
 $node->safe_psql('postgres', 'CREATE EXTENSION agentvm CASCADE; CREATE DATABASE upgraded');
 $node->safe_psql('upgraded', "CREATE EXTENSION agentvm VERSION '$old' CASCADE");

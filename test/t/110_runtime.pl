@@ -89,7 +89,7 @@ like($state->{session_token}, qr/^[0-9a-f]{64}$/, 'its own token: 256 bits');
 is($node->safe_psql('postgres', "SELECT count(*) FROM agentvm.session_token WHERE kind = 'session' AND session_id = '$id' AND token_sha256 = '\\x" . sha256_hex($state->{session_token}) . "'"), 1, 'of which the server has the hash');
 chomp(my $boot_id = slurp_file('/proc/sys/kernel/random/boot_id'));
 is($node->safe_psql('postgres', "SELECT boot_id FROM agentvm.session WHERE session_id = '$id'"), $boot_id, 'and the boot id');
-is($node->safe_psql('postgres', "SELECT boot_info->>'runtime_version' = '0.2' AND boot_info->>'hostname' <> '' FROM agentvm.session WHERE session_id = '$id'"), 't', 'version and host name');
+is($node->safe_psql('postgres', "SELECT boot_info->>'runtime_version' = '0.3' AND boot_info->>'hostname' <> '' FROM agentvm.session WHERE session_id = '$id'"), 't', 'version and host name');
 $vm->says(qr/channel is open/, 'the channel is open');
 $vm->says(qr/first heartbeat acknowledged.*by=channel/, 'and carries the heartbeats');
 beats_again($id, "a heartbeat is in the table") for 1 .. 3;
