@@ -111,6 +111,12 @@ on_connections(uv_poll_t *poll, int status, int events)
 	/* else it has gone already */
 }
 
+static void
+on_round(uv_prepare_t *rounds)
+{
+	((Server *) rounds->data)->round++;
+}
+
 static int
 listen_on(const char *address, int port)
 {
@@ -219,6 +225,10 @@ server_create(uv_loop_t *loop, const Options *options)
 	server->turns = calloc(1, sizeof(uv_timer_t));
 	uv_timer_init(loop, server->turns);
 	server->turns->data = server;
+	server->rounds = calloc(1, sizeof(uv_prepare_t));
+	uv_prepare_init(loop, server->rounds);
+	server->rounds->data = server;
+	uv_prepare_start(server->rounds, on_round);
 	server->pause = calloc(1, sizeof(uv_timer_t));
 	uv_timer_init(loop, server->pause);
 	server->pause->data = server;
@@ -282,6 +292,7 @@ server_destroy(Server *server)
 	uv_fileno((uv_handle_t *) server->listener, &listener);
 	uv_close((uv_handle_t *) server->listener, free_handle);
 	close(listener);
+	uv_close((uv_handle_t *) server->rounds, free_handle);
 	uv_close((uv_handle_t *) server->pause, free_handle);
 	vms_destroy(server->vms);
 	lws_context_destroy(server->context);

@@ -56,8 +56,10 @@ struct Server
 	struct lws_context *context;
 	struct lws_vhost *vhost;
 	uv_poll_t *listener;
-	uv_timer_t *pause;	/* when connections cannot be accepted */
-	bool cannot_accept; /* and the log says so */
+	uv_prepare_t *rounds; /* counts them: */
+	uint64_t round;		  /* of the loop */
+	uv_timer_t *pause;	  /* when connections cannot be accepted */
+	bool cannot_accept;	  /* and the log says so */
 	Vms *vms;
 	const char *vm; /* whose stream is being taken over from vms.c, or NULL */
 	struct lws_protocols protocols[3];
