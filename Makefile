@@ -90,7 +90,7 @@ install-gateway: gateway
 
 # The runtime: a static program, so that it runs in any image. It calls nothing of what libc.c stands in for
 RUNTIME = src/runtime/agentvm-runtime
-runtime_libraries = -lwebsockets -lcares -ljansson -lssl -lcrypto -lcap -lz
+runtime_libraries = -lwebsockets -lcares -ljansson -lssl -lcrypto -lcap -larchive -lacl -lz
 .PHONY: runtime install-runtime
 runtime: $(RUNTIME)
 $(RUNTIME): $(wildcard src/runtime/*.[ch] src/common/*.[ch]) src/protocol.h src/agentvm.h
