@@ -53,11 +53,10 @@ print_help(void)
 		   "The file of settings has lines KEY=VALUE, nothing quoted, and mode 0600:\n\n");
 	settings_help();
 	printf("\nExit codes: 0 the session has ended, or SIGTERM; 1 it could not bootstrap; 2 bad "
-		   "settings.\nOf --tar-...: 2 DIR is none; with nothing unpacked, 3 an unsafe archive, 4 "
-		   "none "
-		   "at all;\n5 the disk is full; 1 anything else.\nAs PID 1 it mounts /proc, /sys, /dev "
-		   "and /run, and powers off in place of "
+		   "settings.\nAs PID 1 it mounts /proc, /sys, /dev and /run, and powers off in place of "
 		   "exiting.\n");
+	printf("Exit codes of --tar-...: 0 done; 2 DIR is none; 3 the archive is unsafe, 4 it is none, "
+		   "and with\neither nothing has been unpacked; 5 the disk is full; 1 anything else.\n");
 }
 
 /* As PID 1 there is nowhere to return to. */

@@ -93,8 +93,9 @@ complain_archive(int code, const char *name, struct archive *archive)
 	int error = archive_errno(archive);
 	const char *words = archive_error_string(archive);
 
-	return complain(error == ENOSPC || error == EDQUOT ? TAR_NO_SPACE : code, name, "%s",
-					words != NULL ? words : "out of memory");
+	if (error == ENOSPC || error == EDQUOT)
+		return complain_errno(name, error);
+	return complain(code, name, "%s", words != NULL ? words : "out of memory");
 }
 
 /* ---- extract: what is safe ---- */
