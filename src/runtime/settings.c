@@ -70,7 +70,7 @@ static const struct
 	{"AGENTVM_STATE_DIR", SETTING_TEXT, AT(state_dir), 0, 0, "/var/lib/agentvm",
 	 "directory of session token, env.json and repos.json"},
 	{"AGENTVM_WORK_DIR", SETTING_TEXT, AT(work_dir), 0, 0, "/workspace",
-	 "directory into which repositories are cloned"},
+	 "directory into which repositories are cloned, and that of paths that are not absolute"},
 	{"AGENTVM_POWEROFF_COMMAND", SETTING_TEXT, AT(poweroff_command), 0, 0, NULL,
 	 "program, called without arguments, that powers the machine off (default: systemctl "
 	 "poweroff, else poweroff, else the kernel is asked; as PID 1 the kernel is)"},
