@@ -108,7 +108,7 @@ fuzzers: $(FUZZERS)
 tmp_fuzz/gateway_%: test/fuzz/gateway.c $(filter-out %/main.c,$(wildcard src/gateway/*.[ch])) $(wildcard src/common/*.[ch]) src/protocol.h
 	@mkdir -p $(@D)
 	clang $(fuzz_flags) -DTARGET_$* -rdynamic -o $@ $(filter %.c,$^) $(gateway_flags)
-tmp_fuzz/runtime_answer: test/fuzz/runtime_answer.c src/runtime/answer.c src/runtime/answer.h
+tmp_fuzz/runtime_answer: test/fuzz/runtime_answer.c src/runtime/answer.c src/runtime/answer.h src/protocol.h
 	@mkdir -p $(@D)
 	clang $(fuzz_flags) -o $@ $(filter %.c,$^) -ljansson
 tmp_fuzz/mux: test/fuzz/mux.c src/common/mux.c src/common/mux.h src/protocol.h

@@ -10,6 +10,7 @@
  *-------------------------------------------------------------------------
  */
 #include <getopt.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +19,7 @@
 
 #include "../common/log.h"
 #include "child.h"
+#include "command.h"
 #include "deadman.h"
 #include "link.h"
 #include "loop.h"
@@ -33,6 +35,7 @@
 #define AGENTVM_VERSION "unknown"
 #endif
 
+#define BIG (60 * 1024) /* allocations of so much go back to the system when they are freed */
 #define DEFAULT_CONFIG "/etc/agentvm/runtime.env"
 
 static void
@@ -138,6 +141,7 @@ main(int argc, char **argv)
 		return refuse("there are no arguments but options; try --help");
 
 	(void) setrlimit(RLIMIT_CORE, &no_core); /* it would hold the tokens */
+	(void) mallopt(M_MMAP_THRESHOLD, BIG);	 /* it would grow with what is freed */
 	if (getpid() == 1)
 		power_setup_init();
 	problem = settings_read(&settings, config);
@@ -158,6 +162,7 @@ main(int argc, char **argv)
 		return leave(1);
 	session_start(&settings, &state);
 	code = loop_run();
+	command_kill_all();
 	child_kill_all();
 	loop_destroy();
 	log_line(LOG_LEVEL_INFO, "ended", NULL);
