@@ -84,6 +84,7 @@ struct Sessions
 	uv_timer_t *flush;
 	uv_timer_t *tick;
 	uv_timer_t *attach;
+	bool any_attach_due;
 	SessionCounts counts;
 };
 
@@ -710,7 +711,8 @@ attach_answered(void *arg, const PGresult *result)
 
 			HASH_FIND(hh_id, sessions->by_id, attachment->ids[i], UUID_LEN, session);
 			if (session != NULL)
-				session->attach_due = true; /* at the next tick, or when the database is there */
+				session->attach_due = sessions->any_attach_due =
+					true; /* at the next tick, or when the database is there */
 		}
 	}
 	free(attachment);
@@ -744,8 +746,9 @@ attach_due(Sessions *sessions)
 	Attachment *attachment = NULL;
 	Session *session, *next;
 
-	if (!database_is_up(sessions->database))
+	if (!sessions->any_attach_due || !database_is_up(sessions->database))
 		return;
+	sessions->any_attach_due = false;
 	HASH_ITER(hh, sessions->by_hash, session, next)
 	{
 		if (!session->attach_due)
@@ -781,7 +784,7 @@ session_attach(Sessions *sessions, Session *session, void *attached)
 	void *before = session->attached;
 
 	session->attached = attached;
-	session->attach_due = true;
+	session->attach_due = sessions->any_attach_due = true;
 	if (!uv_is_active((uv_handle_t *) sessions->attach))
 		uv_timer_start(sessions->attach, on_attach, ATTACH_MS, 0);
 	return before;
@@ -851,7 +854,7 @@ on_up(void *arg)
 	flush_batch(sessions);
 	/* it may be another server by now, or one that has lost its last commits */
 	HASH_ITER(hh, sessions->by_hash, session, next)
-	session->attach_due = true;
+	session->attach_due = sessions->any_attach_due = true;
 	attach_due(sessions);
 	sessions->events.up(sessions->events.arg);
 }
