@@ -19,6 +19,7 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/command_row.h"
 #include "engine/identity.h"
 #include "engine/shared.h"
 #include "engine/sweep.h"
@@ -263,6 +264,7 @@ sweep_heartbeat(int max_sessions)
 	bool isnull;
 
 	forget_beats();
+	commands_end(NULL);
 	values[0] = Int32GetDatum(GATEWAY_SILENT_S);
 	values[1] = TimestampTzGetDatum(shared_open_since());
 	db_run(&listening_query, values, NULL);

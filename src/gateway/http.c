@@ -134,6 +134,7 @@ outcome_status(Outcome outcome)
 			return 410;
 		case OUTCOME_BAD:
 			return 400;
+		case OUTCOME_NOT_READY:
 		case OUTCOME_AWAY:
 			break;
 	}
@@ -165,6 +166,24 @@ put_metric(char **at, const char *end, const char *name, const char *type, const
 	*at += snprintf(*at, end - *at, "%s%s %.0f\n", name, labels, value);
 }
 
+static void
+put_by_status(char **at, const char *end, const char *name, const char *help,
+			  const uint64_t *counts)
+{
+	int status;
+
+	for (status = 0; status < 600; status++)
+	{
+		char labels[32];
+
+		if (counts[status] == 0)
+			continue;
+		snprintf(labels, sizeof(labels), "{status=\"%d\"}", status);
+		put_metric(at, end, name, "counter", help, labels, (double) counts[status]);
+		help = NULL;
+	}
+}
+
 /* What all VMs do together is not for each of them to know. */
 static bool
 may_read_metrics(const Exchange *exchange)
@@ -185,8 +204,6 @@ answer_metrics(Exchange *exchange)
 	char text[16384];
 	char *at = text;
 	const char *end = text + sizeof(text);
-	bool first = true;
-	int status;
 
 	put_metric(&at, end, "agentvm_gateway_database_up", "gauge",
 			   "Whether the database can be asked.", "", sessions_ready(server->sessions));
@@ -219,17 +236,27 @@ answer_metrics(Exchange *exchange)
 			   "", v.streams);
 	put_metric(&at, end, "agentvm_gateway_vm_resets_total", "counter",
 			   "Such sockets left since what came made no sense.", "", (double) v.resets);
-	for (status = 0; status < 600; status++)
+	put_by_status(&at, end, "agentvm_gateway_http_responses_total", "Answers, by status.",
+				  server->counts.answers);
+	if (server->control != NULL)
 	{
-		char labels[32];
-
-		if (server->counts.answers[status] == 0)
-			continue;
-		snprintf(labels, sizeof(labels), "{status=\"%d\"}", status);
-		put_metric(&at, end, "agentvm_gateway_http_responses_total", "counter",
-				   first ? "Answers, by status." : NULL, labels,
-				   (double) server->counts.answers[status]);
-		first = false;
+		put_metric(&at, end, "agentvm_gateway_control_connections", "gauge",
+				   "Connections of backends.", "", server->call_counts.connections);
+		put_metric(&at, end, "agentvm_gateway_calls_under_way", "gauge",
+				   "Calls of backends that are not answered yet.", "",
+				   server->call_counts.under_way);
+		put_metric(&at, end, "agentvm_gateway_call_memory_bytes", "gauge", "Bytes of such calls.",
+				   "", (double) server->buffered);
+		put_metric(&at, end, "agentvm_gateway_call_bytes_down_total", "counter",
+				   "Bytes of calls passed to VMs.", "", (double) server->call_counts.bytes_down);
+		put_metric(&at, end, "agentvm_gateway_call_bytes_up_total", "counter",
+				   "Bytes of their answers.", "", (double) server->call_counts.bytes_up);
+		put_metric(&at, end, "agentvm_gateway_bad_tickets_total", "counter",
+				   "Calls refused for their tickets.", "",
+				   (double) server->call_counts.bad_tickets);
+		put_by_status(&at, end, "agentvm_gateway_calls_total",
+					  "Calls by status; 499: the client went before the answer.",
+					  server->call_counts.outcomes);
 	}
 	answer(exchange, 200, text);
 }
@@ -307,11 +334,7 @@ body_complete(Exchange *exchange)
 		ask(exchange, true);
 }
 
-#define LENGTH_NONE (-1)
-#define LENGTH_WRONG (-2)
-
-/* The Content-Length; one that we take for another than libwebsockets does would make two requests of one. */
-static long
+long
 body_length(struct lws *wsi)
 {
 	char text[24];

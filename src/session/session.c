@@ -15,6 +15,7 @@
 #include "commands/trigger.h"
 #include "db.h"
 #include "engine/ask.h"
+#include "engine/command_row.h"
 #include "engine/session_row.h"
 #include "engine/shared.h"
 #include "engine/wake.h"
@@ -375,7 +376,11 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	values[0] = UUIDPGetDatum(id);
 	if (DatumGetBool(heap_getattr(row, SPI_fnumber(desc, "runtime"), desc, &isnull)) &&
 		(to == STATE_TERMINATING || state_is_ended(to)))
+	{
 		db_run(to == STATE_TERMINATING ? &begin_end_query : &has_ended_query, values, NULL);
+		if (state_is_ended(to))
+			commands_end(id);
+	}
 	if (state_is_ended(to) &&
 		DatumGetInt16(heap_getattr(row, SPI_fnumber(desc, "lane"), desc, &isnull)) == LANE_BLOCKING)
 		db_run(&displace_query, values, NULL);

@@ -957,6 +957,7 @@ def part_drain():
             assert next_one.beat(vm)[0] == 200
 
 
-for part in PARTS:
-    globals()[f"part_{part}"]()
-    print(part, flush=True)
+if __name__ == "__main__":
+    for part in PARTS:
+        globals()[f"part_{part}"]()
+        print(part, flush=True)

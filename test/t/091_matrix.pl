@@ -37,12 +37,13 @@ for my $team (qw(acme globex initech))
 }
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$session{initech}')");
 await_state($node, $session{initech}, 'terminated');
-$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0);
+$node->safe_psql('postgres', q{SELECT agentvm.drop_team('initech'); INSERT INTO agentvm.gateway (gateway_id) VALUES (current_setting('application_name')); INSERT INTO agentvm.sweep_hold (sweep, would_end) VALUES ('heartbeat', 0);
 	INSERT INTO agentvm.host (name, directory, vcpus, memory_mib) VALUES ('here', '/tmp', 1, 512)});
 my $ending = provision($node, 'acme', q{options => '{"runtime": true, "terminate_delay": "1 day"}'});
 await($node, "SELECT running FROM agentvm.session WHERE session_id = '$ending'");
 bootstrap($node, $ending);
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$ending')");
+$node->safe_psql('postgres', "INSERT INTO agentvm.command (command_id, session_id, team_id, kind, role) VALUES (gen_random_uuid(), '$session{$_}', '$_', 'exec', 'somebody')") for qw(acme globex);
 $node->safe_psql('postgres', "INSERT INTO agentvm.placement VALUES ('$session{acme}', 'here', 1, 512)");
 
 await($node, $settled, 't', name => 'their history is sealed');
@@ -78,7 +79,9 @@ my %call = (
 	set_provider => q{set_provider('TEAM', 'ec2', '{"region": "us-east-1"}')}, check_provider => q{check_provider('TEAM', 'noop')}, drop_provider => q{drop_provider('TEAM', 'ec2')},
 	create_profile => q{create_profile('new', 'noop', team_id => 'TEAM')}, drop_profile => q{drop_profile('shape', 'TEAM')},
 	dispatch => 'dispatch(1)', wake => 'wake()', rotate_keys => 'rotate_keys()', verify_audit => q{verify_audit('TEAM')}, seal_audit => 'seal_audit()', purge => q{purge('100 years')}, map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
-	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])}, deadlines => q{deadlines('{SESSION}')}, gateway_channel => 'gateway_channel()',
+	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])}, attach => q{attach('{SESSION}')}, control_key => 'control_key()',
+	command_started => q{command_started('SESSION', 'cccccccc-0000-7000-8000-000000000000', 'exec', '{"role": "somebody"}')}, command_ended => q{command_ended('SESSION', 'cccccccc-0000-7000-8000-000000000000', '{}')},
+	deadlines => q{deadlines('{SESSION}')}, gateway_channel => 'gateway_channel()',
 	adopt_cluster => q{adopt_cluster('takeover')}, abandon => 'abandon()',
 	session_is_sound => q{session_is_sound('ready', NULL, NULL, NULL, now())},
 	map { $_ => "$_()" } qw(visible_teams sees_all stat_provider_get stat_dispatcher_get health_get cluster_identity session_transition event_is_append_only host_changed guard_drop));
@@ -214,13 +217,13 @@ sub expected
 			$expected{$object} = $super ? 'works works works' : 'denied denied denied';
 			next;
 		}
-		my ($right, $whose) = $cell =~ /^(?:(read|write) )?(own|all)$/;
+		my ($right, $whose) = $cell =~ /^(?:(read|write|add) )?(own|all)$/;
 		die "README says \"$cell\" of $object" if $cell ne '' && !$whose;
 		my @all = @{ $everything{$object}{teams} };
 		my @teams = grep { $whose && ($whose eq 'all' || $mine{$_}) } @all;
-		my @rights = $super ? @privileges : !$right ? () : $right eq 'read' ? ('SELECT') : qw(SELECT INSERT UPDATE DELETE);
+		my @rights = $super ? @privileges : !$right ? () : $right eq 'read' ? ('SELECT') : $right eq 'add' ? qw(SELECT INSERT) : qw(SELECT INSERT UPDATE DELETE);
 		$expected{$object} = join ' ', !@rights ? 'denied' : @all ? "rows of @teams" : 'all rows', @rights;
-		$expected{$object} .= ': ' . ($super ? '1 1 1 1' : @rights == 4 ? '1 1 1 0' : '0 0 0 0') if $relation{$object} eq 'r';
+		$expected{$object} .= ': ' . ($super ? '1 1 1 1' : @rights == 4 ? '1 1 1 0' : @rights == 2 ? '1 0 0 0' : '0 0 0 0') if $relation{$object} eq 'r';
 	}
 	$expected{'(schema)'} = $super ? 'works works' : 'denied denied';
 	return \%expected;
