@@ -68,6 +68,7 @@ struct Call
 	void *arg;
 	int64 reach_ms;
 	bool outcome_matters;
+	bool broke; /* some try may have been passed on, and has come to nothing */
 
 	/* the message under way */
 	Phase phase;
@@ -216,9 +217,32 @@ call_create(Calls *calls, const pg_uuid_t *session, const char *what, int64 reac
 }
 
 void
+call_destroy(Call *call)
+{
+	Calls *calls = call->calls;
+
+	calls->calls = list_delete_ptr(calls->calls, call);
+	if (call->http != NULL)
+		http_cancel(call->http);
+	if (call->context != NULL)
+		MemoryContextDelete(call->context);
+	if (call->gateway_id != NULL)
+		pfree(call->gateway_id);
+	pfree(call->what);
+	pfree(call->session_text);
+	pfree(call);
+}
+
+void
 call_outcome_matters(Call *call)
 {
 	call->outcome_matters = true;
+}
+
+bool
+call_broke(const Call *call)
+{
+	return call->broke;
 }
 
 void *
@@ -312,6 +336,7 @@ not_reached(Call *call, bool maybe_passed, const char *who, const char *detail)
 	int64 now = call_now_ms();
 
 	call->maybe_passed = call->maybe_passed || maybe_passed;
+	call->broke = call->broke || maybe_passed;
 	if (call->trouble_since == 0)
 		call->trouble_since =
 			call->sent_at == 0 ? now : Min(now, call->sent_at + Max(call->message.wait_ms, 0));

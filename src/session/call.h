@@ -69,6 +69,9 @@ extern void calls_give_up(Calls *calls);
 extern Call *call_create(Calls *calls, const pg_uuid_t *session, const char *what, int64 reach_ms,
 						 void *arg);
 
+/* End a conversation and free it; what is under way is given up. */
+extern void call_destroy(Call *call);
+
 /*
  * Once something has been sent, or may have been, whose outcome is of interest:
  * when the runtime cannot be reached any more, the failure is "outcome unknown".
@@ -100,6 +103,9 @@ extern const pg_uuid_t *call_session(const Call *call);
 /* What came of the last message: its failure or NULL, its answer; both until the next one. */
 extern const CallFailure *call_failure(const Call *call);
 extern const Answer *call_answer(const Call *call);
+
+/* Whether some try of a message, since the call was made, has come to nothing after it may have been passed on. */
+extern bool call_broke(const Call *call);
 
 /* Make an answer that makes no sense the call's failure (58000). */
 extern void call_protest(Call *call);

@@ -275,7 +275,8 @@ answer_is_output(const Answer *answer)
 		const AnswerStream *stream = &answer->streams[i];
 
 		if (stream->total < 0 || stream->from < 0 || stream->len < 0 || stream->lost < 0 ||
-			stream->len > PROTOCOL_MAX_CHUNK || stream->from + stream->len > stream->total)
+			stream->len > PROTOCOL_MAX_CHUNK ||
+			(stream->len > 0 && stream->from + stream->len > stream->total))
 			return false;
 		len += stream->len;
 	}
