@@ -620,7 +620,7 @@ void
 exec_sleep(Exec *exec)
 {
 	if (dlist_is_empty(&exec->ended))
-		calls_sleep(exec->calls);
+		calls_sleep(exec->calls, PG_INT64_MAX);
 }
 
 ExecResult *
