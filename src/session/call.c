@@ -347,7 +347,7 @@ not_reached(Call *call, bool maybe_passed, const char *who, const char *detail)
 		call->phase = PHASE_TO_SEND;
 		return;
 	}
-	if (call->outcome_matters || (call->message.tells_age && call->maybe_passed))
+	if (call->outcome_matters || (call->message.begins && call->maybe_passed))
 		fail(call, AVM_UNREACHABLE, psprintf("outcome unknown: %s cannot be reached any more", who),
 			 detail, "The command may have run, or be running.");
 	else

@@ -43,7 +43,8 @@ typedef struct CallMessage
 	const char *bytes; /* what follows the header */
 	size_t len;
 	int wait_ms;	 /* how long the runtime may wait before it answers */
-	bool tells_age;	 /* it is a "start": say how long ago it was sent first */
+	bool tells_age;	 /* it is to be logged once: say how long ago it was sent first */
+	bool begins;	 /* a command: in the end it may be unknown whether it has */
 	bool much_comes; /* the answer is likely to be large */
 } CallMessage;
 
@@ -75,7 +76,7 @@ extern void call_destroy(Call *call);
 /*
  * Once something has been sent, or may have been, whose outcome is of interest:
  * when the runtime cannot be reached any more, the failure is "outcome unknown".
- * A message that tells its age does so by itself.
+ * A message that begins a command does so by itself.
  */
 extern void call_outcome_matters(Call *call);
 

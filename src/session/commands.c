@@ -35,6 +35,7 @@
 
 #define LEASE_MS 30000	   /* a command that nobody has asked for so long is killed */
 #define LATE_MS 30000	   /* beyond its own timeout: by then the runtime has killed it */
+#define ROOM_WAIT_MS 5000  /* for a command to read some of its input */
 #define FULL_WAIT_MS 200   /* before more input for a command that takes none */
 #define MAX_UNDER_WAY 1000 /* commands at once, and so connections */
 #define OTHER_FILES 300	   /* descriptors that are not for connections */
@@ -193,7 +194,7 @@ send_to(Task *task, const char *bytes, size_t len, int wait_ms, TaskPhase phase)
 {
 	CallMessage message = {task->command, &task->header, bytes, len, wait_ms};
 
-	message.tells_age = phase == TASK_STARTING;
+	message.tells_age = message.begins = phase == TASK_STARTING;
 	message.much_comes = phase == TASK_COLLECTING;
 	task->phase = phase;
 	call_send(task->call, &message);
@@ -254,7 +255,7 @@ send_input(Task *task)
 
 	begin_header(task, "input");
 	header_int(&task->header, "offset", task->taken);
-	send_to(task, content_read(input, task->taken, len), len, -1, TASK_FEEDING);
+	send_to(task, content_read(input, task->taken, len), len, ROOM_WAIT_MS, TASK_FEEDING);
 }
 
 static void

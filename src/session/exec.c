@@ -34,9 +34,8 @@ PG_FUNCTION_INFO_V1(agentvm_exec_wait);
 PG_FUNCTION_INFO_V1(agentvm_exec_kill);
 PG_FUNCTION_INFO_V1(agentvm_exec_many);
 
-#define MAX_SESSIONS 1000				 /* of one exec_many() */
-#define MAX_CWD 4096					 /* bytes: what Linux takes as a path */
-#define MAX_OFFSET (INT64CONST(1) << 53) /* what JSON carries everywhere */
+#define MAX_SESSIONS 1000 /* of one exec_many() */
+#define MAX_CWD 4096	  /* bytes: what Linux takes as a path */
 
 /* The rows of a function, between its calls. */
 typedef struct Rows

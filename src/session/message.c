@@ -25,11 +25,10 @@
 #include "utils/builtins.h"
 #include "utils/json.h"
 
-#define LENGTH_SIZE 4	 /* bytes of the length before a header */
-#define MAX_BRACKETS 200 /* of an answer's header: its parser is recursive */
-#define MAX_MESSAGE 400	 /* bytes of an error's message that are shown */
-#define MAX_WORD 128	 /* bytes of an error's name, of a version */
-#define MAX_NUMBER (INT64CONST(1) << 53)
+#define LENGTH_SIZE 4		 /* bytes of the length before a header */
+#define MAX_BRACKETS 200	 /* of an answer's header: its parser is recursive */
+#define MAX_MESSAGE 400		 /* bytes of an error's message that are shown */
+#define MAX_WORD 128		 /* bytes of an error's name, of a version */
 #define CONVERT_AT_ONCE 8192 /* bytes */
 
 /* ---- headers ---- */
@@ -169,7 +168,7 @@ read_number(const char *token, int64 *value)
 
 	errno = 0;
 	*value = strtoll(token, &end, 10);
-	return errno == 0 && *end == '\0' && *value >= -MAX_NUMBER && *value <= MAX_NUMBER;
+	return errno == 0 && *end == '\0' && *value >= -MAX_OFFSET && *value <= MAX_OFFSET;
 }
 
 static AVM_JSON_ACTION

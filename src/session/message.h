@@ -14,6 +14,8 @@
 #include "lib/stringinfo.h"
 #include "utils/uuid.h"
 
+#define MAX_OFFSET (INT64CONST(1) << 53) /* numbers that JSON carries everywhere */
+
 /* ---- headers of messages: a JSON object in the making ---- */
 
 /*
