@@ -369,6 +369,7 @@ class Proxy:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.conninfo = psycopg.conninfo.make_conninfo(CONNSTR, user="gw", host="127.0.0.1", port=self.listener.getsockname()[1], sslmode="disable", gssencmode="disable")
         self.holds = False
+        self.deaf = False  # to notifications
         self.held = threading.Event()
         self.pair = ()
         threading.Thread(target=self.accept, daemon=True).start()
@@ -401,7 +402,8 @@ class Proxy:
                     if data[:1] == b"Z" and self.holds:  # ReadyForQuery: committed
                         self.held.set()
                         until(lambda: not self.holds, "it may go on")
-                    target.sendall(data[:size])
+                    if not (self.deaf and data[:1] == b"A"):
+                        target.sendall(data[:size])
                     data = data[size:]
         except OSError:
             pass
