@@ -90,7 +90,6 @@ typedef struct Connection
 
 typedef struct Control
 {
-	struct lws_context *context;
 	struct lws_vhost *vhost;
 	struct lws_protocols protocols[2];
 	Listener *listener;
@@ -758,9 +757,9 @@ control_create(Server *server)
 	info.keepalive_timeout = KEEPALIVE_S;
 	info.max_http_header_pool2 = MAX_CONNECTIONS;
 	info.fd_limit_per_thread = MAX_CONNECTIONS + SPARE_DESCRIPTORS;
-	control->context = lws_create_context(&info);
-	if (control->context != NULL)
-		control->vhost = lws_create_vhost(control->context, &info);
+	server->control_context = lws_create_context(&info);
+	if (server->control_context != NULL)
+		control->vhost = lws_create_vhost(server->control_context, &info);
 	if (control->vhost == NULL)
 	{
 		log_line(LOG_LEVEL_ERROR, "cannot serve", "control", server->options->control, NULL);
@@ -793,7 +792,7 @@ control_destroy(Server *server)
 	if (control->path[0] != '\0' && lstat(control->path, &now) == 0 &&
 		now.st_dev == control->file.st_dev && now.st_ino == control->file.st_ino)
 		(void) unlink(control->path);
-	lws_context_destroy(control->context);
+	lws_context_destroy(server->control_context);
 	OPENSSL_cleanse(control->keys, sizeof(control->keys));
 	free(control);
 	server->control = NULL;
