@@ -75,8 +75,10 @@ typedef struct Connection
 	Server *server;
 	struct lws *wsi;
 	Phase phase;
-	bool is_whole; /* the request has arrived */
+	bool is_whole;		  /* the request has arrived */
+	uint64_t whole_round; /* of the loop, in which it has */
 	bool headers_sent;
+	bool closes;   /* after the answer */
 	size_t length; /* of the body */
 	Buffer *body;
 	char session[37];
@@ -481,6 +483,8 @@ begin_request(Connection *connection, const char *path)
 		answer(connection, read_path(path, connection->session) ? 405 : 404, NULL);
 	else if (length == LENGTH_NONE)
 		answer(connection, 411, NULL);
+	else if (length == 0)
+		answer(connection, 400, NULL); /* while one without a body waits, 4.1 reads in circles */
 	else if (length > PROTOCOL_MAX_MESSAGE)
 		answer(connection, 413, NULL);
 	/* else its body follows, and is let come: who is cut off in sending may not see the answer */
@@ -540,15 +544,19 @@ write_answer(Connection *connection)
 	unsigned char *end = buffer + sizeof(buffer);
 	char text[128];
 	const char *type = message != NULL ? "application/octet-stream" : "application/json";
-	/* what remains of a request that was refused half-way is not read */
-	bool close_after =
-		!connection->is_whole || connection->status == 400 || connection->server->draining;
 	size_t len;
 
 	if (connection->phase != PHASE_ANSWERED)
 		return 0;
 	if (!connection->headers_sent)
 	{
+		/*
+		 * What remains of a request that was refused half-way is not read; and see
+		 * may_go_on() in http.c, of what was sent ahead.
+		 */
+		connection->closes = !connection->is_whole ||
+							 connection->whole_round == connection->server->round ||
+							 connection->status == 400 || connection->server->draining;
 		snprintf(text, sizeof(text), "{\"error\": \"%s\"}", reason_phrase(connection->status));
 		len = message != NULL ? message->end - message->at : strlen(text);
 		if (lws_add_http_header_status(wsi, connection->status, &at, end) ||
@@ -560,7 +568,7 @@ write_answer(Connection *connection)
 			((connection->status == 503 || connection->status == 429) &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
 										  (const unsigned char *) "1", 1, &at, end)) ||
-			(close_after &&
+			(connection->closes &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
 										  (const unsigned char *) "close", 5, &at, end)) ||
 			lws_add_http_header_content_length(wsi, len, &at, end) ||
@@ -597,7 +605,7 @@ write_answer(Connection *connection)
 	}
 	lws_set_timer_usecs(wsi, LWS_SET_TIMER_USEC_CANCEL);
 	end_request(connection);
-	return close_after || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
+	return connection->closes || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
 }
 
 static int
@@ -667,6 +675,7 @@ control_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 			if (connection->phase == PHASE_IDLE || connection->is_whole)
 				return -1;
 			connection->is_whole = true;
+			connection->whole_round = server->round;
 			if (connection->phase == PHASE_BODY && connection->status != 0)
 				answer(connection, connection->status, NULL);
 			else if (connection->phase == PHASE_BODY)

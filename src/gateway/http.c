@@ -29,8 +29,11 @@ struct Exchange
 	Request *waiting; /* for the database */
 	Turn turn;		  /* to ask it */
 	bool is_open;
-	bool whole; /* all of it has arrived */
+	bool has_body;		  /* as libwebsockets understands its length */
+	bool whole;			  /* all of its body has arrived */
+	uint64_t whole_round; /* of the loop, in which it has */
 	bool headers_sent;
+	bool closes; /* the connection, after the answer */
 	bool is_bootstrap;
 	bool answered;
 	int status;
@@ -73,6 +76,7 @@ answer(Exchange *exchange, int status, const char *body)
 	exchange->answer = malloc(exchange->answer_len + 1);
 	memcpy(exchange->answer, body, exchange->answer_len + 1);
 	exchange->server->counts.answers[status]++;
+	(void) lws_rx_flow_control(exchange->wsi, 1); /* else it would not be written, either */
 	lws_set_timer_usecs(exchange->wsi, (lws_usec_t) exchange->server->options->request_timeout_s *
 										   LWS_USEC_PER_SEC);
 	lws_callback_on_writable(exchange->wsi);
@@ -321,8 +325,13 @@ static void
 body_complete(Exchange *exchange)
 {
 	exchange->whole = true;
-	if (!exchange->answered &&
-		!wait_for_turn(exchange->server, exchange->wsi, !exchange->is_bootstrap, exchange->hash,
+	exchange->whole_round = exchange->server->round;
+	if (exchange->answered)
+		return;
+	/* 4.1 would not read what comes until the answer, and be told of it in circles */
+	if (!exchange->has_body)
+		(void) lws_rx_flow_control(exchange->wsi, 0);
+	if (!wait_for_turn(exchange->server, exchange->wsi, !exchange->is_bootstrap, exchange->hash,
 					   &exchange->turn, ask, exchange))
 		ask(exchange, true);
 }
@@ -356,7 +365,6 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 	exchange->is_open = true;
 	server->open_requests++;
 	lws_set_timer_usecs(wsi, (lws_usec_t) server->options->request_timeout_s * LWS_USEC_PER_SEC);
-	exchange->whole = get && length <= 0 && length != LENGTH_WRONG;
 	exchange->is_bootstrap = path_is(path, PROTOCOL_BOOTSTRAP);
 	if (length == LENGTH_WRONG)
 		refuse(exchange, 400);
@@ -425,6 +433,23 @@ add_date(struct lws *wsi, unsigned char **at, unsigned char *end)
 										end);
 }
 
+/*
+ * Whether the connection may have another request after this one.
+ *
+ * The headers of that one must not be among what libwebsockets has read ahead: 4.1
+ * would take them for its body, too, free them, and go on reading there.  What
+ * comes with the end of a body is seen as more of it, and ends the connection, when
+ * the loop begins its next round.  What comes with the headers of a request that
+ * has no body, is not seen at all while that one is served.
+ */
+static bool
+may_go_on(const Exchange *exchange)
+{
+	if (!exchange->has_body || !exchange->whole || exchange->whole_round == exchange->server->round)
+		return false;
+	return exchange->status != 400 && !exchange->server->draining;
+}
+
 /* Returns -1 where libwebsockets should close the connection: other values mean nothing to it here. */
 static int
 write_answer(Exchange *exchange)
@@ -436,8 +461,6 @@ write_answer(Exchange *exchange)
 	const char *type = exchange->status == 200 && exchange->answer[0] == '#'
 						   ? "text/plain; version=0.0.4; charset=utf-8"
 						   : "application/json";
-	/* what remains of a request that was refused half-way is not read */
-	bool close_after = !exchange->whole || exchange->status == 400 || exchange->server->draining;
 	size_t room;
 	int n;
 
@@ -447,6 +470,7 @@ write_answer(Exchange *exchange)
 	{
 		char retry[16];
 
+		exchange->closes = !may_go_on(exchange);
 		n = snprintf(retry, sizeof(retry), "%d", RETRY_AFTER_S + (int) (random() % 4));
 		if (lws_add_http_header_status(wsi, exchange->status, &at, end) ||
 			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CONTENT_TYPE,
@@ -457,7 +481,7 @@ write_answer(Exchange *exchange)
 			((exchange->status == 503 || exchange->status == 429) &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
 										  (const unsigned char *) retry, n, &at, end)) ||
-			(close_after &&
+			(exchange->closes &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
 										  (const unsigned char *) "close", 5, &at, end)) ||
 			lws_add_http_header_content_length(wsi, exchange->answer_len, &at, end) ||
@@ -486,7 +510,7 @@ write_answer(Exchange *exchange)
 	}
 	lws_set_timer_usecs(wsi, LWS_SET_TIMER_USEC_CANCEL);
 	end_exchange(exchange);
-	return close_after || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
+	return exchange->closes || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
 }
 
 Server *
@@ -559,19 +583,14 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			refuse_upgrade(wsi, 400);
 			return -1;
 
-			/*
-			 * A request before the answer to the one before: nobody needs it, and
-			 * 4.1 would run in circles over a body that it has read ahead.
-			 */
 		case LWS_CALLBACK_HTTP:
-			if (exchange->is_open)
-				return -1;
 			begin_exchange(exchange, wsi, server, in);
 			return 0;
 
 		case LWS_CALLBACK_HTTP_BODY:
 			if (exchange == NULL || !exchange->is_open || exchange->whole)
 				return -1;
+			exchange->has_body = len > 0;
 			if (exchange->answered || len == 0)
 				return 0;
 			if (exchange->body_len + len > PROTOCOL_MAX_REQUEST)

@@ -73,6 +73,12 @@ take_accepted(void *arg, int fd)
 	take_connection(arg, NULL, fd);
 }
 
+static void
+on_round(uv_prepare_t *rounds)
+{
+	((Server *) rounds->data)->round++;
+}
+
 int
 server_max_connections(const Options *options, rlim_t descriptors)
 {
@@ -178,6 +184,10 @@ server_create(uv_loop_t *loop, const Options *options)
 	server->turns = calloc(1, sizeof(uv_timer_t));
 	uv_timer_init(loop, server->turns);
 	server->turns->data = server;
+	server->rounds = calloc(1, sizeof(uv_prepare_t));
+	uv_prepare_init(loop, server->rounds);
+	server->rounds->data = server;
+	uv_prepare_start(server->rounds, on_round);
 	server->listener = listener_create(loop, listener, take_accepted, server);
 	server->vms = vms_create(loop, options->vm_sockets, take_stream, server);
 	return server;
@@ -240,6 +250,7 @@ server_destroy(Server *server)
 
 	listener_destroy(server->listener);
 	control_destroy(server);
+	uv_close((uv_handle_t *) server->rounds, free_handle);
 	vms_destroy(server->vms);
 	lws_context_destroy(server->context);
 	sessions_destroy(server->sessions);

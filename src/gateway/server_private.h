@@ -90,7 +90,9 @@ struct Server
 	struct lws_context *context;
 	struct lws_vhost *vhost;
 	struct Listener *listener;
-	rlim_t descriptors; /* that the process may have */
+	rlim_t descriptors;	  /* that the process may have */
+	uv_prepare_t *rounds; /* counts them: */
+	uint64_t round;		  /* of the loop */
 	Vms *vms;
 	const char *vm; /* whose stream is being taken over from vms.c, or NULL */
 	struct lws_protocols protocols[3];

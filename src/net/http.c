@@ -59,7 +59,9 @@
 #define MAX_KEPT_CONNECTIONS 256 /* idle connections; what is in flight is the caller's to bound */
 #define MAX_IDLE_CONNECTION_S 15 /* AWS drops idle connections after about 20 s */
 #define CLOSE_WHEN_IDLE_MS 5000	 /* without any call, all kept connections go */
-#define MAX_ROUNDS 16			 /* of epoll_wait in one http_run */
+#define LARGE_BODY (64 * 1024)	 /* bytes; libcurl's own buffer would send it in several pieces */
+#define LARGE_BUFFER (512 * 1024)
+#define MAX_ROUNDS 16 /* of epoll_wait in one http_run */
 
 struct HttpClient
 {
@@ -92,6 +94,7 @@ struct HttpCall
 	char *reply;
 	size_t reply_len;
 	size_t reply_size;
+	size_t max_reply;
 	size_t headers_len;
 	const char *problem; /* why a callback ended the call */
 	char request_id[128];
@@ -191,16 +194,24 @@ on_body(char *data, size_t size, size_t nmemb, void *arg)
 	HttpCall *call = arg;
 	size_t len = size * nmemb;
 
-	if (len > HTTP_MAX_REPLY - call->reply_len)
+	if (len > call->max_reply - call->reply_len)
 	{
-		call->problem = "reply is larger than 1 MiB";
+		call->problem =
+			call->max_reply == HTTP_MAX_REPLY ? "reply is larger than 1 MiB" : "reply is too large";
 		return 0;
 	}
 	if (call->reply_len + len > call->reply_size)
 	{
 		size_t want = call->reply_size == 0 ? 4096 : call->reply_size * 2;
+		curl_off_t announced = 0;
 		char *grown;
 
+		/* a large one need not be moved as it grows */
+		if (call->reply_size == 0 &&
+			curl_easy_getinfo(call->easy, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &announced) ==
+				CURLE_OK &&
+			announced > 0 && announced <= call->max_reply)
+			want = announced;
 		while (want < call->reply_len + len)
 			want *= 2;
 		grown = realloc(call->reply, want);
@@ -451,6 +462,12 @@ http_client_destroy(HttpClient *client)
 	free(client);
 }
 
+void
+http_cancel(HttpCall *call)
+{
+	free_call(call);
+}
+
 int
 http_client_fd(HttpClient *client)
 {
@@ -487,7 +504,7 @@ check_request(const HttpRequest *request)
 
 	if (pg_strncasecmp(request->url, "http://", 7) == 0)
 	{
-		if (!avm_allow_insecure_endpoints)
+		if (!avm_allow_insecure_endpoints && request->unix_socket == NULL)
 			ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 							errmsg("refusing to call an endpoint without TLS"),
 							errhint("Use an https URL, or set agentvm.allow_insecure_endpoints.")));
@@ -539,6 +556,7 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	CURL *easy = call->easy;
 	CURLcode rc = CURLE_OK;
 	long timeout_ms = request->timeout_ms > 0 ? request->timeout_ms : DEFAULT_TIMEOUT_MS;
+	long connect_ms = request->connect_ms > 0 ? request->connect_ms : CONNECT_TIMEOUT_MS;
 	ListCell *lc;
 
 #define SETOPT(option, value)                                                                      \
@@ -550,7 +568,13 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 
 	SETOPT(CURLOPT_URL, request->url);
 	SETOPT(CURLOPT_DISALLOW_USERNAME_IN_URL, 1L);
-	SETOPT(CURLOPT_PROTOCOLS_STR, avm_allow_insecure_endpoints ? "http,https" : "https");
+	SETOPT(CURLOPT_PROTOCOLS_STR,
+		   avm_allow_insecure_endpoints || request->unix_socket != NULL ? "http,https" : "https");
+	if (request->unix_socket != NULL)
+	{
+		SETOPT(CURLOPT_UNIX_SOCKET_PATH, request->unix_socket);
+		SETOPT(CURLOPT_PROXY, "");
+	}
 	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
 	SETOPT(CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
@@ -558,7 +582,7 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	SETOPT(CURLOPT_QUICK_EXIT, 1L);
 #endif
 	SETOPT(CURLOPT_TIMEOUT_MS, timeout_ms);
-	SETOPT(CURLOPT_CONNECTTIMEOUT_MS, Min(timeout_ms, CONNECT_TIMEOUT_MS));
+	SETOPT(CURLOPT_CONNECTTIMEOUT_MS, Min(timeout_ms, connect_ms));
 	SETOPT(CURLOPT_MAXAGE_CONN, (long) MAX_IDLE_CONNECTION_S);
 	SETOPT(CURLOPT_USERAGENT, "agentvm/" AGENTVM_VERSION);
 
@@ -568,6 +592,8 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	if (request->ca_file != NULL)
 		SETOPT(CURLOPT_CAINFO, request->ca_file);
 
+	if (request->large_reply)
+		SETOPT(CURLOPT_BUFFERSIZE, (long) LARGE_BUFFER);
 	SETOPT(CURLOPT_PRIVATE, (char *) call);
 	SETOPT(CURLOPT_ERRORBUFFER, call->error);
 	SETOPT(CURLOPT_WRITEFUNCTION, on_body);
@@ -580,12 +606,20 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 
 	if (request->body != NULL || strcmp(request->method, "POST") == 0)
 	{
-		call->body_len = request->body != NULL ? request->body_len : 0;
+		size_t body_len = request->body != NULL ? request->body_len : 0;
+		size_t tail_len = request->tail != NULL ? request->tail_len : 0;
+
+		call->body_len = body_len + tail_len;
 		call->body = malloc(call->body_len + 1);
 		if (call->body == NULL)
 			return CURLE_OUT_OF_MEMORY;
-		memcpy(call->body, request->body != NULL ? request->body : "", call->body_len);
+		if (body_len > 0)
+			memcpy(call->body, request->body, body_len);
+		if (tail_len > 0)
+			memcpy(call->body + body_len, request->tail, tail_len);
 		call->body[call->body_len] = '\0';
+		if (call->body_len > LARGE_BODY)
+			SETOPT(CURLOPT_UPLOAD_BUFFERSIZE, (long) LARGE_BUFFER);
 		SETOPT(CURLOPT_POST, 1L);
 		SETOPT(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) call->body_len);
 		SETOPT(CURLOPT_POSTFIELDS, call->body);
@@ -674,6 +708,7 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	call->client = client;
 	call->arg = arg;
 	call->retry_after_s = -1;
+	call->max_reply = request->max_reply > 0 ? request->max_reply : HTTP_MAX_REPLY;
 	INSTR_TIME_SET_CURRENT(call->started);
 
 	/* From here on nothing raises. */

@@ -26,12 +26,15 @@ packages() {
 		case $kind in
 			build) names+=(make gcc libc6-dev pkg-config postgresql-"$version" postgresql-server-dev-"$version" libcurl4-openssl-dev libxml2-dev libssl-dev) ;;
 			gateway) names+=(libwebsockets-dev libwebsockets-evlib-uv libuv1-dev libpq-dev libjansson-dev libssl-dev libsystemd-dev uthash-dev) ;;
-			runtime) names+=(libwebsockets-dev libc-ares-dev libjansson-dev libssl-dev libcap-dev zlib1g-dev) ;;
+			runtime) names+=(libwebsockets-dev libc-ares-dev libjansson-dev libssl-dev libcap-dev zlib1g-dev libarchive-dev libacl1-dev) ;;
 			microvm) names+=(lz4 zstd mmdebstrap fakeroot fakechroot e2fsprogs qemu-utils) ;;
 			libvirt) names+=(libvirt-dev libyajl-dev libvirt-daemon libvirt-clients libvirt-daemon-driver-qemu qemu-system-x86 qemu-utils busybox-static) ;;
 			try) names+=(python3-venv) ;;
 			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
-			test) names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86 openssh-server openssh-client netcat-openbsd faketime) ;;
+			test)
+				names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86 openssh-server openssh-client netcat-openbsd faketime default-jdk-headless libpostgresql-jdbc-java)
+				command -v npm >/dev/null || names+=(nodejs npm)
+				;;
 		esac
 	done
 	missing=$(comm -23 <(printf '%s\n' "${names[@]}" | sort -u) <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p' | sort))
@@ -55,7 +58,8 @@ server_config() { printf '%s\n' "${PG_CONFIG:-/usr/lib/postgresql/$(pg_version)/
 # Where what is kept between runs lies
 cache() { if ((EUID)); then printf '%s\n' "${XDG_CACHE_HOME:-$HOME/.cache}/agentvm"; else echo /var/cache/agentvm; fi; }
 
-# Print where the Python environment of test/requirements.txt is, having made it if need be; it is kept between runs
+# Print where the Python environment of test/requirements.txt is, having made it if need be; it is kept between runs. Its
+# share/node has what a test of a client in JavaScript needs, where there is npm
 venv() {
 	local cache dir
 	cache=$(cache)
@@ -63,9 +67,13 @@ venv() {
 	mkdir -p "$cache"
 	(
 		flock 9
-		[[ -e $dir/complete ]] && exit
-		say 'making the Python environment (moto, boto3; once)'
-		/usr/bin/python3 -m venv --clear "$dir" && "$dir/bin/pip" install -q -r "$root/test/requirements.txt" >&2 && touch "$dir/complete"
+		if [[ ! -e $dir/complete ]]; then
+			say 'making the Python environment (moto, boto3; once)'
+			/usr/bin/python3 -m venv --clear "$dir" && "$dir/bin/pip" install -q -r "$root/test/requirements.txt" >&2 && touch "$dir/complete"
+		fi
+		if [[ ! -d $dir/share/node ]] && command -v npm >/dev/null; then
+			npm install --silent --no-save --no-audit --no-fund --prefix "$dir/share/node.part" pg@8.13.1 >&2 && mv "$dir/share/node.part" "$dir/share/node"
+		fi
 	) 9>"$cache/lock" || return
 	printf '%s\n' "$dir"
 }

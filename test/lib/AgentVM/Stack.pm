@@ -1,4 +1,4 @@
-# All of it, with real VMs: a cluster, a gateway, a libvirt of the test's own as host "here", the micro image as profile
+# All of it, with real VMs: a cluster, a gateway with a control listener, a libvirt of the test's own as host "here", the micro image as profile
 # "micro", and team acme. VMs are emulated, and have no network card.
 #
 #	my $stack = AgentVM::Stack->new;                             # conf => lines, libvirt => a libvirt other than AgentVM::Libvirt->new
@@ -29,7 +29,9 @@ sub new
 	my $self = bless { libvirt => $opt{libvirt} // AgentVM::Libvirt->new }, $class;
 	$self->{node} = new_node('main', conf => "agentvm.provider_libraries = 'agentvm_libvirt'\nagentvm.gateway_url = 'http://gateway.test'\nagentvm.heartbeat_interval = 1\n"
 		  . "agentvm.bootstrap_timeout = 600\nagentvm.heartbeat_timeout = 600\n" . ($opt{conf} // ''));
-	$self->{gateway} = AgentVM::Gateway->new($self->{node}, options => [ '--vm-sockets', $self->{libvirt}->vms ]);
+	my $control = 'unix:' . $self->{libvirt}->dir . '/control';
+	$self->{node}->safe_psql('postgres', "INSERT INTO agentvm.gateway (gateway_id, control_address) VALUES ('gw', '$control')");
+	$self->{gateway} = AgentVM::Gateway->new($self->{node}, options => [ '--name', 'gw', '--vm-sockets', $self->{libvirt}->vms, '--control', $control ]);
 	$self->{libvirt}->host($self->{node});
 	$self->{node}->safe_psql('postgres', "SELECT agentvm.create_team('acme', provider => 'libvirt'); SELECT agentvm.set_provider('acme', 'libvirt', '{}')");
 	$self->profile('micro');
