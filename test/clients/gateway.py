@@ -877,7 +877,7 @@ def part_options():
         return done.returncode, done.stdout + done.stderr
     status, text = run("--help")
     assert status == 0 and all(f"--{o}" in text for o in ("database", "name", "listen", "port", "tls-cert", "tls-key", "allow-plaintext",
-        "max-connections", "max-per-address", "request-timeout", "unauthenticated-rate", "unauthenticated-lookups", "metrics-from", "drain", "log-level", "check"))
+        "max-connections", "max-per-address", "request-timeout", "unauthenticated-rate", "unauthenticated-lookups", "metrics-from", "control", "max-call-memory", "drain", "log-level", "check"))
     good = f"--database={CONNSTR} user=gw"
     assert run(good, "--check") == (0, "ok\n"), run(good, "--check")
     assert run("--check", environment={"AGENTVM_GATEWAY_DATABASE": f"{CONNSTR} user=gw"}) == (0, "ok\n")
