@@ -101,7 +101,7 @@ install-runtime: runtime
 	$(INSTALL) -s -m 755 $(RUNTIME) '$(DESTDIR)$(bindir)/'
 
 # What is fuzzed outside of a server, each a program of its own with libFuzzer in it: see test/fuzz/run
-FUZZERS = $(addprefix tmp_fuzz/,gateway_http gateway_channel runtime_answer mux tar)
+FUZZERS = $(addprefix tmp_fuzz/,gateway_http gateway_channel gateway_control runtime_answer mux tar)
 fuzz_flags = -std=gnu11 -D_GNU_SOURCE -g -O1 -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 .PHONY: fuzzers
 fuzzers: $(FUZZERS)

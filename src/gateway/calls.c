@@ -204,6 +204,7 @@ free_end(End *end)
 	Call *call = end->call;
 
 	HASH_DEL(end->server->calls->ends, end);
+	end->server->call_counts.ends--;
 	if (call != NULL)
 	{
 		finish(call, end->status, NULL);
@@ -273,6 +274,7 @@ log_end(Server *server, const CommandKey *key, json_t *detail, bool is_told)
 	end->is_told = is_told;
 	json_decref(detail);
 	HASH_ADD(hh, server->calls->ends, key, sizeof(end->key), end);
+	server->call_counts.ends++;
 	send_end(end);
 	return end;
 }
@@ -323,7 +325,7 @@ calls_told_end(Server *server, Session *session, json_t *frame)
 	HASH_FIND(hh, server->calls->ends, &key, sizeof(key), end);
 	if (end == NULL && !session_may_tell_end(server->sessions, session))
 		return LWS_CLOSE_STATUS_POLICY_VIOLATION;
-	if (end == NULL && HASH_COUNT(server->calls->ends) >= MAX_ENDS)
+	if (end == NULL && server->call_counts.ends >= MAX_ENDS)
 		return PROTOCOL_CLOSE_AWAY; /* it says so again on its next channel */
 	detail = json_object();
 	copy_number(detail, frame, "exit_code", -255, 255);

@@ -70,7 +70,13 @@ send_frame(Channel *channel, const char *text, int close_code)
 void
 channel_push(Channel *channel, Buffer *message)
 {
+	const Peer *peer = lws_get_opaque_user_data(channel->wsi);
+
 	DL_APPEND(channel->queue, message);
+	/* the largest of answers, with what frames cost on the cable; and credit for the request */
+	if (peer != NULL && peer->is_vm)
+		vms_expect(channel->server->vms, peer->address,
+				   2 * MAX_INCOMING + (message->end - message->at));
 	lws_callback_on_writable(channel->wsi);
 }
 

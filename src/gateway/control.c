@@ -75,22 +75,23 @@ typedef struct Connection
 	Server *server;
 	struct lws *wsi;
 	Phase phase;
-	bool is_whole; /* the request has arrived */
+	bool is_whole;		  /* the request has arrived */
+	uint64_t whole_round; /* of the loop, in which it has */
 	bool headers_sent;
+	bool closes;   /* after the answer */
 	size_t length; /* of the body */
 	Buffer *body;
 	char session[37];
 	Ticket ticket;
 	Call *call;
 	Owner owner;
-	int status;
+	int status; /* of the answer; in PHASE_BODY: with which it is refused when it is whole, or 0 */
 	Buffer *answer; /* with 200 */
 	struct Connection *prev, *next;
 } Connection;
 
 typedef struct Control
 {
-	struct lws_context *context;
 	struct lws_vhost *vhost;
 	struct lws_protocols protocols[2];
 	Listener *listener;
@@ -99,6 +100,7 @@ typedef struct Control
 	Connection *all;
 	ControlKey keys[MAX_KEYS];
 	bool is_asking;
+	bool has_none;				/* the last answer was that there are no keys for us */
 	char asked[MAX_KEY_ID + 1]; /* for this one; empty: for the current one */
 	uint64_t current_asked_at, other_asked_at;
 	uint64_t logged_at;
@@ -177,8 +179,8 @@ call_done(void *arg, int status, Buffer *message)
 
 /* ---- tickets ---- */
 
-static void
-refuse_ticket(Connection *connection, const char *why)
+static int
+note_bad_ticket(Connection *connection, const char *why)
 {
 	Server *server = connection->server;
 	Control *control = server->control;
@@ -194,7 +196,7 @@ refuse_ticket(Connection *connection, const char *why)
 				 "so-far", count, NULL);
 		control->logged_at = uv_now(server->loop);
 	}
-	answer(connection, 401, NULL);
+	return 401;
 }
 
 /* "Ticket KEY-ID:EXPIRES:MAC" */
@@ -276,7 +278,9 @@ check_ticket(Connection *connection, const ControlKey *key)
 	if (!is_good || !is_in_time(connection))
 	{
 		call_forget(call);
-		refuse_ticket(connection, is_good ? "it has expired" : "it is for something else");
+		answer(connection,
+			   note_bad_ticket(connection, is_good ? "it has expired" : "it is for something else"),
+			   NULL);
 		return;
 	}
 	connection->phase = PHASE_CALL;
@@ -340,19 +344,27 @@ key_answered(void *arg, const PGresult *result)
 	*(is_current ? &control->current_asked_at : &control->other_asked_at) = uv_now(server->loop);
 	if (result != NULL && PQresultStatus(result) == PGRES_TUPLES_OK && PQntuples(result) == 1 &&
 		PQgetlength(result, 0, 1) == KEY_LEN)
-		keep_key(server, PQgetvalue(result, 0, 0), PQgetvalue(result, 0, 1));
-	else if (is_current || result == NULL)
 	{
-		/* not one key of this server is to be had */
-		if (result != NULL)
+		keep_key(server, PQgetvalue(result, 0, 0), PQgetvalue(result, 0, 1));
+		control->has_none = false;
+	}
+	else
+	{
+		const char *state = PQresultErrorField(result, PG_DIAG_SQLSTATE);
+
+		/* a name of somebody's invention, or nothing is to be had at all */
+		control->has_none = is_current || state == NULL || strcmp(state, "AV010") != 0;
+		if (control->has_none && result != NULL)
 			log_line(LOG_LEVEL_WARNING, "tickets cannot be checked", "reason",
 					 PQresultErrorField(result, PG_DIAG_MESSAGE_PRIMARY), NULL);
+	}
+	if (control->has_none)
+	{
 		DL_FOREACH_SAFE(control->all, connection, next)
 		{
 			if (connection->phase == PHASE_WAITING)
 				answer(connection, 503, NULL);
 		}
-		return;
 	}
 	serve_waiting(server);
 }
@@ -414,7 +426,9 @@ serve_waiting(Server *server)
 				answer(connection, 503, NULL);
 		}
 		else if (was_asked(server, control->other_asked_at))
-			refuse_ticket(connection, "its key is not known");
+			answer(connection,
+				   control->has_none ? 503 : note_bad_ticket(connection, "its key is not known"),
+				   NULL);
 		else if (!ask_for_key(server, id))
 			answer(connection, 503, NULL);
 	}
@@ -460,30 +474,34 @@ begin_request(Connection *connection, const char *path)
 	connection->phase = PHASE_BODY;
 	connection->is_whole = connection->headers_sent = false;
 	connection->session[0] = '\0';
+	connection->status = 0;
 	server->open_requests++;
 	lws_set_timer_usecs(wsi, (lws_usec_t) server->options->request_timeout_s * LWS_USEC_PER_SEC);
 	if (length == LENGTH_WRONG)
 		answer(connection, 400, NULL);
-	else if (!read_path(path, connection->session))
-		answer(connection, 404, NULL);
 	else if (!is_post)
-		answer(connection, 405, NULL);
+		answer(connection, read_path(path, connection->session) ? 405 : 404, NULL);
 	else if (length == LENGTH_NONE)
 		answer(connection, 411, NULL);
+	else if (length == 0)
+		answer(connection, 400, NULL); /* while one without a body waits, 4.1 reads in circles */
 	else if (length > PROTOCOL_MAX_MESSAGE)
 		answer(connection, 413, NULL);
+	/* else its body follows, and is let come: who is cut off in sending may not see the answer */
+	else if (!read_path(path, connection->session))
+		connection->status = 404;
 	else if (!read_ticket(wsi, &connection->ticket))
-		refuse_ticket(connection, "it is none");
+		connection->status = note_bad_ticket(connection, "it is none");
 	else if (!is_in_time(connection))
-		refuse_ticket(connection, "it has expired");
+		connection->status = note_bad_ticket(connection, "it has expired");
 	else if (server->draining)
-		answer(connection, 503, NULL);
+		connection->status = 503;
 	else
 	{
 		connection->length = (size_t) length;
 		connection->body = buffer_make(server, connection->length);
 		if (connection->body == NULL)
-			answer(connection, 503, NULL);
+			connection->status = 503;
 	}
 }
 
@@ -526,15 +544,19 @@ write_answer(Connection *connection)
 	unsigned char *end = buffer + sizeof(buffer);
 	char text[128];
 	const char *type = message != NULL ? "application/octet-stream" : "application/json";
-	/* what remains of a request that was refused half-way is not read */
-	bool close_after =
-		!connection->is_whole || connection->status == 400 || connection->server->draining;
 	size_t len;
 
 	if (connection->phase != PHASE_ANSWERED)
 		return 0;
 	if (!connection->headers_sent)
 	{
+		/*
+		 * What remains of a request that was refused half-way is not read; and see
+		 * may_go_on() in http.c, of what was sent ahead.
+		 */
+		connection->closes = !connection->is_whole ||
+							 connection->whole_round == connection->server->round ||
+							 connection->status == 400 || connection->server->draining;
 		snprintf(text, sizeof(text), "{\"error\": \"%s\"}", reason_phrase(connection->status));
 		len = message != NULL ? message->end - message->at : strlen(text);
 		if (lws_add_http_header_status(wsi, connection->status, &at, end) ||
@@ -546,7 +568,7 @@ write_answer(Connection *connection)
 			((connection->status == 503 || connection->status == 429) &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
 										  (const unsigned char *) "1", 1, &at, end)) ||
-			(close_after &&
+			(connection->closes &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
 										  (const unsigned char *) "close", 5, &at, end)) ||
 			lws_add_http_header_content_length(wsi, len, &at, end) ||
@@ -583,7 +605,7 @@ write_answer(Connection *connection)
 	}
 	lws_set_timer_usecs(wsi, LWS_SET_TIMER_USEC_CANCEL);
 	end_request(connection);
-	return close_after || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
+	return connection->closes || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
 }
 
 static int
@@ -641,7 +663,7 @@ control_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 		case LWS_CALLBACK_HTTP_BODY:
 			if (connection->phase == PHASE_IDLE || connection->is_whole)
 				return -1;
-			if (connection->phase != PHASE_BODY)
+			if (connection->phase != PHASE_BODY || connection->status != 0)
 				return 0;
 			if (connection->body->end - connection->body->at + len > connection->length)
 				return -1;
@@ -653,7 +675,10 @@ control_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 			if (connection->phase == PHASE_IDLE || connection->is_whole)
 				return -1;
 			connection->is_whole = true;
-			if (connection->phase == PHASE_BODY)
+			connection->whole_round = server->round;
+			if (connection->phase == PHASE_BODY && connection->status != 0)
+				answer(connection, connection->status, NULL);
+			else if (connection->phase == PHASE_BODY)
 				wait_for_key(connection);
 			return 0;
 
@@ -737,12 +762,13 @@ control_create(Server *server)
 	fill_context_info(server, &info, loops, kind == 't');
 	info.protocols = control->protocols;
 	info.pt_serv_buf_size = SERVICE_BUFFER;
+	info.timeout_secs += 5; /* we tell it before */
 	info.keepalive_timeout = KEEPALIVE_S;
 	info.max_http_header_pool2 = MAX_CONNECTIONS;
 	info.fd_limit_per_thread = MAX_CONNECTIONS + SPARE_DESCRIPTORS;
-	control->context = lws_create_context(&info);
-	if (control->context != NULL)
-		control->vhost = lws_create_vhost(control->context, &info);
+	server->control_context = lws_create_context(&info);
+	if (server->control_context != NULL)
+		control->vhost = lws_create_vhost(server->control_context, &info);
 	if (control->vhost == NULL)
 	{
 		log_line(LOG_LEVEL_ERROR, "cannot serve", "control", server->options->control, NULL);
@@ -775,7 +801,7 @@ control_destroy(Server *server)
 	if (control->path[0] != '\0' && lstat(control->path, &now) == 0 &&
 		now.st_dev == control->file.st_dev && now.st_ino == control->file.st_ino)
 		(void) unlink(control->path);
-	lws_context_destroy(control->context);
+	lws_context_destroy(server->control_context);
 	OPENSSL_cleanse(control->keys, sizeof(control->keys));
 	free(control);
 	server->control = NULL;

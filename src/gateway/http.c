@@ -245,6 +245,8 @@ answer_metrics(Exchange *exchange)
 		put_metric(&at, end, "agentvm_gateway_calls_under_way", "gauge",
 				   "Calls of backends that are not answered yet.", "",
 				   server->call_counts.under_way);
+		put_metric(&at, end, "agentvm_gateway_command_ends_waiting", "gauge",
+				   "Ends of commands that are not in the log yet.", "", server->call_counts.ends);
 		put_metric(&at, end, "agentvm_gateway_call_memory_bytes", "gauge", "Bytes of such calls.",
 				   "", (double) server->buffered);
 		put_metric(&at, end, "agentvm_gateway_call_bytes_down_total", "counter",

@@ -70,6 +70,7 @@ typedef struct CallCounts
 	uint64_t bytes_down, bytes_up;
 	uint64_t bad_tickets;
 	unsigned under_way;
+	unsigned ends; /* to be logged */
 	unsigned connections;
 } CallCounts;
 
@@ -105,6 +106,7 @@ struct Server
 	HttpCounts counts;
 	CallCounts call_counts;
 	struct Control *control; /* the control listener, or NULL */
+	struct lws_context *control_context;
 	struct Calls *calls;
 	size_t buffered; /* bytes of calls */
 	unsigned open_requests;

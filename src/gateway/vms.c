@@ -41,8 +41,9 @@
 /* What a VM may spend: bytes a second, with ALLOWANCE at once. */
 #define RATE (4 * 1024 * 1024)
 #define ALLOWANCE (4 * 1024 * 1024)
-#define FRAME_COST 512			/* of a frame, beside its bytes */
-#define STREAM_COST (32 * 1024) /* of a new stream, or of a runtime that begins anew */
+#define FRAME_COST 512					 /* of a frame, beside its bytes */
+#define STREAM_COST (32 * 1024)			 /* of a new stream, or of a runtime that begins anew */
+#define MAX_EXPECTED (256 * 1024 * 1024) /* what has been asked for is no more than that */
 
 typedef struct Vm
 {
@@ -496,10 +497,14 @@ on_tick(uv_timer_t *timer)
 
 		if (vm == NULL)
 			continue;
-		vm->allowance += (double) (now - vm->allowed_at) * RATE / 1000;
+		/* more than that it may have been promised */
+		if (vm->allowance < ALLOWANCE)
+		{
+			vm->allowance += (double) (now - vm->allowed_at) * RATE / 1000;
+			if (vm->allowance > ALLOWANCE)
+				vm->allowance = ALLOWANCE;
+		}
 		vm->allowed_at = now;
-		if (vm->allowance > ALLOWANCE)
-			vm->allowance = ALLOWANCE;
 		if (vm->cable.fd >= 0)
 			settle(vm);
 		else if (now >= vm->retry_at)
@@ -565,6 +570,25 @@ vms_destroy(Vms *vms)
 			close(vms->inotify);
 	}
 	free(vms);
+}
+
+void
+vms_expect(Vms *vms, const char *name, size_t bytes)
+{
+	int i;
+
+	for (i = 0; i < VMS_MAX; i++)
+	{
+		Vm *vm = vms->all[i];
+
+		if (vm == NULL || strcmp(vm->name, name) != 0)
+			continue;
+		if (vm->allowance < MAX_EXPECTED)
+			vm->allowance += (double) bytes;
+		/* it may wait for the next tick */
+		if (vm->is_paused)
+			settle(vm);
+	}
 }
 
 VmsCounts

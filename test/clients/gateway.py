@@ -379,6 +379,7 @@ class Proxy:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.conninfo = psycopg.conninfo.make_conninfo(CONNSTR, user="gw", host="127.0.0.1", port=self.listener.getsockname()[1], sslmode="disable", gssencmode="disable")
         self.holds = False
+        self.deaf = False  # to notifications
         self.held = threading.Event()
         self.pair = ()
         threading.Thread(target=self.accept, daemon=True).start()
@@ -411,7 +412,8 @@ class Proxy:
                     if data[:1] == b"Z" and self.holds:  # ReadyForQuery: committed
                         self.held.set()
                         until(lambda: not self.holds, "it may go on")
-                    target.sendall(data[:size])
+                    if not (self.deaf and data[:1] == b"A"):
+                        target.sendall(data[:size])
                     data = data[size:]
         except OSError:
             pass
@@ -875,7 +877,7 @@ def part_options():
         return done.returncode, done.stdout + done.stderr
     status, text = run("--help")
     assert status == 0 and all(f"--{o}" in text for o in ("database", "name", "listen", "port", "tls-cert", "tls-key", "allow-plaintext",
-        "max-connections", "max-per-address", "request-timeout", "unauthenticated-rate", "unauthenticated-lookups", "metrics-from", "drain", "log-level", "check"))
+        "max-connections", "max-per-address", "request-timeout", "unauthenticated-rate", "unauthenticated-lookups", "metrics-from", "control", "max-call-memory", "drain", "log-level", "check"))
     good = f"--database={CONNSTR} user=gw"
     assert run(good, "--check") == (0, "ok\n"), run(good, "--check")
     assert run("--check", environment={"AGENTVM_GATEWAY_DATABASE": f"{CONNSTR} user=gw"}) == (0, "ok\n")
