@@ -41,6 +41,7 @@ cmp_ok(scalar(@inputs), '>', 10, 'in pieces');
 is(execute(q{'head -c 3', stdin => convert_to(repeat('0123456789abcdef', 200000), 'UTF8')}, 'exit_code, stdout'), '0|012', 'a command that does not read all of it');
 is(execute(q{'sleep 2; wc -c', stdin => convert_to(repeat('0123456789abcdef', 200000), 'UTF8')}), "3200000\n", 'one that begins too late');
 is(execute(q{'wc -c', stdin => ''}), "0\n", 'none at all');
+fails_with($node, "SELECT agentvm.exec('$session', 'cat', stdin => decode(repeat('00', 4194305), 'hex'))", 'AV012', qr/"stdin" has 4194305 bytes/, 'too much');
 $node->safe_psql('postgres', q{CREATE TABLE inputs (kind text, b bytea); ALTER TABLE inputs ALTER b SET STORAGE EXTERNAL;
 	INSERT INTO inputs SELECT 'stored apart', decode(string_agg(md5(i::text), ''), 'hex') FROM generate_series(1, 100000) i;
 	ALTER TABLE inputs ALTER b SET STORAGE EXTENDED; INSERT INTO inputs SELECT 'compressed', convert_to(repeat('0123456789abcdef', 100000), 'UTF8')});
