@@ -15,6 +15,7 @@ import re
 import sys
 from urllib.parse import unquote
 
+from moto.core.exceptions import JsonRESTError
 from moto.core.exceptions import _RESTError as RESTError
 from moto.ec2.models import ec2_backends
 from moto.iam import access_control
@@ -175,16 +176,18 @@ def document(policy):
     return json.loads(policy) if isinstance(policy, str) else policy
 
 
-class NotAllowed(RESTError):
-    code = 403
-
-    def __init__(self, who, action, resource):
-        ec2 = action.startswith(("ec2:", "iam:PassRole"))
-        super().__init__(
-            "UnauthorizedOperation" if ec2 else "AccessDenied",
-            ("You are not authorized to perform this operation. " if ec2 else "")
-            + f"User: {who} is not authorized to perform: {action} on resource: {resource} because no identity-based policy allows the {action} action",
-        )
+def not_allowed(request, action, resource):
+    """As the service says it that was called."""
+    who = request._access_key.arn
+    text = f"User: {who} is not authorized to perform: {action} on resource: {resource} because no identity-based policy allows the {action} action"
+    if request._service == "ec2":
+        error = RESTError("UnauthorizedOperation", f"You are not authorized to perform this operation. {text}")
+    elif request._headers.get("X-Amz-Target"):
+        error = JsonRESTError("AccessDeniedException", text)
+    else:
+        error = RESTError("AccessDenied", text)
+    error.code = 403
+    return error
 
 
 def check(request, _resource):
@@ -205,7 +208,7 @@ def check(request, _resource):
             trust = json.loads(role.assume_role_policy_document)
             allowed = allowed and verdict([trust], action, resource, context, principal=key.arn)
         if not allowed:
-            raise NotAllowed(key.arn, action, resource)
+            raise not_allowed(request, action, resource)
 
 
 access_control.IAMRequestBase.check_action_permitted = check

@@ -252,7 +252,7 @@ refuses($inside, 'a VM may not',
 
 # ---- the role ----
 
-my %role = (RoleArn => $output{RoleArn}, RoleSessionName => 'x');
+my %role = (RoleArn => $output{RoleArn}, RoleSessionName => 'session');
 my ($good, @bad) = $moto->calls(
 	[ $platform, 'sts', 'assume_role', { %role, ExternalId => $external_id } ], [ $platform, 'sts', 'assume_role', {%role} ],
 	[ $platform, 'sts', 'assume_role', { %role, ExternalId => 'external-id-of-other' } ], [ $stranger, 'sts', 'assume_role', { %role, ExternalId => $external_id } ]);
