@@ -29,6 +29,7 @@ from pathlib import Path
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
 
 REGION = "us-east-1"
 
@@ -151,6 +152,8 @@ def answer(cloud, service, method, arguments):
         return getattr(client(cloud, service), method)(**arguments)
     except ClientError as error:
         return {"error": error.response["Error"]["Code"], "message": error.response["Error"]["Message"]}
+    except ResponseParserError:  # an action that moto does not have
+        return {"error": "NotImplemented", "message": "no XML"}
 
 
 def main(command, directory, *rest):

@@ -137,7 +137,7 @@ class Call:
     def own_tags(self, resource):
         """The condition keys of the tags that a resource has; one that is not there has none."""
         tags = ec2_backends[self.account][self.region].describe_tags(filters={"resource-id": [resource]})
-        return {f"aws:ResourceTag/{tag['key']}": tag["value"] for tag in tags}
+        return {f"{service}:ResourceTag/{tag['key']}": tag["value"] for tag in tags for service in ("aws", "ec2")}
 
     def asks(self):
         service, name = self.action.split(":")
@@ -156,6 +156,9 @@ class Call:
         if service == "ssm" and ("Path" in self.body or "Names" in self.body):
             names = self.body.get("Names") or [self.body["Path"]]
             return [(self.action, self.arn("ssm", f"parameter/{name.strip('/')}"), {}) for name in names]
+        if self.action == "iam:CreateServiceLinkedRole":
+            service = self.data["AWSServiceName"]
+            return [(self.action, f"arn:aws:iam::{self.account}:role/aws-service-role/{service}/AWSServiceRoleForEC2Spot", {"iam:AWSServiceName": service})]
         if self.action == "sts:AssumeRole":
             context = {"sts:ExternalId": self.data["ExternalId"]} if "ExternalId" in self.data else {}
             return [(self.action, self.data["RoleArn"], context)]

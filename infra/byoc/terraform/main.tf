@@ -31,7 +31,7 @@ variable "control_plane_arn" {
 
 variable "external_id" {
   type        = string
-  description = "The external id that agentvm made for the team"
+  description = "The external id that agentvm made for the team, from SELECT external_id FROM agentvm.team"
   validation {
     condition     = can(regex("^[A-Za-z0-9+=,.@:/-]{16,}$", var.external_id)) && length(var.external_id) <= 1224
     error_message = "At least 16 characters that AWS allows in an external id."
@@ -53,6 +53,7 @@ data "aws_caller_identity" "here" {}
 
 locals {
   ec2        = "arn:${data.aws_partition.here.partition}:ec2:${var.region}:${data.aws_caller_identity.here.account_id}"
+  spot_role  = "arn:${data.aws_partition.here.partition}:iam::${data.aws_caller_identity.here.account_id}:role/aws-service-role/spot.amazonaws.com/AWSServiceRoleForEC2Spot"
   images     = "arn:${data.aws_partition.here.partition}:ec2:${var.region}::image/*"
   parameters = "arn:${data.aws_partition.here.partition}:ssm:${var.region}:${data.aws_caller_identity.here.account_id}:parameter/agentvm/${var.cluster}/*"
 
@@ -167,7 +168,15 @@ locals {
         Effect    = "Allow"
         Action    = "iam:PassRole"
         Resource  = aws_iam_role.instance.arn
-        Condition = { StringEquals = { "iam:PassedToService" = "ec2.amazonaws.com" } }
+        Condition = { StringEquals = { "iam:PassedToService" = ["ec2.amazonaws.com", "ec2.amazonaws.com.cn"] } }
+      },
+      # an account's first spot instance ever needs a role of AWS's own
+      {
+        Sid       = "SpotRole"
+        Effect    = "Allow"
+        Action    = "iam:CreateServiceLinkedRole"
+        Resource  = local.spot_role
+        Condition = { StringEquals = { "iam:AWSServiceName" = "spot.amazonaws.com" } }
       },
       # written before the launch, removed after the start; never read
       {
@@ -175,6 +184,13 @@ locals {
         Effect   = "Allow"
         Action   = ["ssm:PutParameter", "ssm:DeleteParameter"]
         Resource = local.parameters
+      },
+      # for check_provider(), to say what a refusal was about
+      {
+        Sid      = "Explain"
+        Effect   = "Allow"
+        Action   = "sts:DecodeAuthorizationMessage"
+        Resource = "*"
       },
     ]
   }
@@ -217,7 +233,7 @@ resource "aws_iam_role_policy_attachment" "control_plane" {
 }
 
 output "role_arn" {
-  description = "For option role_arn of set_provider()"
+  description = "For option role_arn of agentvm.set_provider()"
   value       = aws_iam_role.control_plane.arn
 }
 
@@ -227,6 +243,6 @@ output "policy_arn" {
 }
 
 output "instance_profile" {
-  description = "For option instance_profile of set_provider()"
+  description = "For option instance_profile of agentvm.set_provider()"
   value       = aws_iam_instance_profile.instance.name
 }
