@@ -66,7 +66,7 @@ await($node, runs($one, 'sleep 765'), 0, name => 'does the same');
 	cmp_ok(time - $began, '<', 14, 'none waits for another');
 }
 is($node->safe_psql('postgres', "SELECT string_agg(concat_ws(' ', session_id = '$two', exit_code, stdout, sqlstate, error), ',' ORDER BY session_id = '$two', sqlstate) FROM agentvm.exec_many(ARRAY['$one', '$two', '00000000-0000-7000-8000-000000000000']::uuid[], 'hostname')"),
-	"f AV005 no such session: \"00000000-0000-7000-8000-000000000000\",f 0 agentvm-$one\n,t 0 agentvm-$two\n", 'exec_many(): each VM its own answer, or error');
+	"f AV005 session 00000000-0000-7000-8000-000000000000 does not exist,f 0 agentvm-$one\n,t 0 agentvm-$two\n", 'exec_many(): each VM its own answer, or error');
 
 # ---- commands that outlive their statement ----
 my $command = $node->safe_psql('postgres', "SELECT agentvm.exec_start('$one', 'echo first; read line </tmp/go; echo \$line; exit 5') FROM " . exec_sql($one, 'mkfifo /tmp/go'));
