@@ -1,6 +1,6 @@
 # infra/ami/install from the first line to the last in a chroot, with the files that are pinned: programs run in their versions, the
 # distribution's python3 stays what it was, and nothing that must not be in an image is left. Debian in place of Ubuntu; python 3.13, which
-# no package registry has, is a stand-in
+# no package registry has, is a stand-in. The root of the chroot is that of a user namespace
 use strict;
 use warnings;
 use Cwd qw(abs_path);
@@ -12,6 +12,7 @@ use IPC::Run;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
+plan skip_all => 'no user namespaces for such as us' unless IPC::Run::run([qw(unshare --map-root-user --mount true)], '2>', \my $refused);
 my $root = abs_path(dirname(__FILE__) . '/../..');
 my $dir = PostgreSQL::Test::Utils::tempdir('ami');
 my ($served, $here) = ("$dir/served", "$dir/here");
@@ -45,7 +46,7 @@ my $server = IPC::Run::start([ "$ENV{AGENTVM_VENV}/bin/python", '-u', '-m', 'htt
 $server->pump until $port =~ /port (\d+)/;
 append_to_file("$here/pins", join '', map { "$_ $pin{$_}{version} $pin{$_}{sha256} http://127.0.0.1:$1/" . $pin{$_}{file} =~ s/%/%25/gr . "\n" } grep { $_ ne 'ubuntu' } sort keys %pin);
 copy("$root/$_", $here) or die "$_: $!" for qw(infra/ami/install src/runtime/agentvm-runtime infra/systemd/agentvm-runtime.service infra/microvm/agentvm-boot infra/microvm/agentvm-boot.service);
-append_to_file("$dir/look", <<'END');
+append_to_file("$here/look", <<'END');
 exec 2>&1
 for program in node npm bun uv python3.13; do echo "$program: $($program --version)"; done
 python3 -c 'import sys; print("python3:", sys.version_info[:2])'
@@ -53,16 +54,26 @@ apt-get check && echo 'apt: ok'
 cat /etc/agentvm-image
 systemctl is-enabled agentvm-runtime.service agentvm-boot.service apt-daily.timer
 echo "machine-id: $(wc -c </etc/machine-id)"
-ls -A /root/.ssh /etc/ssh/ssh_host_rsa_key /var/lib/apt/lists
+ls -A /root/.ssh /etc/ssh/ssh_host_rsa_key
 END
-my $out = done('the script makes an image', 'mmdebstrap', '--quiet', '--mode=fakechroot', '--variant=minbase', '--include=systemd,curl,ca-certificates,python3', '--format=null',
-	"--customize-hook=mkdir -p \"\$1/tmp/agentvm\" \"\$1/root/.ssh\" \"\$1/etc/ssh\" && touch \"\$1/etc/ssh/ssh_host_rsa_key\" && cp $here/* $dir/look \"\$1/tmp/agentvm/\"",
-	'--customize-hook=chroot "$1" bash /tmp/agentvm/install --any-distribution',
-	'--customize-hook=chroot "$1" bash /tmp/agentvm/install --forget',
-	'--customize-hook=echo LOOK; chroot "$1" bash /tmp/agentvm/look || true',
-	'bookworm', '-');
+done('a Debian', 'mmdebstrap', '--quiet', '--mode=fakechroot', '--variant=minbase', '--include=systemd,curl,ca-certificates,python3', '--format=tar', 'bookworm', "$dir/tree.tar");
+mkdir "$dir/tree";
+done('unpacked', 'tar', '-C', "$dir/tree", '--exclude=./dev/*', '-xf', "$dir/tree.tar");
+make_path("$dir/tree/tmp/agentvm", "$dir/tree/root/.ssh", "$dir/tree/etc/ssh");
+copy($_, "$dir/tree/tmp/agentvm") or die "$_: $!" for glob("$here/*");
+append_to_file("$dir/tree/etc/ssh/ssh_host_rsa_key", 'secret');
+# of all users there is only root
+append_to_file("$dir/tree/etc/apt/apt.conf.d/99root", "APT::Sandbox::User \"root\";\n");
+copy('/etc/resolv.conf', "$dir/tree/etc/resolv.conf");
+sub inside
+{
+	return ('unshare', '--map-root-user', '--mount', 'sh', '-c', 'tree=$1; shift; mount --rbind /dev "$tree/dev" && mount --rbind /proc "$tree/proc" && exec env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TMPDIR=/tmp chroot "$tree" bash "$@"',
+		'sh', "$dir/tree", @_);
+}
+done('the script makes an image', inside('/tmp/agentvm/install', '--any-distribution'));
+done('and forgets', inside('/tmp/agentvm/install', '--forget'));
+my $out = done('the image', inside('-c', 'bash /tmp/agentvm/look || true'));
 $server->kill_kill;
-$out =~ s/.*^LOOK$//ms;
 
 like($out, qr/^\Q$_->[0]\E: (?:\D*\s)?v?\Q$pin{$_->[1]}{version}\E\b/m, "$_->[0] runs") for [qw(node node)], [qw(npm npm)], [qw(bun bun)], [qw(uv uv)], [qw(python3.13 python)];
 like($out, qr/^python3: \(3, 11\)$/m, "python3 is the distribution's");

@@ -28,7 +28,15 @@ $faults->set(mode => 'error', action => 'RunInstances', market => 'spot', status
 sub launched { my ($tag) = @_; my ($answer) = $moto->calls([ undef, 'ec2', 'run_instances', { ImageId => $account->{image_id}, InstanceType => 't3.micro', MinCount => 1, MaxCount => 1,
 	TagSpecifications => [ { ResourceType => 'instance', Tags => [ { Key => 'agentvm-cluster', Value => $tag } ] } ] } ]); return $answer->{Instances}[0]{InstanceId}; }
 sub state_of_vm { my ($id) = @_; return (map { $_->{state} } grep { $_->{id} eq $id } $moto->instances)[0]; }
-sub awaited { my ($name, $test) = @_; my $end = time + AgentVM::Process::timeout(); sleep 0.2 until $test->() || time > $end; local $Test::Builder::Level = $Test::Builder::Level + 1; return ok($test->(), $name); }
+sub awaited
+{
+	my ($name, $test) = @_;
+	my $end = time + AgentVM::Process::timeout();
+	my $seen;
+	sleep 0.2 until ($seen = $test->()) || time > $end;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return ok($seen, $name);
+}
 
 # ---- without an account ----
 
