@@ -384,24 +384,28 @@ take(Link *link, const void *bytes, size_t len, size_t more, size_t max)
 	return true;
 }
 
-/* A part of a frame; false when the channel is to be closed. */
-static bool
+/* A part of a frame has come. */
+static void
 take_frame(Link *link, struct lws *wsi, const void *bytes, size_t len)
 {
 	bool is_call = lws_frame_is_binary(wsi) != 0;
 
+	if (timer_is_set(&link->end))
+		return;
 	if (lws_is_first_fragment(wsi))
 		link->in_len = 0;
 	if (!take(link, bytes, len, lws_remaining_packet_payload(wsi),
 			  is_call ? MAX_CALL : PROTOCOL_MAX_FRAME))
 	{
+		/*
+		 * Whoever tells libwebsockets so in the middle of a frame, with a reason, has
+		 * it write the rest beyond the end of its buffer.
+		 */
 		end(link, "frame is too large");
-		lws_close_reason(wsi, LWS_CLOSE_STATUS_MESSAGE_TOO_LARGE, NULL, 0);
-		return false;
+		return;
 	}
-	if (!lws_is_final_fragment(wsi) || lws_remaining_packet_payload(wsi) != 0 ||
-		timer_is_set(&link->end))
-		return true;
+	if (!lws_is_final_fragment(wsi) || lws_remaining_packet_payload(wsi) != 0)
+		return;
 	if (!is_call)
 		link->events->frame(link->arg, link->in, link->in_len);
 	else
@@ -409,7 +413,6 @@ take_frame(Link *link, struct lws *wsi, const void *bytes, size_t len)
 		link->events->call(link->arg, link->in, link->in_len);
 		let_go(link); /* few are as large */
 	}
-	return true;
 }
 
 /* Send a frame: text goes before calls, and each goes whole. */
@@ -570,7 +573,8 @@ callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in
 			return write_frame(link, wsi);
 
 		case LWS_CALLBACK_CLIENT_RECEIVE:
-			return take_frame(link, wsi, in, len) ? 0 : -1;
+			take_frame(link, wsi, in, len);
+			return 0;
 
 		case LWS_CALLBACK_WS_PEER_INITIATED_CLOSE:
 			if (len >= 2)

@@ -31,14 +31,14 @@ my $ten_minutes = 600;
 
 sub new
 {
-	my ($class, $answer) = @_;
+	my ($class, $answer, %opt) = @_;
 	my $self = $class->SUPER::new('fake');
 	my ($socket, $control) = map { IO::Socket::INET->new(Listen => 300, LocalAddr => '127.0.0.1', ReuseAddr => 1) or die "could not listen: $!" } 1, 2;
 	$self->{url} = 'http://127.0.0.1:' . $socket->sockport;
 	$self->{control} = $control->sockport;
 	$self->{pid} = fork // die "could not fork: $!";
 	return $self if $self->{pid};
-	eval { serve($socket, $control, $self->{log}, $answer); };
+	eval { serve($socket, $control, $self->{log}, $answer, %opt); };
 	warn $@;
 	POSIX::_exit(1);
 }
@@ -51,19 +51,19 @@ sub on_duty
 		return (200, {}, boot_answer(%boot)) if $request->{path} eq '/v1/bootstrap';
 		return (200, {}, encode_json({ deadline => iso(time + 3600) })) if $request->{path} eq '/v1/heartbeat';
 		return (101, {}, ['{"type": "hello"}']);
-	});
+	}, acknowledges => 1);
 }
 
 # ---- the process ----
 
 sub serve
 {
-	my ($socket, $control, $file, $answer) = @_;
+	my ($socket, $control, $file, $answer, %opt) = @_;
 	my (%count, @opened, $channel, %waiting, $notes);
 	my $number = 0;
 	my $in = IO::Select->new($socket, $control);
 	$SIG{PIPE} = 'IGNORE';
-	$notes = 1;
+	$notes = $opt{acknowledges};
 	open(my $log, '>>', $file) or die "$file: $!";
 	$log->autoflush(1);
 	my $lose = sub {
@@ -134,7 +134,7 @@ sub serve
 					next if $kind != 1;
 					my $said = decode_json($bytes);
 					print {$log} encode_json({ path => '', frame => { %$said, at => time } }) . "\n";
-					put($client, frame(1, encode_json({ type => 'deadline', deadline => iso(time + 3600) }))) if $said->{type} eq 'heartbeat';
+					put($client, frame(1, encode_json({ type => 'deadline', deadline => iso(time + 3600) }))) if $said->{type} eq 'heartbeat' && $opt{acknowledges};
 					put($client, frame(1, encode_json({ type => 'noted', command => $said->{command} }))) if $said->{type} eq 'ended' && $notes;
 				}
 			}
