@@ -343,19 +343,16 @@ prepare(const Upload *upload, const char *name, int64_t size)
 
 /*
  * Open the file in which the parts are gathered, made if "first"; -1, with errno.
- * It is ours alone: whoever put something else in its place knew the uuid.
+ * It may be there from an earlier try, but has to be ours alone.
  */
 static int
 open_part(const char *path, bool first)
 {
-	const int flags = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+	int fd = open(path,
+				  O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC | (first ? O_CREAT : 0),
+				  0600);
 	struct stat status;
-	int fd = -1;
 
-	if (first)
-		fd = open(path, flags | O_CREAT | O_EXCL, 0600);
-	if (fd < 0 && (!first || errno == EEXIST))
-		fd = open(path, flags);
 	if (fd < 0)
 		return -1;
 	if (fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_nlink == 1 &&
