@@ -9,7 +9,6 @@
  *-------------------------------------------------------------------------
  */
 #include <jansson.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -348,7 +347,7 @@ body_length(struct lws *wsi)
 		return LENGTH_NONE;
 	if (len <= 0 || strspn(text, "0123456789") != (size_t) len)
 		return LENGTH_WRONG;
-	return len > 9 ? LONG_MAX : atol(text);
+	return strtol(text, NULL, 10);
 }
 
 /* The headers have arrived. */

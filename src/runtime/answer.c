@@ -288,9 +288,8 @@ is_absolute(const char *path)
 }
 
 static const char *
-check_tar(CallFrame *call)
+check_tar(CallFrame *call, const json_t *tar)
 {
-	json_t *tar = json_object_get(call->root, "tar");
 	const char *extract = json_string_value(json_object_get(tar, "extract"));
 	const char *create = json_string_value(json_object_get(tar, "create"));
 
@@ -308,7 +307,7 @@ check_start(CallFrame *call)
 {
 	json_t *cwd = json_object_get(call->root, "cwd");
 	const char *key;
-	json_t *value;
+	json_t *value, *tar;
 	int64_t command_len = number_of(call->root, "command_len", 0, PROTOCOL_MAX_COMMAND);
 
 	call->timeout_ms = number_of(call->root, "timeout_ms", 0, MAX_MS);
@@ -342,7 +341,8 @@ check_start(CallFrame *call)
 		if (!json_is_string(value) || key[0] == '\0' || strchr(key, '=') != NULL)
 			return "env holds something else than strings";
 	}
-	return json_object_get(call->root, "tar") != NULL ? check_tar(call) : NULL;
+	tar = json_object_get(call->root, "tar");
+	return tar != NULL && !json_is_null(tar) ? check_tar(call, tar) : NULL;
 }
 
 static const char *

@@ -37,7 +37,7 @@
 #define NUM_BUCKETS 1024
 #define MAX_ENDED 4096						/* that are remembered */
 #define MAX_LINGERING 1024					/* of these, with pipes that somebody has kept */
-#define MAX_UNREAD (1024 * 1024)				/* of a command, that it has not read yet */
+#define MAX_UNREAD (1024 * 1024)			/* of a command, that it has not read yet */
 #define MAX_INPUT_MEMORY (32 * 1024 * 1024) /* of all of them */
 #define MIB (1024 * 1024)
 #define DEFAULT_OUTPUT_MEMORY 64 /* MiB */

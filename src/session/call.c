@@ -722,8 +722,8 @@ call_send(Call *call, const CallMessage *message)
 
 /* ---- moving on ---- */
 
-/* Send what is to be sent by now. */
-static void
+/* Send what is to be sent by now; false: there was nothing. */
+static bool
 send_due(Calls *calls)
 {
 	int64 now = call_now_ms();
@@ -755,6 +755,7 @@ send_due(Calls *calls)
 	}
 	if (entered)
 		db_leave(&scope);
+	return entered;
 }
 
 /* Take the next reply from the client; false: there is none. */
@@ -785,11 +786,13 @@ take_reply(Calls *calls)
 void
 calls_advance(Calls *calls)
 {
-	http_run(calls->client);
-	while (take_reply(calls))
-		;
-	send_due(calls);
-	http_run(calls->client);
+	/* a reply may come before we would sleep for it, and nothing would tell of it any more */
+	do
+	{
+		http_run(calls->client);
+		while (take_reply(calls))
+			;
+	} while (send_due(calls));
 }
 
 Call *

@@ -3,7 +3,7 @@
 Speaks what protocol.h says of calls: checks tickets, runs commands on this machine, each once by its id, reads and
 writes files.  DIR/log gets a line of JSON for each request, DIR/faults (a list, read anew each time) says what goes
 wrong: {"op", "do", "times"}, the first that fits and has not been used up.  "do" is a status; "refuse": hang up unread;
-"lose": do it, and hang up in place of an answer; "hang": never answer; {"raw": hex}: that body; {"change": {...}}: members
+"lose": do it, and hang up in place of an answer, as a gateway that ends; "cut": hang up as one that lives; "hang": never answer; {"raw": hex}: that body; {"change": {...}}: members
 of the answer's header; {"later": seconds}: answer then.  With "session" only calls of that one.
 """
 import base64
@@ -30,6 +30,7 @@ MAX_CHUNK = 256 * 1024
 MAX_HEADER = 96 * 1024
 MAX_UNREAD = 512 * 1024  # input that a command has not read yet
 
+STARTED = time.monotonic()
 lock = threading.RLock()
 changed = threading.Condition(lock)
 commands = {}
@@ -47,11 +48,12 @@ def fault(session, op):
     try:
         with open(os.path.join(DIR, "faults"), encoding="utf-8") as file:
             faults = json.load(file)
+            version = os.fstat(file.fileno()).st_mtime_ns
     except (FileNotFoundError, ValueError):
         return None
     with lock:
         for i, one in enumerate(faults):
-            key = json.dumps([i, one], sort_keys=True)
+            key = (version, i)
             if one["op"] == op and one.get("session", session) == session and used.get(key, 0) < one.get("times", 1):
                 used[key] = used.get(key, 0) + 1
                 return one["do"]
@@ -250,13 +252,14 @@ def get(header):
 class Handler(socketserver.BaseRequestHandler):
     def setup(self):
         self.buffer = b""
+        self.goes = False  # as with a gateway that ends: nobody kills what depends on us
         log(event="open", connection=id(self))
 
     def finish(self):
         log(event="close", connection=id(self))
         with lock:
             for command in commands.values():
-                if command.owner is self and command.ended is None:
+                if command.owner is self and command.ended is None and not self.goes:
                     command.killed = True
                     command.signal(signal.SIGKILL)
 
@@ -307,6 +310,8 @@ class Handler(socketserver.BaseRequestHandler):
             return 401, b""
         log(event="call", session=match[1], connection=id(self), header=header, bytes=len(data))
         wrong = fault(match[1], header["op"])
+        if wrong in ("refuse", "lose"):
+            self.goes = True
         if wrong == "refuse":
             return None
         if wrong == "hang":
@@ -323,7 +328,7 @@ class Handler(socketserver.BaseRequestHandler):
             outcome = self.call(header, data)
         except Failure as failure:
             outcome = {"error": failure.error, "message": str(failure)}, b""
-        if outcome is None or wrong == "lose":
+        if outcome is None or wrong in ("lose", "cut"):
             return None
         answer, data = outcome
         if isinstance(wrong, dict) and "change" in wrong:
@@ -339,6 +344,8 @@ class Handler(socketserver.BaseRequestHandler):
             return get(header)
         with lock:
             command = commands.get(header["command"])
+            if command is None and op == "start" and header["age_ms"] > (time.monotonic() - STARTED) * 1000:
+                raise Failure("forgotten", "it may have run before")
             if command is None and op == "start":
                 command = commands[header["command"]] = Command(header, data)
             if command is None:

@@ -617,7 +617,7 @@ def part_hostile():
         more = beat + b"Content-Length: 1000\r\n\r\n{}"
         ends(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + more, ([200],), "a request without a body, and half of one with a body")
         for length in (b"0", b"0000000000"):
-            ends(beat + b"Content-Length: " + length + b"\r\n\r\n" + more, ([200], [413]), f"a request with an empty body, {length}, and half of one with a body")
+            ends(beat + b"Content-Length: " + length + b"\r\n\r\n" + more, ([200],), f"a request with an empty body, {length}, and half of one with a body")
         ends(whole + more, ([], [200]), "a request with a body, and half of another one")
         ends(beat + b"Content-Length: 2\r\nConnection: keep-alive\r\n\r\n{}" + more, ([], [200]), "which would like more")
         ends(b"GET /healthz HTTP/1.0\r\n\r\n", ([200],), "HTTP/1.0")

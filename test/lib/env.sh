@@ -34,6 +34,8 @@ packages() {
 			test)
 				names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86 openssh-server openssh-client netcat-openbsd faketime default-jdk-headless libpostgresql-jdbc-java)
 				command -v npm >/dev/null || names+=(nodejs npm)
+				# Debian 12 has the last free one
+				if apt-cache show packer >/dev/null 2>&1; then names+=(packer); fi
 				;;
 		esac
 	done

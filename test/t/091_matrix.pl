@@ -2,6 +2,7 @@
 use strict;
 use warnings;
 use AgentVM::Audit;
+use AgentVM::Control;
 use AgentVM::Runtime;
 use AgentVM::Test;
 use FindBin;
@@ -46,6 +47,12 @@ $node->safe_psql('postgres', "SELECT agentvm.terminate('$ending')");
 $node->safe_psql('postgres', "INSERT INTO agentvm.command (command_id, session_id, team_id, kind, role) VALUES (gen_random_uuid(), '$session{$_}', '$_', 'exec', 'somebody')") for qw(acme globex);
 $node->safe_psql('postgres', "INSERT INTO agentvm.placement VALUES ('$session{acme}', 'here', 1, 512)");
 
+my $control = AgentVM::Control->new($node);
+$control->attach(@session{qw(acme globex)});
+mkdir $control->dir . '/d' or die;
+append_to_file($control->dir . '/f', 'x');
+my %command = map { $_ => $node->safe_psql('postgres', "SELECT agentvm.exec_start('$session{$_}', 'true')") } qw(acme globex);
+
 await($node, $settled, 't', name => 'their history is sealed');
 
 # ---- the roles: the README's column, and the teams it acts for ----
@@ -74,6 +81,10 @@ my %hash = map { $_ => { token => AgentVM::Runtime::token_hash($node, $session{$
 my %call = (
 	provision => q{provision('TEAM')}, terminate => q{terminate('SESSION')}, wait => q{wait('SESSION', 'ready', '1 s')}, await => q{await('SESSION', 'ready', '1 s')},
 	status => q{status('SESSION')}, inspect => q{inspect('SESSION')}, extend => q{extend('SESSION', '1 s')}, channel => q{channel('TEAM')},
+	map({ $_ => "$_('SESSION', 'true')" } qw(exec exec_bytes exec_start)), map({ $_ => "$_('SESSION', 'COMMAND')" } qw(exec_output exec_wait exec_kill)),
+	# its own errors are in its rows
+	exec_many => q{SELECT public.raised(m.sqlstate, m.error) FROM agentvm.exec_many('{SESSION}', 'true') m}, run => q{run('TEAM', 'true')},
+	upload => q{upload('SESSION', 'f', 'x')}, download => q{download('SESSION', 'f')}, upload_tar => q{upload_tar('SESSION', 'DIR/d', decode(repeat('00', 10240), 'hex'))}, download_tar => q{download_tar('SESSION', 'DIR/d')},
 	create_team => q{create_team('new')}, alter_team => q{alter_team('TEAM', limits => '{"max_sessions": 1}')}, drop_team => q{drop_team('empty_TEAM')},
 	add_member => q{add_member('TEAM', 'newcomer')}, remove_member => q{remove_member('TEAM', 'member')},
 	set_provider => q{set_provider('TEAM', 'ec2', '{"region": "us-east-1"}')}, check_provider => q{check_provider('TEAM', 'noop')}, drop_provider => q{drop_provider('TEAM', 'ec2')},
@@ -91,7 +102,7 @@ catalog(\%routine, q{SELECT proname, prokind, oid FROM pg_proc WHERE pronamespac
 catalog(\%relation, q{SELECT relname, relkind, oid FROM pg_class WHERE relnamespace = 'agentvm'::regnamespace AND relkind NOT IN ('i', 'I', 'c', 't')});
 is_deeply([ sort keys %readme ], [ sort(keys %routine, keys %relation) ], "README's table has a row for every function, procedure, table, view and sequence, and no other");
 is_deeply([ sort keys %call ], [ sort keys %routine ], 'and this test calls every routine');
-is($node->safe_psql('postgres', q{SELECT count(*) FROM pg_proc WHERE pronamespace = 'agentvm'::regnamespace}), scalar keys %routine, 'no two of them have the same name');
+is($node->safe_psql('postgres', q{SELECT proname, count(*), count(DISTINCT proacl) FROM pg_proc WHERE pronamespace = 'agentvm'::regnamespace GROUP BY 1 HAVING count(*) > 1}), 'download|2|1', 'no two of them have the same name, but for download(), where both forms have the same rights');
 is($node->safe_psql('postgres', q{SELECT string_agg(pg_describe_object(classid, objid, 0), ', ') FROM pg_depend WHERE refclassid = 'pg_extension'::regclass AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'agentvm')
 	AND classid NOT IN ('pg_proc'::regclass, 'pg_class'::regclass, 'pg_namespace'::regclass, 'pg_type'::regclass)}), 'event trigger agentvm_guard_drop', 'nor has the extension objects of another kind, but for the one that guards it');
 
@@ -106,6 +117,11 @@ EXCEPTION WHEN OTHERS THEN
 	outcome := CASE SQLSTATE WHEN 'ZZ000' THEN 'works' ELSE SQLSTATE || ' ' || SQLERRM END;
 END
 $$;
+CREATE FUNCTION public.raised(sqlstate text, error text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+	IF sqlstate IS NOT NULL THEN RAISE EXCEPTION USING ERRCODE = sqlstate, MESSAGE = error; END IF;
+END
+$$;
 CREATE FUNCTION public.look(relation text, OUT seen text) LANGUAGE plpgsql AS $$
 BEGIN
 	EXECUTE format('SELECT coalesce(jsonb_agg(t::text), ''[]'') FROM agentvm.%I t', relation) INTO seen;
@@ -118,8 +134,8 @@ SQL
 sub filled
 {
 	my ($team, $call) = @_;
-	my %value = (TEAM => $team, SESSION => $session{$team}, TOKEN => $hash{$team}{token}, HASH => $hash{$team}{session});
-	return $call =~ s/(TEAM|SESSION|TOKEN|HASH)/$value{$1}/gr;
+	my %value = (TEAM => $team, SESSION => $session{$team}, TOKEN => $hash{$team}{token}, HASH => $hash{$team}{session}, COMMAND => $command{$team}, DIR => $control->dir);
+	return $call =~ s/(TEAM|SESSION|TOKEN|HASH|COMMAND|DIR)/$value{$1}/gr;
 }
 
 # The answers of one role to many questions; a question is SQL with one column
@@ -134,7 +150,7 @@ sub answers
 sub outcome
 {
 	my ($answer) = @_;
-	return 'works' if $answer eq 'works';
+	return 'works' if $answer eq 'works' || $answer =~ /^55000 agentvm\.run\(\) needs/;    # a VM of noop, which has no runtime
 	return 'denied' if $answer =~ /^42501 permission denied/;
 	return 'no such' if $answer =~ /^AV005 session \S+ does not exist$|^42704 team "\w+" does not exist$/;
 	return $answer;
@@ -157,7 +173,7 @@ sub found
 	my %found;
 
 	# routines: as called for either team
-	my @answers = answers($role, map { my $f = $_; map { 'public.try(' . literal('SELECT agentvm.' . filled($_, $call{$f})) . ')' } qw(acme globex) } @functions);
+	my @answers = answers($role, map { my $f = $_; map { 'public.try(' . literal(($call{$f} =~ /^SELECT/ ? '' : 'SELECT agentvm.') . filled($_, $call{$f})) . ')' } qw(acme globex) } @functions);
 	@found{@functions} = map { join ', ', map { outcome($_) } @$_ } groups_of(2, @answers);
 	for my $procedure (grep { $routine{$_} eq 'p' } sort keys %routine)
 	{

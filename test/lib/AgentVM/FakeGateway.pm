@@ -143,7 +143,7 @@ sub serve
 	return;
 }
 
-sub frame { my ($kind, $bytes) = @_; return pack('CCQ>', 0x80 | $kind, 127, length($bytes)) . $bytes; }
+sub frame { my ($kind, $bytes) = @_; return ($kind > 7 ? pack('CC', 0x80 | $kind, length($bytes)) : pack('CCQ>', 0x80 | $kind, 127, length($bytes))) . $bytes; }
 
 # The first frame of what has come, if it is whole: its opcode and what it says
 sub take_frame

@@ -1,6 +1,6 @@
 # The test cloud (see test/lib/cloud.py), ended with the test.
 #
-#	my $moto = AgentVM::Moto->new;
+#	my $moto = AgentVM::Moto->new;                        # ->new('name', '--iam'): with IAM as AWS evaluates it
 #	$moto->endpoint; $moto->options; $moto->secrets;      # for agentvm.aws_endpoint_url and set_provider (Test's set_ec2)
 #	$moto->instances; $moto->running; $moto->for_session($uuid);   # lists of {id, state, market, subnet, zone, token, tags}
 package AgentVM::Moto;
@@ -17,10 +17,10 @@ my @started;
 
 sub new
 {
-	my ($class, $name) = @_;
+	my ($class, $name, @options) = @_;
 	my $self = bless { dir => PostgreSQL::Test::Utils::tempdir($name // 'moto') }, $class;
 	push @started, $self;
-	$self->{cloud} = $self->run('start');
+	$self->{cloud} = $self->run('start', @options);
 	return $self;
 }
 
@@ -55,6 +55,9 @@ sub terminate { my ($self, @ids) = @_; return $self->run('terminate', @ids); }
 
 # Keys of a user who may only do these: $moto->user('ec2:DescribeInstances')
 sub user { my ($self, @actions) = @_; return $self->run('user', @actions); }
+
+# Boto3 calls, [keys as user() returns them or undef for ours, service, method, arguments]; what they answer, or {error, message}
+sub calls { my ($self, @calls) = @_; return @{ $self->run('calls', encode_json(\@calls)) }; }
 
 # Forget all instances. The keys, subnets and groups are new ones: call set_ec2 again
 sub reset { my ($self) = @_; $self->{cloud} = $self->run('reset'); return; }
