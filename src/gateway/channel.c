@@ -24,6 +24,7 @@
 #define MAX_COST (2 * MAX_INCOMING)
 #define INCOMING_S 30 /* for all of a message to come */
 #define MAX_NOTES 1024
+#define MAX_PARTS 3 /* in which an end of a command comes */
 
 /* The end of a command, of which the runtime is to be told that it has been committed. */
 typedef struct Note
@@ -53,6 +54,7 @@ struct Channel
 	Buffer *queue;
 	Buffer *incoming; /* binary, and not whole yet */
 	size_t incoming_cost;
+	unsigned frame_parts;
 	size_t frame_len;
 	char frame[512];
 };
@@ -240,7 +242,8 @@ channel_frame(Channel *channel)
 	else if (strcmp(type, "ended") == 0)
 	{
 		code = calls_told_end(channel->server, channel->session, root);
-		channel->allowance += 1; /* there is another bound on these */
+		/* there is another bound on these; one may come in parts, as reads happen to end */
+		channel->allowance += channel->frame_parts < MAX_PARTS ? channel->frame_parts : MAX_PARTS;
 	}
 	/* types that we do not know are for later versions */
 	json_decref(root);
@@ -479,7 +482,8 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 				return 0;
 			}
 			if (lws_is_first_fragment(wsi))
-				channel->frame_len = 0;
+				channel->frame_len = channel->frame_parts = 0;
+			channel->frame_parts++;
 			if (channel->frame_len + len > sizeof(channel->frame))
 			{
 				send_frame(channel, "", LWS_CLOSE_STATUS_MESSAGE_TOO_LARGE);
