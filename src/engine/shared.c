@@ -432,6 +432,9 @@ shared_take_unbound(DispatcherSlot *slot)
 {
 	bool unbound;
 
+	/* set before our latch was */
+	if (!slot->unbound)
+		return false;
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	unbound = slot->unbound;
 	slot->unbound = false;

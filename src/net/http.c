@@ -56,10 +56,10 @@
 #define DEFAULT_TIMEOUT_MS 30000
 #define CONNECT_TIMEOUT_MS 10000
 #define MAX_REPLY_HEADERS (256 * 1024) /* bytes of headers before a call fails */
-#define MAX_KEPT_CONNECTIONS 256 /* idle connections; what is in flight is the caller's to bound */
-#define MAX_IDLE_CONNECTION_S 15 /* AWS drops idle connections after about 20 s */
-#define CLOSE_WHEN_IDLE_MS 5000	 /* without any call, all kept connections go */
-#define LARGE_BODY (64 * 1024)	 /* bytes; libcurl's own buffer would send it in several pieces */
+#define MAX_KEPT_CONNECTIONS 256	   /* of all, those in use included: beyond that none is kept */
+#define MAX_IDLE_CONNECTION_S 15	   /* AWS drops idle connections after about 20 s */
+#define CLOSE_WHEN_IDLE_MS 5000		   /* without any call, all kept connections go */
+#define LARGE_BODY (64 * 1024) /* bytes; libcurl's own buffer would send it in several pieces */
 #define LARGE_BUFFER (512 * 1024)
 #define MAX_ROUNDS 16 /* of epoll_wait in one http_run */
 
@@ -72,6 +72,7 @@ struct HttpClient
 	bool wake;			/* a call ended without libcurl: make the fd readable */
 	bool used;			/* there may be connections that are kept */
 	int in_flight;		/* calls on either list */
+	int max_kept;		/* connections */
 	dlist_head running; /* of HttpCall, added to the multi handle */
 	dlist_head ended;	/* of HttpCall, to be returned by http_finished */
 };
@@ -344,7 +345,7 @@ open_multi(HttpClient *client)
 	curl_multi_setopt(multi, CURLMOPT_TIMERDATA, client);
 	curl_multi_setopt(multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
 	curl_multi_setopt(multi, CURLMOPT_MAX_HOST_CONNECTIONS, 0L);
-	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) MAX_KEPT_CONNECTIONS);
+	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) client->max_kept);
 	return true;
 }
 
@@ -374,6 +375,7 @@ http_client_create(void)
 		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	dlist_init(&client->running);
 	dlist_init(&client->ended);
+	client->max_kept = MAX_KEPT_CONNECTIONS;
 
 	/*
 	 * fd.c hears of these two only, not of libcurl's sockets: with more than a third
@@ -460,6 +462,14 @@ http_client_destroy(HttpClient *client)
 	ReleaseExternalFD();
 	ReleaseExternalFD();
 	free(client);
+}
+
+void
+http_client_keep(HttpClient *client, int connections)
+{
+	client->max_kept = connections;
+	if (client->multi != NULL)
+		curl_multi_setopt(client->multi, CURLMOPT_MAXCONNECTS, (long) connections);
 }
 
 void

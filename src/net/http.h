@@ -74,6 +74,12 @@ extern HttpClient *http_client_create(void);
 /* Abort all calls, close every fd, free the client.  Never raises. */
 extern void http_client_destroy(HttpClient *client);
 
+/*
+ * As long as there are no more connections than that, those in use included, one whose
+ * call has been answered is kept for the next.
+ */
+extern void http_client_keep(HttpClient *client, int connections);
+
 /* The fd to wait on for readability; belongs to the client. */
 extern int http_client_fd(HttpClient *client);
 

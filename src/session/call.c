@@ -50,6 +50,8 @@
 #define CHECK_CLIENT_MS 400 /* between looks whether the client is still there */
 #define LONG_SLEEP_MS 60000
 #define MAX_ADDRESS 1000 /* bytes of a control address */
+#define MAX_CONNECTIONS                                                                            \
+	4096 /* more than there are calls: to close one ends what was asked for on it last */
 
 typedef enum Phase
 {
@@ -139,7 +141,10 @@ take_client(void)
 	HttpClient *client = kept_client;
 
 	if (client == NULL)
+	{
 		client = http_client_create();
+		http_client_keep(client, MAX_CONNECTIONS);
+	}
 	kept_client = NULL;
 	if (!registered)
 		on_proc_exit(destroy_kept_client, (Datum) 0);

@@ -135,10 +135,10 @@ typedef enum RowForm
 } RowForm;
 
 static Datum
-stream_datum(const StringInfoData *stream, RowForm form)
+stream_datum(const StringInfoData *stream, RowForm form, bool *truncated)
 {
 	if (form != ROW_BYTES)
-		return PointerGetDatum(text_from_vm(stream->data, stream->len));
+		return PointerGetDatum(text_from_vm(stream->data, stream->len, truncated));
 	return PointerGetDatum(cstring_to_text_with_len(stream->data, stream->len));
 }
 
@@ -150,6 +150,7 @@ make_row(TupleDesc desc, RowForm form, const ExecResult *result)
 	bool nulls[9];
 	int column = 0;
 	const CallFailure *failure = result->failure;
+	bool truncated = result->truncated;
 	Interval *duration;
 
 	memset(nulls, true, sizeof(nulls));
@@ -166,11 +167,11 @@ make_row(TupleDesc desc, RowForm form, const ExecResult *result)
 		duration = palloc0(sizeof(Interval));
 		duration->time = result->duration_ms * 1000;
 		values[column++] = Int32GetDatum(result->exit_code);
-		values[column++] = stream_datum(&result->streams[0], form);
-		values[column++] = stream_datum(&result->streams[1], form);
+		values[column++] = stream_datum(&result->streams[0], form, &truncated);
+		values[column++] = stream_datum(&result->streams[1], form, &truncated);
 		values[column++] = IntervalPGetDatum(duration);
 		values[column++] = BoolGetDatum(result->timed_out);
-		values[column++] = BoolGetDatum(result->truncated);
+		values[column++] = BoolGetDatum(truncated);
 	}
 	else
 	{
@@ -412,7 +413,7 @@ agentvm_exec_output(PG_FUNCTION_ARGS)
 			if (answer->running == 1 || unfinished < len)
 				len -= unfinished;
 		}
-		values[2 + i] = PointerGetDatum(text_from_vm(bytes, len));
+		values[2 + i] = PointerGetDatum(text_from_vm(bytes, len, NULL));
 		values[4 + i] = Int64GetDatum(next + len);
 		bytes += stream->len;
 	}

@@ -94,7 +94,7 @@ mode_argument(FunctionCallInfo fcinfo)
 	if (len < 1 || len > 5 || strspn(mode, "01234567") != len || strtol(mode, NULL, 8) > 07777)
 		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 						errmsg("mode \"%s\" is not the octal form of permissions", mode),
-						errhint("0644 and 0755 are.")));
+						errhint("Examples are 0644 and 0755.")));
 	return mode;
 }
 

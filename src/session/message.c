@@ -24,12 +24,14 @@
 #include "session/message.h"
 #include "utils/builtins.h"
 #include "utils/json.h"
+#include "utils/memutils.h"
 
-#define LENGTH_SIZE 4		 /* bytes of the length before a header */
-#define MAX_BRACKETS 200	 /* of an answer's header: its parser is recursive */
-#define MAX_MESSAGE 400		 /* bytes of an error's message that are shown */
-#define MAX_WORD 128		 /* bytes of an error's name, of a version */
-#define CONVERT_AT_ONCE 8192 /* bytes */
+#define LENGTH_SIZE 4	 /* bytes of the length before a header */
+#define MAX_BRACKETS 200 /* of an answer's header: its parser is recursive */
+#define MAX_MESSAGE 400	 /* bytes of an error's message that are shown */
+#define MAX_TEXT (MaxAllocSize / 2 - 1024 * 1024) /* bytes: half of what a row may have */
+#define MAX_WORD 128							  /* bytes of an error's name, of a version */
+#define CONVERT_AT_ONCE 8192					  /* bytes */
 
 /* ---- headers ---- */
 
@@ -371,11 +373,18 @@ convert(StringInfo out, int skip, const char *bytes, size_t len)
 }
 
 text *
-text_from_vm(const char *bytes, size_t len)
+text_from_vm(const char *bytes, size_t len, bool *cut)
 {
 	StringInfoData out;
 
 	convert(&out, VARHDRSZ, bytes, len);
+	if (out.len > MAX_TEXT)
+	{
+		out.len =
+			VARHDRSZ + pg_mbcliplen(out.data + VARHDRSZ, out.len - VARHDRSZ, MAX_TEXT - VARHDRSZ);
+		if (cut != NULL)
+			*cut = true;
+	}
 	SET_VARSIZE(out.data, out.len);
 	return (text *) out.data;
 }

@@ -82,10 +82,11 @@ extern bool answer_is_output(const Answer *answer);
 /*
  * Bytes of a VM as text in the server's encoding.  What is not UTF-8, and NUL, becomes
  * U+FFFD; where the server's encoding has no such character, as for all others that it
- * lacks, "?".  At most three times as long as the bytes (four thirds in encodings but
- * UTF-8), palloc'd.  Interruptible; raises only out of memory.
+ * lacks, "?".  It may become three times as long as the bytes, but is cut so that two of
+ * them fit into a row; *cut (if not NULL) is set then, else left alone.  Palloc'd.  Interruptible;
+ * raises only out of memory.
  */
-extern text *text_from_vm(const char *bytes, size_t len);
+extern text *text_from_vm(const char *bytes, size_t len, bool *cut);
 
 /* The same as a C string of at most "max" bytes, without control characters. */
 extern char *words_from_vm(const char *bytes, size_t len, size_t max);

@@ -26,13 +26,11 @@
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "miscadmin.h"
-#include "pgstat.h"
 #include "procedure.h"
 #include "session/commands.h"
 #include "session/session.h"
 #include "storage/condition_variable.h"
 #include "storage/ipc.h"
-#include "utils/backend_status.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/portal.h"
@@ -280,9 +278,9 @@ agentvm_run(PG_FUNCTION_ARGS)
 		MemoryContextSwitchTo(caller);
 		values[0] = Int32GetDatum(run->result->exit_code);
 		values[1] = PointerGetDatum(
-			text_from_vm(run->result->streams[0].data, run->result->streams[0].len));
+			text_from_vm(run->result->streams[0].data, run->result->streams[0].len, NULL));
 		values[2] = PointerGetDatum(
-			text_from_vm(run->result->streams[1].data, run->result->streams[1].len));
+			text_from_vm(run->result->streams[1].data, run->result->streams[1].len, NULL));
 	}
 	/* what is under way goes first: it would only keep the VM busy */
 	if (run->error != NULL && run->exec != NULL)

@@ -4,7 +4,7 @@ Speaks what protocol.h says of calls: checks tickets, runs commands on this mach
 writes files.  DIR/log gets a line of JSON for each request, DIR/faults (a list, read anew each time) says what goes
 wrong: {"op", "do", "times"}, the first that fits and has not been used up.  "do" is a status; "refuse": hang up unread;
 "lose": do it, and hang up in place of an answer, as a gateway that ends; "cut": hang up as one that lives; "hang": never answer; {"raw": hex}: that body; {"change": {...}}: members
-of the answer's header; {"later": seconds}: answer then.  With "session" only calls of that one.
+of the answer's header; {"wait_ms"}: that in place of what the header says.  With "session" only calls of that one.
 """
 import base64
 import hashlib
@@ -322,8 +322,8 @@ class Handler(socketserver.BaseRequestHandler):
             return wrong, b"{}"
         if isinstance(wrong, dict) and "raw" in wrong:
             return 200, bytes.fromhex(wrong["raw"])
-        if isinstance(wrong, dict) and "later" in wrong:
-            time.sleep(wrong["later"])
+        if isinstance(wrong, dict) and "wait_ms" in wrong:
+            header["wait_ms"] = wrong["wait_ms"]
         try:
             outcome = self.call(header, data)
         except Failure as failure:

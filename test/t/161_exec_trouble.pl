@@ -181,6 +181,11 @@ $control->faults({ op => 'start', do => 'cut', times => 1 });
 fails_with($node, run('sleep 25; echo too late'), 'AV009', qr/command was killed, since the connection to the gateway broke/, 'a connection that breaks while it runs');
 $control->faults;
 
+# ---- no connection is let go of between two calls for a command that hangs on it ----
+$control->faults({ op => 'start', do => { wait_ms => 0 }, times => 300 });
+is($node->safe_psql('postgres', "SELECT count(*), string_agg(DISTINCT error, ',') FROM agentvm.exec_many(array_fill('$session'::uuid, ARRAY[300]), 'sleep 3; printf x') WHERE stdout = 'x'"), '300|', '300 commands that take longer than their first call');
+$control->faults;
+
 # ---- the backend is as good as new ----
 $client = AgentVM::Client->new($node);
 $client->run(run('true'));
