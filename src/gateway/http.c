@@ -233,6 +233,9 @@ answer_metrics(Exchange *exchange)
 			   "VMs that are connected through sockets of theirs.", "", v.vms);
 	put_metric(&at, end, "agentvm_gateway_vm_streams", "gauge", "Connections through such sockets.",
 			   "", v.streams);
+	put_metric(&at, end, "agentvm_gateway_vm_pauses_total", "counter",
+			   "How often such a VM has had to wait for what it had spent too much of.", "",
+			   (double) v.pauses);
 	put_metric(&at, end, "agentvm_gateway_vm_resets_total", "counter",
 			   "Such sockets left since what came made no sense.", "", (double) v.resets);
 	put_by_status(&at, end, "agentvm_gateway_http_responses_total", "Answers, by status.",

@@ -43,6 +43,7 @@
 #define ALLOWANCE (4 * 1024 * 1024)
 #define FRAME_COST 512					 /* of a frame, beside its bytes */
 #define STREAM_COST (32 * 1024)			 /* of a new stream, or of a runtime that begins anew */
+#define PROMISE_TICKS 50				 /* that a promise lasts, more or less */
 #define MAX_EXPECTED (256 * 1024 * 1024) /* what has been asked for is no more than that */
 
 typedef struct Vm
@@ -80,7 +81,7 @@ struct Vms
 	uv_timer_t *tick;
 	uint64_t scan_at;
 	bool is_full; /* there are more than VMS_MAX, and the log says so */
-	uint64_t resets;
+	uint64_t resets, pauses;
 	Vm *all[VMS_MAX];
 };
 
@@ -247,6 +248,7 @@ settle(Vm *vm)
 		return;
 	}
 	vm->is_paused = vm->allowance < 0;
+	vm->vms->pauses += vm->is_paused && !was_paused;
 	if (vm->is_full != was_full || vm->is_paused != was_paused)
 		watch_cable(vm);
 	if (mux_is_synced(vm->cable.mux) != vm->was_synced)
@@ -497,8 +499,10 @@ on_tick(uv_timer_t *timer)
 
 		if (vm == NULL)
 			continue;
-		/* more than that it may have been promised */
-		if (vm->allowance < ALLOWANCE)
+		/* more than that it may have been promised, which is to be used soon */
+		if (vm->allowance > ALLOWANCE)
+			vm->allowance -= (vm->allowance - ALLOWANCE) / PROMISE_TICKS;
+		else
 		{
 			vm->allowance += (double) (now - vm->allowed_at) * RATE / 1000;
 			if (vm->allowance > ALLOWANCE)
@@ -594,7 +598,7 @@ vms_expect(Vms *vms, const char *name, size_t bytes)
 VmsCounts
 vms_counts(const Vms *vms)
 {
-	VmsCounts counts = {.resets = vms->resets};
+	VmsCounts counts = {.resets = vms->resets, .pauses = vms->pauses};
 	int i;
 
 	for (i = 0; i < VMS_MAX; i++)

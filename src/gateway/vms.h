@@ -35,6 +35,7 @@ typedef struct VmsCounts
 {
 	unsigned vms; /* connected, and at the other end is a runtime */
 	unsigned streams;
+	uint64_t pauses; /* how often one has had to wait, having spent too much */
 	uint64_t resets; /* connections given up, since what came made no sense */
 } VmsCounts;
 
