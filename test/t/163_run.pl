@@ -50,15 +50,17 @@ like($client->error, qr/NOTICE:.* 0 done/, 'from PL/pgSQL, outside of a transact
 ended($session, qr/has finished/, 'the same');
 
 # ---- no snapshot is held while it waits ----
-$client->send("CALL agentvm.run('acme', 'sleep 3; echo slept', 'vm')");
+my $waits = q{SELECT backend_xmin IS NULL FROM pg_stat_activity WHERE state = 'active' AND wait_event_type = 'Extension' AND pid = } . $client->pid;
+$client->send("CALL agentvm.run('acme', 'until [ -e $dir/go ]; do sleep 0.1; done; echo waited', 'vm')");
 $session = boot(asleep => 1);
-await($node, 'SELECT backend_xmin IS NULL AND wait_event IS NOT NULL FROM pg_stat_activity WHERE pid = ' . $client->pid, 't', name => 'none until the VM is ready');
+await($node, $waits, 't', name => 'none until the VM is ready');
 bootstrap($node, $session);
 $control->attach($session);
 command_begins($session);
-await($node, 'SELECT backend_xmin IS NULL AND wait_event IS NOT NULL FROM pg_stat_activity WHERE pid = ' . $client->pid, 't', name => 'none while the command runs');
+await($node, $waits, 't', name => 'none while the command runs');
 is($node->safe_psql('postgres', "SELECT agentvm.sweep(), state FROM agentvm.session WHERE session_id = '$session'"), '0|ready', 'a sweep leaves it alone');
-is($client->answer, "0|slept\n|", 'nor is it in its way');
+append_to_file("$dir/go", '');
+is($client->answer, "0|waited\n|", 'nor is it in its way');
 ended($session, qr/has finished/, 'to the end');
 
 # ---- errors ----
