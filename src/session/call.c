@@ -153,9 +153,11 @@ take_client(void)
 	return client;
 }
 
-void
-calls_give_up(Calls *calls)
+/* Reset callback of a Calls' context: give up what is under way.  Never raises. */
+static void
+let_go(void *arg)
 {
+	Calls *calls = arg;
 	ListCell *lc;
 
 	foreach (lc, calls->calls)
@@ -164,18 +166,7 @@ calls_give_up(Calls *calls)
 
 		if (call->http != NULL)
 			http_cancel(call->http);
-		call->http = NULL;
-		call->phase = PHASE_IDLE;
 	}
-}
-
-/* Reset callback of a Calls' context */
-static void
-let_go(void *arg)
-{
-	Calls *calls = arg;
-
-	calls_give_up(calls);
 	if (kept_client == NULL)
 		kept_client = calls->client;
 	else
@@ -888,23 +879,14 @@ call_ask(Call *call, const CallMessage *message)
 	Calls *calls = call->calls;
 
 	call_send(call, message);
-	PG_TRY();
+	for (;;)
 	{
-		for (;;)
-		{
-			calls_advance(calls);
-			if (calls_answered(calls) != NULL)
-				break;
-			calls_sleep(calls, PG_INT64_MAX);
-		}
-		if (call->failure != NULL)
-			call_raise(call->failure);
+		calls_advance(calls);
+		if (calls_answered(calls) != NULL)
+			break;
+		calls_sleep(calls, PG_INT64_MAX);
 	}
-	PG_CATCH();
-	{
-		calls_give_up(calls);
-		PG_RE_THROW();
-	}
-	PG_END_TRY();
+	if (call->failure != NULL)
+		call_raise(call->failure);
 	return &call->answer;
 }

@@ -54,13 +54,11 @@ extern int64 call_now_ms(void);
 /*
  * The calls of a statement, by "role", in a new context below CurrentMemoryContext.
  * When that goes, or with calls_destroy(), whatever is under way is given up at
- * once: its connection is closed, by which the gateway knows.  Raises out of memory.
+ * once: its connection is closed, by which the gateway knows.  So it has to be a context
+ * that goes with an error.  Raises out of memory.
  */
 extern Calls *calls_create(Oid role);
 extern void calls_destroy(Calls *calls);
-
-/* Give up what is under way at once, and keep the rest: for PG_CATCH.  Never raises. */
-extern void calls_give_up(Calls *calls);
 
 /*
  * A conversation with a session's runtime; "arg" is the caller's.  "what" completes

@@ -628,24 +628,14 @@ ExecResult *
 exec_next(Exec *exec)
 {
 	MemoryContext old = MemoryContextSwitchTo(exec->context);
-	ExecResult *volatile result = NULL;
+	ExecResult *result;
+	bool all_done;
 
-	PG_TRY();
+	while ((result = exec_finished(exec, &all_done)) == NULL && !all_done)
 	{
-		bool all_done;
-
-		while ((result = exec_finished(exec, &all_done)) == NULL && !all_done)
-		{
-			exec_advance(exec);
-			exec_sleep(exec);
-		}
+		exec_advance(exec);
+		exec_sleep(exec);
 	}
-	PG_CATCH();
-	{
-		calls_give_up(exec->calls);
-		PG_RE_THROW();
-	}
-	PG_END_TRY();
 	MemoryContextSwitchTo(old);
 	return result;
 }

@@ -58,7 +58,8 @@ extern void exec_set_text(ExecCommand *command, const char *text);
 
 /*
  * The commands of a statement, by "role", in a new context below CurrentMemoryContext.
- * When that goes, what is under way is given up and the gateway ends it.
+ * When that goes, what is under way is given up and the gateway ends it; it has to be one
+ * that goes with an error.
  */
 extern Exec *exec_create(Oid role, const ExecCommand *command);
 extern void exec_destroy(Exec *exec);

@@ -114,6 +114,12 @@ is(execute(q{'echo in a transaction'}, 'stdout'), "in a transaction\n", 'inside 
 is($node->safe_psql('postgres', "BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT agentvm.extend('$session', '1 min') IS NOT NULL; SELECT stdout FROM agentvm.exec('$session', 'echo so')"), "t\nso\n", 'that has changed its row');
 is($node->safe_psql('postgres', "SET SESSION AUTHORIZATION alice; SET default_transaction_read_only = on; SELECT stdout FROM agentvm.exec('$session', 'echo member')"), "member\n", 'by a member, read only');
 
+# ---- odd surroundings ----
+$node->safe_psql('postgres', q{CREATE SCHEMA trap; CREATE FUNCTION trap.eq(uuid, uuid) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped'; END $$; CREATE OPERATOR trap.= (FUNCTION = trap.eq, LEFTARG = uuid, RIGHTARG = uuid)});
+is($node->safe_psql('postgres', "SET $_; SELECT stdout FROM agentvm.exec('$session', 'echo odd')"), "odd\n", $_)
+  for "search_path = ''", 'search_path = trap, pg_catalog', "default_transaction_isolation = 'serializable'", 'default_transaction_read_only = on', "session_replication_role = 'replica'", 'row_security = off', "lock_timeout = '1ms'",
+  "idle_in_transaction_session_timeout = '1ms'", "IntervalStyle = 'sql_standard'", 'standard_conforming_strings = off', "client_encoding = 'LATIN1'", 'enable_indexscan = off', "plan_cache_mode = 'force_generic_plan'", 'transform_null_equals = on';
+
 # ---- many ----
 my @sessions = ($session, map { $control->session('acme') } 1 .. 3);
 my $nobody = '01234567-89ab-7def-8123-456789abcdef';

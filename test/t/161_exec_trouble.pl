@@ -166,6 +166,7 @@ sub ends_quickly
 	return;
 }
 ends_quickly('cancel', sub { $node->safe_psql('postgres', 'SELECT pg_cancel_backend(' . $_[0]->pid . ')') }, '57014');
+ends_quickly('cancel in a transaction', sub { $node->safe_psql('postgres', 'SELECT pg_cancel_backend(' . $_[0]->pid . ')') }, '57014', "BEGIN;\n" . run("echo \$\$ > pid.new; mv pid.new pid; exec sleep 100"));
 ends_quickly('SIGTERM', sub { $node->safe_psql('postgres', 'SELECT pg_terminate_backend(' . $_[0]->pid . ')') });
 ends_quickly('a client that is killed', sub { $_[0]{psql}->kill_kill(grace => 0); delete $_[0]{psql} });
 ends_quickly('exec_many', sub { $node->safe_psql('postgres', 'SELECT pg_cancel_backend(' . $_[0]->pid . ')') }, '57014', "SELECT * FROM agentvm.exec_many('{$session,$other}', 'echo \$\$ > pid.new; mv pid.new pid; exec sleep 100')");

@@ -86,6 +86,19 @@ cmp_ok(time - $since, '<', 1, 'a transfer that is cancelled: its connection is c
 $client->answer;
 like($client->error, qr/57014/, 'at once');
 ok(!-e "$dir/never", 'no file');
+# where the memory of a function outlives its error
+for my $call ("agentvm.upload('$session', 'never', 'x')", "agentvm.exec_start('$session', 'true')")
+{
+	$control->faults(map { { op => $_, do => 'hang' } } qw(put start));
+	$mark = $control->mark;
+	$client->send("DO \$\$ DECLARE t text; BEGIN t := $call; EXCEPTION WHEN query_canceled THEN PERFORM pg_sleep(3); END \$\$");
+	sleep 0.02 until $control->calls($session, undef, $mark);
+	$since = time;
+	$node->safe_psql('postgres', 'SELECT pg_cancel_backend(' . $client->pid . ')');
+	sleep 0.02 while time < $since + 20 && !grep { $_->{event} eq 'close' } $control->logged($mark);
+	cmp_ok(time - $since, '<', 1, "the same where the error is caught: $call");
+	$client->answer;
+}
 $control->faults;
 
 # ---- directories ----

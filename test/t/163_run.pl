@@ -50,6 +50,7 @@ like($client->error, qr/NOTICE:.* 0 done/, 'from PL/pgSQL, outside of a transact
 ended($session, qr/has finished/, 'the same');
 
 # ---- no snapshot is held while it waits ----
+$client->run("SET default_transaction_isolation = 'serializable'");
 my $waits = q{SELECT backend_xmin IS NULL FROM pg_stat_activity WHERE state = 'active' AND wait_event_type = 'Extension' AND pid = } . $client->pid;
 $client->send("CALL agentvm.run('acme', 'until [ -e $dir/go ]; do sleep 0.1; done; echo waited', 'vm')");
 $session = boot(asleep => 1);
@@ -62,6 +63,7 @@ is($node->safe_psql('postgres', "SELECT agentvm.sweep(), state FROM agentvm.sess
 append_to_file("$dir/go", '');
 is($client->answer, "0|waited\n|", 'nor is it in its way');
 ended($session, qr/has finished/, 'to the end');
+$client->run('RESET default_transaction_isolation');
 
 # ---- errors ----
 $control->faults({ op => 'start', do => 429, times => 10 });
