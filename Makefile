@@ -145,10 +145,10 @@ check-tap: tree
 		AGENTVM_VENV=$${AGENTVM_VENV:-$$(test/lib/env.sh venv)} \
 		prove -I $(top_srcdir)/src/test/perl -I test/lib $(PROVE_FLAGS) $(PROVE_TESTS))
 
-# Style and static checks
+# Style and static checks; compilers get no -o /dev/null, which as root they may replace
 c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c test/sanitize/*.c test/fuzz/*.c test/clients/*.c)
 scripts = $(shell find .ci test infra -type f -exec awk 'FNR == 1 && /^\#!.*bash/ { print FILENAME } { nextfile }' {} +)
-strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -c -o /dev/null \
+strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -S -o - \
 	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS)) -isystem $(shell $(PG_CONFIG) --includedir)
 
 format:
@@ -158,7 +158,7 @@ lint: lint-format lint-gcc lint-clang lint-cppcheck lint-scripts
 lint-format:
 	@clang-format --dry-run --Werror $(c_sources) $(wildcard src/*.h src/*/*.h)
 lint-gcc lint-clang: lint-%:
-	@printf '%s\n' $(c_sources) | xargs -P2 -I{} $* $(if $(filter gcc,$*),$(strict) -Wshadow=compatible-local,$(strict) -Wshadow) {}
+	@printf '%s\n' $(c_sources) | xargs -P2 -I{} $* $(if $(filter gcc,$*),$(strict) -Wshadow=compatible-local,$(strict) -Wshadow) {} >/dev/null
 lint-cppcheck:
 	@cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --suppress=varFuncNullUB --std=c99 \
 		--library=test/cppcheck.cfg -Isrc $(c_sources)
