@@ -39,7 +39,8 @@ sub finish
 	my %offset = (stdout => 0, stderr => 0);
 	my %said = (stdout => '', stderr => '');
 	my $more = 1;
-	while ($more)
+	my $end = time + AgentVM::Process::timeout();
+	while ($more && time < $end)
 	{
 		($answer, $bytes) = $gateway->call({ op => 'output', command => $id, %offset, wait_ms => 20000 }) unless $answer && !$answer->{running};
 		return $answer if $answer->{error};
@@ -55,7 +56,7 @@ sub finish
 		last unless $more;
 		$answer = undef;
 	}
-	return { %$answer, out => $said{stdout}, err => $said{stderr} };
+	return { %{ $answer // {} }, out => $said{stdout}, err => $said{stderr} };
 }
 # Run a command to its end
 sub run
