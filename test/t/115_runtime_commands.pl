@@ -39,7 +39,8 @@ sub finish
 	my %offset = (stdout => 0, stderr => 0);
 	my %said = (stdout => '', stderr => '');
 	my $more = 1;
-	while ($more)
+	my $end = time + AgentVM::Process::timeout();
+	while ($more && time < $end)
 	{
 		($answer, $bytes) = $gateway->call({ op => 'output', command => $id, %offset, wait_ms => 20000 }) unless $answer && !$answer->{running};
 		return $answer if $answer->{error};
@@ -55,7 +56,7 @@ sub finish
 		last unless $more;
 		$answer = undef;
 	}
-	return { %$answer, out => $said{stdout}, err => $said{stderr} };
+	return { %{ $answer // {} }, out => $said{stdout}, err => $said{stderr} };
 }
 # Run a command to its end
 sub run
@@ -318,7 +319,10 @@ is(error_of($header, $bytes), 'forgotten', 'one that may have run before is refu
 is(slurp_file("$dir/count") =~ s/again\n//r, "ran\n", 'and has had no effect');
 is(($gateway->call({ %$header, age_ms => 0 }, $bytes))[0]{exit_code}, 0, 'a new one runs');
 
-# ---- thousands of short ones ----
+# ---- thousands of short ones, in a VM that nothing has run in ----
+$vm->stop;
+$vm = AgentVM::VM->new($gateway->url, 'f' x 64, OUTPUT_MEMORY => 8);
+on_duty();
 my $open = files();
 my $old = run("echo old >> $dir/count; exit 8")->{command};
 my $since = time;
@@ -357,13 +361,15 @@ $vm->stop;
 # ---- no bash ----
 my $bin = "$dir/bin";
 mkdir $bin;
-symlink("/bin/$_", "$bin/$_") for qw(sh cat);
+symlink("/bin/sh", "$bin/sh");
 $vm->start(PATH => $bin)->says(qr/channel is open/);
 is(run('echo "$0 $SHELL"')->{out}, "sh /bin/sh\n", 'without bash it is sh');
 unlink "$bin/sh";
 $ran = run('echo none');
 is("$ran->{exit_code} $ran->{err}", "127 agentvm: sh: No such file or directory\n", 'without a shell: 127, and why');
 append_to_file("$bin/sh", 'nothing');
+$ran = run('echo none');
+is("$ran->{exit_code} $ran->{err}", "126 agentvm: sh: Permission denied\n", 'one that cannot be run: 126');
 $vm->stop;
 
 # ---- control groups, where the test can have one of its own ----
