@@ -153,7 +153,7 @@ static DbQuery bound_query = {
 	1,
 	{INT8OID}};
 
-static const char *const bound_without[] = {"enable_seqscan"};
+static const char *const bound_without[] = {"enable_seqscan", "enable_bitmapscan", "jit"};
 
 static DbQuery unbound_query = {
 	"WITH free AS MATERIALIZED (SELECT session_id FROM agentvm.session WHERE session_id = ANY ($1) "
