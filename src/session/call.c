@@ -44,9 +44,10 @@
 #define FIRST_PAUSE_MS 20
 #define LAST_PAUSE_MS 500
 #define CONNECT_MS 5000
-#define SPARE_MS 3000		/* beyond what the gateway itself waits for an answer */
-#define LAST_TRY_MS 2000	/* a repeated message gets so long at least */
-#define TICKET_S 60			/* how long a ticket is good */
+#define SPARE_MS 3000	 /* beyond what the gateway itself waits for an answer */
+#define LAST_TRY_MS 2000 /* a repeated message gets so long at least */
+#define TICKET_S                                                                                   \
+	30 /* how long a ticket is good: a gateway takes a minute at most, so clocks may differ */
 #define CHECK_CLIENT_MS 400 /* between looks whether the client is still there */
 #define LONG_SLEEP_MS 60000
 #define MAX_ADDRESS 1000 /* bytes of a control address */

@@ -290,25 +290,48 @@ static const char replacement[] = "\xef\xbf\xbd"; /* U+FFFD */
 
 /* Append bytes as UTF-8 that is valid; "mark" stands for each byte that is not. */
 static void
-append_valid(StringInfo out, const char *bytes, size_t len, const char *mark)
+append_marked(StringInfo out, const char *bytes, size_t len, const char *mark)
 {
 	size_t mark_len = strlen(mark);
+	size_t i = 0;
 
+	while (i < len)
+	{
+		int char_len = pg_utf_mblen((const unsigned char *) bytes + i);
+
+		if (bytes[i] != '\0' && char_len <= len - i &&
+			pg_utf8_islegal((const unsigned char *) bytes + i, char_len))
+		{
+			appendBinaryStringInfo(out, bytes + i, char_len);
+			i += char_len;
+		}
+		else
+		{
+			appendBinaryStringInfo(out, mark, mark_len);
+			i++;
+		}
+	}
+}
+
+/* The same, quickly where all is valid. */
+static void
+append_valid(StringInfo out, const char *bytes, size_t len, const char *mark)
+{
 	while (len > 0)
 	{
 		size_t at_once = Min(len, CONVERT_AT_ONCE);
-		size_t valid = pg_encoding_verifymbstr(PG_UTF8, bytes, at_once);
 
 		CHECK_FOR_INTERRUPTS();
-		appendBinaryStringInfo(out, bytes, valid);
 		/* a character across the border is seen whole the next time */
-		if (valid < at_once && (at_once == len || valid + 4 <= at_once))
-		{
-			appendBinaryStringInfo(out, mark, mark_len);
-			valid++;
-		}
-		bytes += valid;
-		len -= valid;
+		if (at_once < len)
+			at_once -= utf8_unfinished(bytes, at_once);
+		/* it reads on to the end, wherever it finds something: not to be asked again for the rest */
+		if (pg_encoding_verifymbstr(PG_UTF8, bytes, at_once) == at_once)
+			appendBinaryStringInfo(out, bytes, at_once);
+		else
+			append_marked(out, bytes, at_once, mark);
+		bytes += at_once;
+		len -= at_once;
 	}
 }
 
@@ -322,30 +345,35 @@ append_converted(StringInfo out, const char *utf8, size_t len)
 
 	while (len > 0)
 	{
-		int at_once = pg_encoding_mbcliplen(PG_UTF8, utf8, len, CONVERT_AT_ONCE);
-		int done = 0;
+		int left = pg_encoding_mbcliplen(PG_UTF8, utf8, len, CONVERT_AT_ONCE);
 
 		CHECK_FOR_INTERRUPTS();
-		if (OidIsValid(conversion))
+		len -= left;
+		while (left > 0)
 		{
-			done = pg_do_encoding_conversion_buf(
-				conversion, PG_UTF8, encoding, (unsigned char *) unconstify(char *, utf8), at_once,
-				buffer, CONVERT_AT_ONCE * MAX_CONVERSION_GROWTH + 1, true);
-			appendStringInfoString(out, (char *) buffer);
+			int done = 0;
+
+			if (OidIsValid(conversion))
+			{
+				done = pg_do_encoding_conversion_buf(
+					conversion, PG_UTF8, encoding, (unsigned char *) unconstify(char *, utf8), left,
+					buffer, CONVERT_AT_ONCE * MAX_CONVERSION_GROWTH + 1, true);
+				appendStringInfoString(out, (char *) buffer);
+			}
+			else
+			{
+				while (done < left && !IS_HIGHBIT_SET(utf8[done]))
+					done++;
+				appendBinaryStringInfo(out, utf8, done);
+			}
+			if (done < left)
+			{
+				appendStringInfoChar(out, '?');
+				done += pg_utf_mblen((const unsigned char *) utf8 + done);
+			}
+			utf8 += done;
+			left -= done;
 		}
-		else
-		{
-			while (done < at_once && !IS_HIGHBIT_SET(utf8[done]))
-				done++;
-			appendBinaryStringInfo(out, utf8, done);
-		}
-		if (done < at_once)
-		{
-			appendStringInfoChar(out, '?');
-			done += pg_utf_mblen((const unsigned char *) utf8 + done);
-		}
-		utf8 += done;
-		len -= done;
 	}
 	pfree(buffer);
 }

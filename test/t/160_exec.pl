@@ -26,6 +26,9 @@ is(execute(q{'sleep 60', timeout => '1 s'}, 'exit_code, timed_out'), '124|t', 'a
 is(execute(q{'kill -9 $$'}, 'exit_code, timed_out'), '137|f', 'a signal');
 is(execute(q{'printf "a\0b\377c\303\251\342\202"'}, q{to_json(stdout)}), qq{"a\xef\xbf\xbdb\xef\xbf\xbdcé\xef\xbf\xbd\xef\xbf\xbd"}, 'NUL and what is not UTF-8 are replaced');
 is(execute(q{'printf "a\0b\377"; printf "\0" >&2'}, q{encode(stdout, 'hex'), encode(stderr, 'hex')}, 'exec_bytes'), '610062ff|00', 'exec_bytes() has them as they are');
+my $begin = time;
+is(execute(q{'head -c 262144 /dev/urandom | tr "\000-\177" "\200-\377"'}, q{octet_length(stdout) > 262144}), 't', 'also where hardly anything is');
+cmp_ok(time - $begin, '<', 10, 'quickly');
 is(execute(q{'cat', stdin => '\x00ff41'}, q{encode(stdout, 'hex')}, 'exec_bytes'), '00ff41', 'so has stdin');
 
 # output: in several chunks, and more than is kept
@@ -128,7 +131,7 @@ is($node->safe_psql('postgres', "SELECT count(*), count(*) FILTER (WHERE exit_co
 is($node->safe_psql('postgres', "SELECT coalesce(session_id::text, 'null'), sqlstate, error FROM agentvm.exec_many('{$list}', 'echo hi') WHERE exit_code IS NULL AND stdout IS NULL AND truncated IS NULL ORDER BY sqlstate"),
 	"null|22004|session_id must not be null\n$nobody|AV005|session $nobody does not exist\n$early|AV007|session $early is not ready, but provisioning", 'with its own error');
 is($node->safe_psql('postgres', "SELECT count(*) FROM agentvm.exec_many('{}', 'true')"), 0, 'none');
-my $begin = time;
+$begin = time;
 is($node->safe_psql('postgres', "SELECT count(*) FROM agentvm.exec_many(array_fill('$session'::uuid, ARRAY[40]), 'sleep 1; cat', stdin => 'x') WHERE stdout = 'x'"), 40, 'forty in one VM');
 cmp_ok(time - $begin, '<', 20, 'beside each other');
 
@@ -163,6 +166,9 @@ for my $encoding (qw(LATIN1 SQL_ASCII EUC_JP))
 	my $said = $node->safe_psql($db, qq{SET client_encoding = '$encoding'; SELECT encode(convert_to(stdout, '$encoding'), 'hex') FROM agentvm.exec('$there', 'printf "\\\\303\\\\251\\\\342\\\\202\\\\254\\\\343\\\\201\\\\202\\\\377\\\\0z"')});
 	my %expected = (LATIN1 => 'e93f3f3f3f7a', SQL_ASCII => 'c3a9e282ace381823f3f7a', EUC_JP => '8fabb13fa4a23f3f7a');
 	is($said, $expected{$encoding}, "$encoding: what it lacks is ?");
+	$begin = time;
+	is($node->safe_psql($db, qq{SELECT octet_length(stdout) FROM agentvm.exec('$there', 'for i in {1..80000}; do printf "\\352\\260\\200"; done')}), $encoding eq 'SQL_ASCII' ? 240_000 : 80_000, "$encoding: nothing but that");
+	cmp_ok(time - $begin, '<', 10, "$encoding: quickly");
 	my $sent = $encoding eq 'SQL_ASCII' ? "SET client_encoding = 'SQL_ASCII'; " : "SET client_encoding = 'UTF8'; ";
 	is($node->safe_psql($db, $sent . qq{SELECT encode(stdout, 'hex') FROM agentvm.exec_bytes('$there', 'printf é\$X', env => '{"X": "é"}')}), 'c3a9c3a9', "$encoding: command and environment get there in UTF-8");
 	fails_with($node, qq{SET client_encoding = 'SQL_ASCII'; SELECT agentvm.exec('$there', E'echo \\377')}, '22021', undef, 'bytes that mean nothing', dbname => $db) if $encoding eq 'SQL_ASCII';
