@@ -331,15 +331,18 @@ announce_batch(EngineHost host)
 static void
 give_up(MemoryContext context)
 {
+	/* of its own: FreeErrorData() does not free all that an error in SQL brings */
+	MemoryContext own =
+		AllocSetContextCreate(context, "agentvm announcer's error", ALLOCSET_SMALL_SIZES);
 	ErrorData *error;
 	TimestampTz now = GetCurrentTimestamp();
 
 	HOLD_INTERRUPTS();
 	disable_all_timeouts(false);
-	MemoryContextSwitchTo(context);
+	MemoryContextSwitchTo(own);
 	error = CopyErrorData();
 	AbortCurrentTransaction();
-	MemoryContextSwitchTo(context);
+	MemoryContextSwitchTo(own);
 	FlushErrorState();
 	if (now >= announcer.complained_at + COMPLAIN_EVERY_US)
 	{
@@ -349,7 +352,8 @@ give_up(MemoryContext context)
 					  errdetail("Whoever listens has to read the tables. This is told once a "
 								"minute at most.")));
 	}
-	FreeErrorData(error);
+	MemoryContextSwitchTo(context);
+	MemoryContextDelete(own);
 	announce_forget();
 	announcer.not_before = now + ERROR_PAUSE_US;
 	RESUME_INTERRUPTS();
