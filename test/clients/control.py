@@ -157,7 +157,7 @@ class Command:
             self.signal(signal.SIGKILL)
             self.process.wait()
         for thread in self.readers:
-            thread.join(1)
+            thread.join(30)
         with changed:
             code = self.process.returncode
             self.exit_code = 124 if self.timed_out else code if code >= 0 else 128 - code
