@@ -408,6 +408,9 @@ settle(Call *call, const HttpReply *reply)
 {
 	Answer answer;
 
+	/* libcurl repeats by itself what a kept connection has swallowed */
+	if (reply->sends > 1)
+		call->maybe_passed = call->broke = true;
 	switch (reply->status)
 	{
 		case 200:

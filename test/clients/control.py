@@ -32,7 +32,6 @@ MAX_UNREAD = 512 * 1024  # input that a command has not read yet
 
 STARTED = time.monotonic()
 lock = threading.RLock()
-changed = threading.Condition(lock)
 commands = {}
 uploads = {}
 files = {}
@@ -97,6 +96,7 @@ class Command:
         self.started, self.ended = time.monotonic(), None
         self.timed_out = self.killed = False
         self.owner = None
+        self.changed = threading.Condition()
         self.process = None
         if "tar" in header:
             self.exit_code, message = tar(header["tar"])
@@ -115,20 +115,20 @@ class Command:
         threading.Thread(target=self.watch, args=(header["timeout_ms"] / 1000,), daemon=True).start()
 
     def feed(self, data):
-        with changed:
+        with self.changed:
             room = MAX_UNREAD - len(self.input) if self.ended is None else len(data)
             self.input += data[:room]
             self.taken += len(data[:room])
-            changed.notify_all()
+            self.changed.notify_all()
 
     def write(self):
         sent = 0
         while True:
-            with changed:
+            with self.changed:
                 while not self.input and sent < self.total and self.ended is None:
-                    changed.wait()
+                    self.changed.wait()
                 data, self.input = self.input[:65536], self.input[65536:]
-                changed.notify_all()
+                self.changed.notify_all()
             try:
                 self.process.stdin.write(data)
                 self.process.stdin.flush()
@@ -138,16 +138,16 @@ class Command:
                 self.process.stdin.close()
             except (BrokenPipeError, ValueError):
                 pass
-            with changed:
+            with self.changed:
                 self.input, self.taken = b"", self.total
-                changed.notify_all()
+                self.changed.notify_all()
             return
 
     def read(self, which, file):
         while data := os.read(file.fileno(), 65536):
-            with changed:
+            with self.changed:
                 self.streams[which].add(data)
-                changed.notify_all()
+                self.changed.notify_all()
 
     def watch(self, timeout):
         try:
@@ -157,12 +157,12 @@ class Command:
             self.signal(signal.SIGKILL)
             self.process.wait()
         for thread in self.readers:
-            thread.join(1)
-        with changed:
+            thread.join(30)
+        with self.changed:
             code = self.process.returncode
             self.exit_code = 124 if self.timed_out else code if code >= 0 else 128 - code
             self.ended = time.monotonic()
-            changed.notify_all()
+            self.changed.notify_all()
 
     def signal(self, number):
         try:
@@ -270,8 +270,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def gone(self):
         """Whether the other side has hung up while we have nothing to say."""
-        readable, _, _ = select.select([self.request], [], [], 0)
-        return bool(readable) and not self.request.recv(1, socket.MSG_PEEK)
+        poll = select.poll()
+        poll.register(self.request, select.POLLIN)
+        return bool(poll.poll(0)) and not self.request.recv(1, socket.MSG_PEEK)
 
     def handle(self):
         while True:
@@ -362,10 +363,10 @@ class Handler(socketserver.BaseRequestHandler):
         while not self.done(command, header) and time.monotonic() < end:
             if self.gone():
                 return None
-            with changed:
+            with command.changed:
                 if not self.done(command, header):
-                    changed.wait(0.01)
-        with lock:
+                    command.changed.wait(max(0, min(0.1, end - time.monotonic())))
+        with command.changed:
             return command.answer(header)
 
     @staticmethod
@@ -378,14 +379,14 @@ class Handler(socketserver.BaseRequestHandler):
     def input(self, command, header, data):
         end = time.monotonic() + header.get("wait_ms", 0) / 1000
         while True:
-            with changed:
+            with command.changed:
                 known = command.taken - header["offset"]
                 before = command.taken
                 if 0 <= known < len(data):
                     command.feed(data[known:])
                 if command.taken > before or known >= len(data) or time.monotonic() >= end:
                     return {"taken": command.taken}, b""
-                changed.wait(0.01)
+                command.changed.wait(0.1)
             if self.gone():
                 return None
 
