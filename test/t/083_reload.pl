@@ -20,7 +20,7 @@ my $conf = $node->data_dir . '/postgresql.auto.conf';
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
 # ---- README, context, default ----
-my %unit = (ms => 1, s => 1000, min => 60000, h => 3600000, d => 86400000);
+my %unit = (ms => 1, s => 1000, min => 60000, h => 3600000, d => 86400000, kB => 1, MB => 1024);
 my %documented = slurp_file(dirname(__FILE__) . '/../../README.md') =~ /^\| `(agentvm\.\w+)` \| *(\S*?)`? *\|/mg;
 my %settings = map { my ($name, @rest) = split /\|/, $_, -1; ($name => \@rest) }
   split /\n/, sql("SELECT name, context, vartype, coalesce(unit, ''), boot_val, coalesce(min_val, '') FROM pg_settings WHERE name ~ '^agentvm\\.'");
@@ -28,7 +28,7 @@ is(join(' ', sort keys %documented), join(' ', sort keys %settings), 'the README
 foreach my $name (sort keys %settings)
 {
 	my ($context, undef, $unit, $default) = @{ $settings{$name} };
-	my ($number, $its_unit) = ($documented{$name} // '') =~ /^(\d+)([a-z]+)$/;
+	my ($number, $its_unit) = ($documented{$name} // '') =~ /^(\d+)([A-Za-z]+)$/;
 	is($context, 'sighup', "$name can be reloaded");
 	is($number ? $number * $unit{$its_unit} : ($documented{$name} // '') =~ s/`//gr, $unit ? $default * $unit{$unit} : $default, 'its default is that of the README');
 }

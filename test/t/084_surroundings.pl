@@ -57,7 +57,7 @@ sub lives
 	$faults->reset;
 	note($name);
 
-	$ok->("SELECT agentvm.create_team($team, 'ec2', '{\"max_sessions\": 5}'), agentvm.add_member($team, 'alice'), agentvm.create_profile('vm', 'ec2', runtime => true, heartbeat_timeout => '1 s'), agentvm.create_profile('plain', 'ec2', runtime => false)", 'a team');
+	$ok->("SELECT agentvm.create_team($team, 'ec2', '{\"max_sessions\": 5}'), agentvm.add_member($team, 'alice'), agentvm.create_profile('vm', 'ec2', runtime => true, heartbeat_timeout => '2 s'), agentvm.create_profile('plain', 'ec2', runtime => false)", 'a team');
 	$ok->("SELECT agentvm.set_provider($team, 'ec2', $options, $secrets)", 'its secrets');
 	my $session = $ok->("SELECT agentvm.provision($team, $agent, 'vm', tags => '{\"a\": 1}', env => $env)", 'provision()', 'alice');
 	return if !$session;
