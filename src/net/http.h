@@ -31,7 +31,7 @@ typedef struct HttpCall HttpCall;
 typedef struct HttpRequest
 {
 	const char *method;		  /* "GET", "POST" */
-	const char *url;		  /* http:// only with agentvm.allow_insecure_endpoints, checked here */
+	const char *url;		  /* http:// only with agentvm.allow_insecure_endpoints or metadata */
 	List *headers;			  /* of char *, "Name: value"; no secret */
 	const char *body;		  /* NULL: none */
 	size_t body_len;		  /* bytes */
@@ -39,7 +39,9 @@ typedef struct HttpRequest
 	const Secret *access_key; /* with sigv4 */
 	const Secret *secret_key; /* with sigv4 */
 	const Secret *session_token; /* X-Amz-Security-Token, or NULL */
-	const char *ca_file;		 /* NULL: the system's authorities */
+	bool metadata; /* the machine's own metadata service: without TLS by nature, past any proxy */
+	const Secret *metadata_token; /* X-aws-ec2-metadata-token, or NULL */
+	const char *ca_file;		  /* NULL: the system's authorities */
 	int timeout_ms; /* whole call; 0: 30 s; the engine lowers it to two thirds of the lease */
 } HttpRequest;
 
