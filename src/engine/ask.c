@@ -74,9 +74,10 @@ fetch_login(Ask *asked, const LoginRef *ref)
 	{
 		call_for_login(asked, ref);
 	}
-	PG_FINALLY();
+	PG_CATCH();
 	{
 		login_abandon(asked);
+		PG_RE_THROW();
 	}
 	PG_END_TRY();
 }

@@ -623,13 +623,13 @@ take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 
 /* Take a login further: begin it ("act" is NULL), or with the answer to its last call. */
 static void
-step_login(Engine *engine, const LoginRef *ref, Act *act)
+step_login(Engine *engine, LoginRef ref, Act *act)
 {
 	DbScope scope;
 	HttpRequest *request;
 
 	begin_batch(engine, &scope);
-	request = login_step(ref, act != NULL ? act->reply : NULL, engine);
+	request = login_step(&ref, act != NULL ? act->reply : NULL, engine);
 	commit_batch(engine, &scope);
 	if (act != NULL)
 	{
@@ -643,7 +643,7 @@ step_login(Engine *engine, const LoginRef *ref, Act *act)
 
 		act = MemoryContextAllocZero(context, sizeof(Act));
 		act->context = context;
-		act->fetches = *ref;
+		act->fetches = ref;
 		act->provider = "";
 		send_request(engine, act, request);
 	}
@@ -663,13 +663,13 @@ run_logins(Engine *engine)
 		Act *act = dlist_container(Act, node, iter.cur);
 
 		if (login_state(&act->waits_for) == LOGIN_WANTED)
-			step_login(engine, &act->waits_for, NULL);
+			step_login(engine, act->waits_for, NULL);
 	}
 	while (!dlist_is_empty(&engine->login_answered))
 	{
 		Act *act = dlist_head_element(Act, node, &engine->login_answered);
 
-		step_login(engine, &act->fetches, act);
+		step_login(engine, act->fetches, act);
 	}
 	dlist_foreach_modify(iter, &engine->waiting)
 	{

@@ -297,24 +297,12 @@ find_login(const SessionRow *row, const Provider *provider, ProviderOp op,
 	login_find(provider, &context, found);
 }
 
-/*
- * Whether a reply is worth another try with a new login: then the call counts as one
- * that was never answered, and the next step repeats it from the handle.
- */
+/* Whether a reply says that the call's login has expired, and the call is worth another try with a new one. */
 static bool
-login_has_expired(const SessionRow *row, const Provider *provider, const HttpReply *reply,
-				  const TurnCall *call)
+login_has_expired(const Provider *provider, const HttpReply *reply, const TurnCall *call)
 {
-	ProviderStep step = {0};
-
-	if (provider == NULL || reply == NULL || call->login.id == 0 || call->again ||
-		!provider->login_expired(reply))
-		return false;
-	login_forget(&call->login);
-	step.error_class = CLASS_CREDENTIALS;
-	shared_count_call(row->provider, call->operation, step.error_class, reply->millis);
-	log_call(row, call->operation, reply, &step, "the login has expired: once more with a new one");
-	return true;
+	return provider != NULL && reply != NULL && call->login.id != 0 && !call->again &&
+		   provider->login_expired(reply);
 }
 
 /* Whether something of the boot is left that is to be taken away. */
@@ -343,13 +331,6 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 
 	memset(result, 0, sizeof(*result));
 	result->call.again = call != NULL && reply == NULL && call->again;
-	if (login_has_expired(row, provider, reply, call))
-	{
-		reply = NULL;
-		operation = NULL;
-		mutates = false;
-		result->call.again = true;
-	}
 	/* a row of other tooling, older than the constraint that would refuse to write it back */
 	if (row->state == STATE_TERMINATING && row->end_reason == NULL)
 		row->end_reason = pstrdup("requested");
@@ -361,6 +342,7 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 		LoginFound login;
 		char *error = NULL;
 		bool needs_login = false;
+		bool expired = login_has_expired(provider, reply, call);
 		bool launched;
 		bool unavailable;
 		bool placed = true;
@@ -457,8 +439,17 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 		operation = NULL;
 		mutates = false;
 
+		if (expired)
+		{
+			login_forget(&call->login);
+			result->call.again = true;
+		}
+
 		if ((op == OP_PROVISION || op == OP_TIDY) && row->state == STATE_TERMINATING)
 			continue; /* the reply has been taken in; now end it */
+
+		if (expired && step.kind == STEP_FAILED)
+			continue; /* the step has taken in the refusal; now once more, with a new login */
 
 		if (step.kind == STEP_REQUEST && needs_login)
 		{

@@ -40,7 +40,7 @@
 #define ROLES_PATH "/latest/meta-data/iam/security-credentials/"
 
 #define MARGIN_US (5 * 60 * INT64CONST(1000000)) /* before they expire, credentials count as old */
-#define LEAST_US (60 * INT64CONST(1000000))		 /* but not right away, whatever our clock says */
+#define LEAST_US (10 * INT64CONST(1000000))		 /* but not right away, whatever our clock says */
 #define LONGEST_S (12 * 3600)
 #define ROLE_S 3600		/* the most that a role which was assumed by a role may have */
 #define ROLE_ONCE_S 900 /* the least that there is: for a question */

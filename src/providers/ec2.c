@@ -434,21 +434,31 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 	Ec2Progress *progress = &step->progress;
 	const HttpReply *reply = step->reply;
 	bool confirming = progress->phase != NULL && strcmp(progress->phase, "confirm") == 0;
+	bool refused = progress->phase != NULL && strcmp(progress->phase, "refused") == 0;
 	AwsError error;
 	XmlDoc *doc;
 	char *state;
 
 	if (reply == NULL)
 	{
-		if (confirming)
+		if (confirming || refused)
 			ec2_send_describe(step, vm_id);
 		else
 			send_terminate(step, vm_id);
 		return;
 	}
 
-	step->out->operation = confirming ? DESCRIBE : TERMINATE;
+	step->out->operation = confirming || refused ? DESCRIBE : TERMINATE;
 	error = aws_judge(reply);
+	if (!confirming && !refused && error.class != CLASS_NONE &&
+		strcmp(error.code, "UnauthorizedOperation") == 0)
+	{
+		/* one that has ended loses its tags, by which a policy tells which are ours */
+		ec2_note_error(step, &error);
+		enter_phase(progress, "refused");
+		ec2_send_describe(step, vm_id);
+		return;
+	}
 	if (error.class != CLASS_NONE && strcmp(error.code, NOT_FOUND_CODE) != 0)
 	{
 		progress->looks = 0; /* not-found looks count in a row only */
@@ -457,7 +467,7 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 	}
 	doc = error.class == CLASS_NONE ? ec2_parse(step) : NULL;
 
-	if (!confirming)
+	if (!confirming && !refused)
 	{
 		state = xml_text(doc, "//instancesSet/item/currentState/name");
 		if (error.class == CLASS_NONE && state == NULL)
@@ -480,6 +490,13 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 		look_failed(step);
 	else if (strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0)
 		step->out->kind = STEP_DONE;
+	else if (refused)
+	{
+		progress->phase = NULL;
+		step->out->operation = TERMINATE;
+		ec2_fail(step, CLASS_CREDENTIALS, "UnauthorizedOperation",
+				 "the instance lives, but ending it is not allowed");
+	}
 	else
 		send_terminate(step, vm_id);
 }

@@ -42,7 +42,7 @@ typedef struct Ec2Progress
 	int64 looks;	/* fruitless looks for an instance */
 	int64 look_at;	/* epoch ms at which the last look-up by tag was sent */
 	const char *
-		phase; /* of OP_TERMINATE: NULL, "confirm", "lookup", "parameter"; of OP_PROVISION: NULL, PUT_PHASE */
+		phase; /* of OP_TERMINATE: NULL, "confirm", "refused", "lookup", "parameter"; of OP_PROVISION: NULL, PUT_PHASE */
 	const char *vm_id;
 	const char *region;
 

@@ -56,6 +56,9 @@ sub terminate { my ($self, @ids) = @_; return $self->run('terminate', @ids); }
 # Keys of a user who may only do these: $moto->user('ec2:DescribeInstances')
 sub user { my ($self, @actions) = @_; return $self->run('user', @actions); }
 
+# A role that may only do these; its ARN
+sub role { my ($self, $name, @actions) = @_; return $self->run('role', $name, @actions) =~ s/\s+$//r; }
+
 # Forget all instances. The keys, subnets and groups are new ones: call set_ec2 again
 sub reset { my ($self) = @_; $self->{cloud} = $self->run('reset'); return; }
 
