@@ -35,9 +35,9 @@ typedef struct TurnCall
 /* What a turn found to do. */
 typedef struct TurnResult
 {
-	HttpRequest *request;  /* to be sent after commit, or NULL */
-	TurnCall call;		   /* with request */
-	LoginRef wait_for;	   /* without: the next turn is to come when this login is over; id 0: none */
+	HttpRequest *request; /* to be sent after commit, or NULL */
+	TurnCall call;		  /* with request */
+	LoginRef wait_for; /* without: the next turn is to come when this login is over; id 0: none */
 	ErrorClass last_class; /* how the last answer was, for throttling */
 } TurnResult;
 

@@ -4,11 +4,12 @@ use warnings;
 use AgentVM::EC2;
 use AgentVM::Metadata;
 use AgentVM::Test;
-use IPC::Run qw(run);
+use IPC::Run;
 use JSON::PP;
 use MIME::Base64;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(sleep time);
 
 my $certificate = "-----BEGIN CERTIFICATE-----\n" . ('A' x 63 . "\n") x 12 . "-----END CERTIFICATE-----\n";
 my $ca = PostgreSQL::Test::Utils::tempdir('ca') . '/ca.pem';
@@ -30,7 +31,17 @@ sub report
 	return as_gateway($node, 'SELECT agentvm.bootstrap(' . bytea_hash($token) . ', ' . bytea_hash($name) . ", 'boot-1')");
 }
 # The files of a payload
-sub files { my ($payload) = @_; my %files; while ($payload =~ /\G0600 (\S+) (\d+)\n((?:.*\n){$2})/gc) { $files{$1} = $3; } return \%files; }
+sub files
+{
+	my (@lines) = split /^/, $_[0];
+	my %files;
+	while (@lines)
+	{
+		my ($path, $count) = shift(@lines) =~ /^0600 (\S+) (\d+)$/ or return { error => 'no payload' };
+		$files{$path} = join '', splice @lines, 0, $count;
+	}
+	return \%files;
+}
 sub token_in { my ($put) = @_; return files(decode_base64($put->{args}{Value}))->{'/etc/agentvm/runtime.env'} =~ /^AGENTVM_BOOTSTRAP_TOKEN=(\w{64})$/m ? $1 : undef; }
 
 # ---- options ----
@@ -58,7 +69,7 @@ unlike(one("SELECT s::text || (SELECT string_agg(e::text, ' ') FROM agentvm.sess
 
 # ---- its boot: the real script, with /etc and the commands of the system replaced ----
 my $keys = $moto->run('call', 'sts', 'assume_role', encode_json({ RoleArn => $moto->role('vm', 'ssm:GetParameter'), RoleSessionName => 'vm' }))->{Credentials};
-my $machine = AgentVM::Metadata->new(role => undef);
+my $machine = AgentVM::Metadata->new(role => undef);    # it comes a moment later
 my $box = PostgreSQL::Test::Utils::tempdir('vm');
 mkdir "$box/bin";
 foreach my $command (qw(shutdown systemctl poweroff nohup))
@@ -66,10 +77,8 @@ foreach my $command (qw(shutdown systemctl poweroff nohup))
 	append_to_file("$box/bin/$command", "#!/bin/bash\necho $command \"\$*\" >>$box/ran\n");
 	chmod 0755, "$box/bin/$command";
 }
-# the role comes a moment after the machine
-append_to_file("$box/bin/sleep", "#!/bin/bash\necho slept >>$box/ran\n");
-chmod 0755, "$box/bin/sleep";
 
+# Begin to boot with a script; it answers with what it complains of
 sub boot
 {
 	my ($text, @shell) = @_;
@@ -79,15 +88,15 @@ sub boot
 	local $ENV{PATH} = "$box/bin:$ENV{PATH}";
 	local $ENV{AWS_EC2_METADATA_SERVICE_ENDPOINT} = $machine->endpoint;
 	local $ENV{AWS_ENDPOINT_URL_SSM} = $faults->endpoint;
-	my $error;
-	run([ @shell, '-c', $here ], '<', \undef, '>', '/dev/null', '2>', \$error) or diag($error), return "failed: $error";
-	return $error;
+	my $said = '';
+	return IPC::Run::start([ @shell, '-c', $here ], '<', \undef, '>', '/dev/null', '2>', \$said, IPC::Run::timeout(120)), \$said;
 }
-my $booted = IPC::Run::start(sub { print boot($script, 'dash', '-eu'); exit 0 }, '>', \my $said, '2>', \my $complained);
+my ($boot, $complaint) = boot($script, 'dash', '-eu');
 my $end = time + 60;
-while ($said !~ /./ && time < $end && !grep { $_->{path} =~ /security-credentials/ && $_->{status} == 404 } $machine->requests) { $booted->pump_nb; select undef, undef, undef, 0.05; }
+while (time < $end && !grep { $_->{path} =~ /security-credentials/ && $_->{status} == 404 } $machine->requests) { $boot->pump_nb; sleep 0.05; }
 $machine->set(role => 'vm', document => AgentVM::Metadata::role_document($keys));
-$booted->finish;
+ok($boot->finish, 'the boot script runs');
+my $said = $$complaint;
 like($said, qr/^(agentvm: could not read parameter \Q${\ name_of($session)}\E: HTTPError\n)+$/, 'the VM asks until its role is there, and says so');
 my %value = map { split /=/, $_, 2 } split /\n/, slurp_file("$box/etc/agentvm/runtime.env");
 is($value{AGENTVM_BOOTSTRAP_TOKEN}, $token, 'the token has arrived');
@@ -98,7 +107,9 @@ ok(!-e "$box/etc/agentvm/parameter", 'where it was is not kept');
 like(slurp_file("$box/ran"), qr/^shutdown -P.*^systemctl restart --no-block agentvm-runtime.service$/ms, 'the power-off is armed first, the runtime started last');
 is(scalar(grep { $_->{action} eq 'GetParameter' && $_->{status} == 200 } $faults->requests), 1, 'it was read by a signed call, once');
 unlink "$box/etc/agentvm/runtime.env";
-is(boot($script, 'bash', '-euo', 'pipefail'), '', 'bash does the same');
+($boot, $complaint) = boot($script, 'bash', '-euo', 'pipefail');
+ok($boot->finish, 'bash runs it, too');
+is($$complaint, '', 'without a complaint, now that the role is there');
 ok(-e "$box/etc/agentvm/runtime.env", 'with the same files');
 
 # ---- gone once the runtime has reported ----
@@ -199,8 +210,7 @@ $faults->clear;
 
 # who may not write: no parameter, and an end that does not wait for the right to delete it
 my $may_not = $moto->user('ec2:*', 'sts:*');
-ec2_team($node, 'poor', $moto, options => { %ssm, instance_profile => undef }, secrets => $may_not);
-set_ec2($node, 'poor', $moto, options => \%ssm, secrets => $may_not);
+ec2_team($node, 'poor', $moto, options => \%ssm, secrets => $may_not);
 $session = provision($node, 'poor');
 await_state($node, $session, 'failed');
 like(state_of($node, $session), qr/^failed invalid_credentials AccessDenied/, 'a refusal ends the session');
