@@ -50,10 +50,10 @@
 typedef enum ProviderOp
 {
 	OP_PROVISION, /* make the VM and see it running */
-	OP_TIDY,	  /* take away what AVM_BOOT_LEFT tells of; never ends a session */
 	OP_TERMINATE, /* end it; a VM that is gone already is success */
 	OP_INSPECT,	  /* what the provider says now; result is jsonb */
-	OP_CHECK	  /* are the credentials good? read-only; result is jsonb; no session */
+	OP_CHECK,	  /* are the credentials good? read-only; result is jsonb; no session */
+	OP_TIDY		  /* take away what AVM_BOOT_LEFT tells of; never ends a session */
 } ProviderOp;
 
 /* The session as a provider sees it. Strings are NULL where not known. */

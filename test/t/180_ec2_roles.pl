@@ -3,6 +3,7 @@ use strict;
 use warnings;
 use AgentVM::Client;
 use AgentVM::EC2;
+use AgentVM::Process;
 use AgentVM::Test;
 use JSON::PP;
 use POSIX qw(strftime);
@@ -306,6 +307,23 @@ for my $secret ($keys->{SecretAccessKey}, $keys->{SessionToken}, $base->{secret_
 	log_lacks($node, $secret, 'no secret in the log');
 	unlike(one("SELECT string_agg(s::text, ' ') || (SELECT string_agg(e::text, ' ') FROM agentvm.session_event e) FROM agentvm.session s"), qr/\Q$secret\E/, 'nor in a table');
 }
+# what is known is in the dispatcher's memory, and nowhere; what has expired is wiped
+SKIP:
+{
+	my $dispatcher = one('SELECT pid FROM agentvm.stat_dispatcher');
+	skip 'this kernel does not show the memory of other processes', 3 unless defined AgentVM::Process::memory_of($dispatcher, 'p');
+	my $known = sub { my ($secret) = @_; return index(AgentVM::Process::memory_of($dispatcher, 'p'), $secret) >= 0; };
+	my $brief = canned(300 + 20);
+	team('memory', arn => $moto->role('memory', @all));
+	launch($node, 'memory', 'ready');
+	ok($known->($brief->{SessionToken}), 'a login is in memory as long as it is good');
+	# connections that are not used hold keys for some seconds, too
+	my $end = time + 60;
+	sleep 0.5 while ($known->($brief->{SessionToken}) || $known->($brief->{SecretAccessKey})) && time < $end;
+	ok(!$known->($brief->{$_}), "and wiped afterwards: its $_") for qw(SecretAccessKey SessionToken);
+	$faults->clear;
+}
+
 one("SELECT agentvm.terminate(session_id) FROM agentvm.sessions WHERE ended_at IS NULL");
 hurry_until($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0);
 is(scalar $moto->running, 0, 'nothing runs');
