@@ -45,9 +45,10 @@ sub memory_of
 	my $text = '';
 	open(my $maps, '<', "/proc/$pid/maps") or return;
 	open(my $memory, '<:raw', "/proc/$pid/mem") or return;
-	while (<$maps>)
+	while (my $line = <$maps>)
 	{
-		my ($from, $to) = /^([0-9a-f]+)-([0-9a-f]+) rw.$how / or next;
+		no warnings 'portable';
+		my ($from, $to) = $line =~ /^([0-9a-f]+)-([0-9a-f]+) rw.$how / or next;
 		return if hex($to) - hex($from) > 1 << 40;    # the shadow of AddressSanitizer: nobody reads terabytes
 		sysseek($memory, hex $from, 0) or next;
 		for (my $left = hex($to) - hex($from); $left > 0;)
