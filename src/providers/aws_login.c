@@ -23,7 +23,7 @@
 #include "agentvm.h"
 
 #include "lib/stringinfo.h"
-#include "utils/fmgrprotos.h"
+#include "utils/datetime.h"
 #include "utils/timestamp.h"
 
 #include "net/aws.h"
@@ -156,6 +156,22 @@ aws_login_expired(const HttpReply *reply)
 	return error.class != CLASS_NONE && aws_code_is_expired(error.code);
 }
 
+/* "2026-01-31T12:34:56Z", or DT_NOEND where it is no such thing. */
+static TimestampTz
+read_time(const char *text)
+{
+	int year, month, day, hour, minute, second;
+
+	if (text == NULL ||
+		sscanf(text, "%4d-%2d-%2dT%2d:%2d:%2d", &year, &month, &day, &hour, &minute, &second) !=
+			6 ||
+		year < 1970 || month < 1 || month > 12 || day < 1 || day > 31 || hour < 0 || hour > 23 ||
+		minute < 0 || minute > 59 || second < 0 || second > 60)
+		return DT_NOEND;
+	return (date2j(year, month, day) - POSTGRES_EPOCH_JDATE) * USECS_PER_DAY +
+		   hour * USECS_PER_HOUR + minute * USECS_PER_MINUTE + second * USECS_PER_SEC;
+}
+
 /*
  * Until when credentials may be used for new calls: "expires" as AWS has it, and
  * at most so many seconds from now, since the clocks may differ.
@@ -163,13 +179,8 @@ aws_login_expired(const HttpReply *reply)
 static TimestampTz
 good_until(const LoginContext *context, const char *expires, int64 longest_s)
 {
-	TimestampTz until = context->now + longest_s * INT64CONST(1000000);
+	TimestampTz until = Min(context->now + longest_s * USECS_PER_SEC, read_time(expires));
 
-	if (expires != NULL && strlen(expires) < 40 && strspn(expires, "0123456789") == 4 &&
-		strspn(expires, "0123456789-:.TZ") == strlen(expires))
-		until = Min(until, DatumGetTimestampTz(DirectFunctionCall3(
-							   timestamptz_in, CStringGetDatum(expires),
-							   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1))));
 	return Max(until - MARGIN_US, context->now + LEAST_US);
 }
 
