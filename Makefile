@@ -90,7 +90,7 @@ install-gateway: gateway
 
 # The runtime: a static program, so that it runs in any image. It calls nothing of what libc.c stands in for
 RUNTIME = src/runtime/agentvm-runtime
-runtime_libraries = -lwebsockets -lcares -ljansson -lssl -lcrypto -lcap -lz
+runtime_libraries = -lwebsockets -lcares -ljansson -lssl -lcrypto -lcap -larchive -lacl -lz
 .PHONY: runtime install-runtime
 runtime: $(RUNTIME)
 $(RUNTIME): $(wildcard src/runtime/*.[ch] src/common/*.[ch]) src/protocol.h src/agentvm.h
@@ -101,19 +101,22 @@ install-runtime: runtime
 	$(INSTALL) -s -m 755 $(RUNTIME) '$(DESTDIR)$(bindir)/'
 
 # What is fuzzed outside of a server, each a program of its own with libFuzzer in it: see test/fuzz/run
-FUZZERS = $(addprefix tmp_fuzz/,gateway_http gateway_channel runtime_answer mux)
+FUZZERS = $(addprefix tmp_fuzz/,gateway_http gateway_channel gateway_control runtime_answer mux tar)
 fuzz_flags = -std=gnu11 -D_GNU_SOURCE -g -O1 -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 .PHONY: fuzzers
 fuzzers: $(FUZZERS)
 tmp_fuzz/gateway_%: test/fuzz/gateway.c $(filter-out %/main.c,$(wildcard src/gateway/*.[ch])) $(wildcard src/common/*.[ch]) src/protocol.h
 	@mkdir -p $(@D)
 	clang $(fuzz_flags) -DTARGET_$* -rdynamic -o $@ $(filter %.c,$^) $(gateway_flags)
-tmp_fuzz/runtime_answer: test/fuzz/runtime_answer.c src/runtime/answer.c src/runtime/answer.h
+tmp_fuzz/runtime_answer: test/fuzz/runtime_answer.c src/runtime/answer.c src/runtime/answer.h src/protocol.h
 	@mkdir -p $(@D)
 	clang $(fuzz_flags) -o $@ $(filter %.c,$^) -ljansson
 tmp_fuzz/mux: test/fuzz/mux.c src/common/mux.c src/common/mux.h src/protocol.h
 	@mkdir -p $(@D)
 	clang $(fuzz_flags) -o $@ $(filter %.c,$^)
+tmp_fuzz/tar: test/fuzz/tar.c src/runtime/tar.c src/runtime/tar.h src/runtime/files.c src/runtime/files.h src/common/log.c src/common/log.h
+	@mkdir -p $(@D)
+	clang $(fuzz_flags) -o $@ $(filter %.c,$^) -larchive -ljansson
 
 # Tests. The databases' name is fixed, since agentvm.databases in test/temp.conf names it.
 TREE = $(CURDIR)/tmp_install
@@ -142,10 +145,10 @@ check-tap: tree
 		AGENTVM_VENV=$${AGENTVM_VENV:-$$(test/lib/env.sh venv)} \
 		prove -I $(top_srcdir)/src/test/perl -I test/lib $(PROVE_FLAGS) $(PROVE_TESTS))
 
-# Style and static checks
+# Style and static checks; compilers get no -o /dev/null, which as root they may replace
 c_sources = $(wildcard src/*.c src/*/*.c test/modules/*.c test/sanitize/*.c test/fuzz/*.c test/clients/*.c)
 scripts = $(shell find .ci test infra -type f -exec awk 'FNR == 1 && /^\#!.*bash/ { print FILENAME } { nextfile }' {} +)
-strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -c -o /dev/null \
+strict = -O2 $(warnings) -Wmissing-prototypes -Wpointer-arith -Wvla -Werror -S -o - \
 	$(subst -I$(includedir_server),-isystem $(includedir_server),$(CPPFLAGS)) -isystem $(shell $(PG_CONFIG) --includedir)
 
 format:
@@ -155,7 +158,7 @@ lint: lint-format lint-gcc lint-clang lint-cppcheck lint-scripts
 lint-format:
 	@clang-format --dry-run --Werror $(c_sources) $(wildcard src/*.h src/*/*.h)
 lint-gcc lint-clang: lint-%:
-	@printf '%s\n' $(c_sources) | xargs -P2 -I{} $* $(if $(filter gcc,$*),$(strict) -Wshadow=compatible-local,$(strict) -Wshadow) {}
+	@printf '%s\n' $(c_sources) | xargs -P2 -I{} $* $(if $(filter gcc,$*),$(strict) -Wshadow=compatible-local,$(strict) -Wshadow) {} >/dev/null
 lint-cppcheck:
 	@cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability --inline-suppr --suppress=varFuncNullUB --std=c99 \
 		--library=test/cppcheck.cfg -Isrc $(c_sources)

@@ -14,6 +14,13 @@ ALTER TABLE agentvm.session_heartbeat ADD COLUMN gateway_id text;
 COMMENT ON COLUMN agentvm.session_heartbeat.gateway_id IS 'the gateway that holds the session''s channel, as last heard';
 COMMENT ON COLUMN agentvm.gateway.control_address IS 'where backends reach its control listener: unix:/path/of/socket or https://host:port; NULL: commands do not pass through it';
 
+-- Backends go where control_address says: only administrators set it.  Until now gateways could, too, and nothing used it.
+REVOKE INSERT, UPDATE, DELETE ON agentvm.gateway FROM agentvm_gateway;
+GRANT INSERT (gateway_id) ON agentvm.gateway TO agentvm_gateway;
+UPDATE agentvm.gateway SET control_address = NULL;
+ALTER TABLE agentvm.gateway ADD CONSTRAINT control_address_is_sound CHECK (control_address ~ '^unix:/[!-~]{1,99}$'
+	OR control_address ~ '^https?://([A-Za-z0-9][A-Za-z0-9.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):[1-9][0-9]{0,4}$');
+
 -- by agentvm.run(): the backend without which the session is not needed any more
 ALTER TABLE agentvm.session ADD COLUMN bound_pid int, ADD COLUMN bound_start timestamptz;
 CREATE INDEX session_bound ON agentvm.session (bound_pid) WHERE bound_pid IS NOT NULL AND ended_at IS NULL;

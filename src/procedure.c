@@ -27,14 +27,21 @@ require_no_transaction_block(FunctionCallInfo fcinfo, const char *procedure)
 }
 
 Datum
-procedure_result(FunctionCallInfo fcinfo, Datum value)
+procedure_row(FunctionCallInfo fcinfo, Datum *values, bool *nulls)
 {
 	TupleDesc desc;
-	bool isnull = false;
 
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
-		elog(ERROR, "a procedure with an INOUT argument returns a row");
-	return HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), &value, &isnull));
+		elog(ERROR, "a procedure with INOUT arguments returns a row");
+	return HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls));
+}
+
+Datum
+procedure_result(FunctionCallInfo fcinfo, Datum value)
+{
+	bool isnull = false;
+
+	return procedure_row(fcinfo, &value, &isnull);
 }
 
 void

@@ -19,6 +19,9 @@ extern void require_no_transaction_block(FunctionCallInfo fcinfo, const char *pr
 /* The row that a procedure with exactly one INOUT argument returns; palloc'd. */
 extern Datum procedure_result(FunctionCallInfo fcinfo, Datum value);
 
+/* The same with as many as there are values. */
+extern Datum procedure_row(FunctionCallInfo fcinfo, Datum *values, bool *nulls);
+
 /*
  * Begin the materialized result of a set-returning function: rows, or single
  * values, are then put into rsinfo->setResult. Raises 0A000 where no set can be

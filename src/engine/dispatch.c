@@ -18,6 +18,7 @@
 #include "db.h"
 #include "engine/engine.h"
 #include "engine/identity.h"
+#include "engine/sweep.h"
 #include "engine/wake.h"
 #include "procedure.h"
 #include "utils/memutils.h"
@@ -50,6 +51,7 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 	int claimed = 0;
 	TimestampTz last_claim_at = GetCurrentTimestamp();
 	Engine *engine;
+	DbScope scope;
 
 	if (limit <= 0)
 		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -65,6 +67,11 @@ agentvm_dispatch(PG_FUNCTION_ARGS)
 	engine = engine_create(PortalContext, NULL, LANE_HTTP, host);
 
 	(void) engine_reclaim(engine);
+	begin();
+	db_enter(&scope);
+	(void) sweep_bound(limit);
+	db_leave(&scope);
+	commit();
 	for (;;)
 	{
 		bool idle = engine_in_flight(engine) == 0;

@@ -152,6 +152,19 @@ extension_is_ready(IdentityState *identity)
 	return ready && *identity == IDENTITY_IN_ORDER;
 }
 
+/* End what backends have left behind. */
+static void
+end_unbound(void)
+{
+	DbScope scope;
+
+	begin();
+	db_enter(&scope);
+	(void) sweep_bound(avm_batch_size);
+	db_leave(&scope);
+	commit();
+}
+
 /* What is done once per sweep_interval. */
 static void
 periodic(Engine *engine, int lane)
@@ -168,11 +181,12 @@ periodic(Engine *engine, int lane)
 	(void) sweep_heartbeat(avm_batch_size);
 	db_leave(&scope);
 	commit();
+	end_unbound();
 }
 
 /* One round: everything that can be done now. Returns when to look again. */
 static TimestampTz
-pass(Engine *engine, int lane, TimestampTz *next_periodic)
+pass(Engine *engine, DispatcherSlot *slot, int lane, TimestampTz *next_periodic)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
@@ -181,6 +195,8 @@ pass(Engine *engine, int lane, TimestampTz *next_periodic)
 		*next_periodic = now + avm_sweep_interval_ms * INT64CONST(1000);
 		periodic(engine, lane);
 	}
+	if (shared_take_unbound(slot))
+		end_unbound();
 	engine_run(engine);
 	(void) engine_claim(engine, avm_batch_size);
 	return Min(engine_next_look(engine), *next_periodic);
@@ -287,13 +303,13 @@ agentvm_dispatcher_main(Datum arg)
 			if (task.lane == LANE_HTTP)
 			{
 				announce_begin(slot, host);
-				until = pass(engine, task.lane, &next_periodic);
+				until = pass(engine, slot, task.lane, &next_periodic);
 				until = Min(until, announce_changes(slot, host));
 				until = audit_work(slot, host, until);
 			}
 			else
 			{
-				until = pass(engine, task.lane, &next_periodic);
+				until = pass(engine, slot, task.lane, &next_periodic);
 				run_threads(slot);
 			}
 		}

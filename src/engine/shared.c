@@ -427,6 +427,42 @@ shared_announce(DispatcherSlot *slot)
 	return slot->announces;
 }
 
+bool
+shared_take_unbound(DispatcherSlot *slot)
+{
+	bool unbound;
+
+	/* set before our latch was */
+	if (!slot->unbound)
+		return false;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	unbound = slot->unbound;
+	slot->unbound = false;
+	LWLockRelease(shared->lock);
+	return unbound;
+}
+
+void
+shared_publish_unbound(void)
+{
+	int i;
+
+	if (shared == NULL)
+		return;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_WORKERS; i++)
+	{
+		DispatcherSlot *slot = &shared->slots[i];
+
+		if (slot->database != MyDatabaseId || slot->lane != LANE_HTTP || slot->pid == 0)
+			continue;
+		slot->unbound = true;
+		slot->sleeping_until = DT_NOBEGIN;
+		SetLatch(slot->latch);
+	}
+	LWLockRelease(shared->lock);
+}
+
 void
 shared_take_changed(DispatcherSlot *slot)
 {

@@ -37,6 +37,7 @@ typedef struct DispatcherSlot
 	Latch *latch;
 	bool serves;	/* runs, and the extension is there */
 	bool announces; /* the one of its database that does */
+	bool unbound;	/* a backend has left sessions behind that were bound to it */
 	bool changed;	/* some state has been changed by a commit since it last looked */
 	/*
 	 * The earliest next_check_at that somebody committed since this dispatcher
@@ -148,6 +149,9 @@ extern bool shared_announce(DispatcherSlot *slot);
  */
 extern const char *shared_gateway_channel(void);
 
+/* Whether slot->unbound was set; it is reset. */
+extern bool shared_take_unbound(DispatcherSlot *slot);
+
 /* Reset slot->changed; what is committed from here on sets it again. */
 extern void shared_take_changed(DispatcherSlot *slot);
 
@@ -169,6 +173,9 @@ extern bool shared_sleep_until(DispatcherSlot *slot, TimestampTz until);
  */
 extern void shared_publish(const TimestampTz due[NUM_LANES], const TimestampTz ahead[NUM_LANES],
 						   bool changed);
+
+/* Tell the dispatchers of the database that this backend leaves sessions behind that are bound to it. */
+extern void shared_publish_unbound(void);
 
 /* The condition variable that waiters of a session sleep on (shared by many sessions), or NULL. */
 extern ConditionVariable *shared_changed(const pg_uuid_t *session_id);

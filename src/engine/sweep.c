@@ -8,6 +8,11 @@
  * found here only: one scan of the narrow heartbeat table, then a second look
  * under the row lock, in a statement that sees beats committed meanwhile.
  *
+ * A session that is bound to a backend is of no use to anybody once that backend has
+ * gone, or has left the CALL that needed it in any way.  Who needs it holds a lock of the lock
+ * manager's, for his session (of client and server) but released by every abort; whoever
+ * gets that lock at once knows that nobody needs it.
+ *
  * A sweep writes its wish (state and reason) and makes the row due; it leaves
  * next_check_at alone while somebody holds a lease.
  *
@@ -19,6 +24,7 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "db.h"
+#include "engine/command_row.h"
 #include "engine/identity.h"
 #include "engine/shared.h"
 #include "engine/sweep.h"
@@ -138,6 +144,24 @@ static DbQuery forget_beats_query = {
 	"DELETE FROM agentvm.session_ending e WHERE session_id = ANY ($1) "
 	"AND (session_id IN (SELECT session_id FROM free) OR NOT EXISTS "
 	"(SELECT FROM agentvm.session_heartbeat h WHERE h.session_id = e.session_id))",
+	1,
+	{UUIDARRAYOID}};
+
+static DbQuery bound_query = {
+	"SELECT session_id FROM agentvm.session WHERE bound_pid IS NOT NULL AND ended_at IS NULL "
+	"AND state <> 'terminating' LIMIT $1",
+	1,
+	{INT8OID}};
+
+static const char *const bound_without[] = {"enable_seqscan", "enable_bitmapscan", "jit"};
+
+static DbQuery unbound_query = {
+	"WITH free AS MATERIALIZED (SELECT session_id FROM agentvm.session WHERE session_id = ANY ($1) "
+	"AND state NOT IN ('terminating', 'terminated', 'failed') FOR UPDATE SKIP LOCKED) "
+	"UPDATE agentvm.session s SET state = 'terminating', end_reason = 'requested', "
+	"detail = 'the backend that it was for needs it no more', retries = 0, next_check_at = "
+	"CASE WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "
+	"FROM free WHERE s.session_id = free.session_id RETURNING s.next_check_at, s.lane",
 	1,
 	{UUIDARRAYOID}};
 
@@ -263,6 +287,7 @@ sweep_heartbeat(int max_sessions)
 	bool isnull;
 
 	forget_beats();
+	commands_end(NULL);
 	values[0] = Int32GetDatum(GATEWAY_SILENT_S);
 	values[1] = TimestampTzGetDatum(shared_open_since());
 	db_run(&listening_query, values, NULL);
@@ -290,6 +315,67 @@ sweep_heartbeat(int max_sessions)
 	values[0] = floor;
 	values[1] = result_ids();
 	db_run(&silent_end_query, values, NULL);
+	return wake_for_result();
+}
+
+/* The lock of a bound session: two that share a name only hold up each other's sweep. */
+static void
+bound_tag(const pg_uuid_t *id, LOCKTAG *tag)
+{
+	Oid table = get_relname_relid("session", get_namespace_oid("agentvm", false));
+	uint32 high;
+	uint16 low;
+
+	/* the random part */
+	memcpy(&high, id->data + 10, sizeof(high));
+	memcpy(&low, id->data + 14, sizeof(low));
+	SET_LOCKTAG_OBJECT(*tag, MyDatabaseId, table, high, low);
+}
+
+void
+bound_hold(const pg_uuid_t *id)
+{
+	LOCKTAG tag;
+
+	bound_tag(id, &tag);
+	(void) LockAcquire(&tag, ShareLock, true, false);
+}
+
+void
+bound_release(const pg_uuid_t *id)
+{
+	LOCKTAG tag;
+
+	bound_tag(id, &tag);
+	(void) LockRelease(&tag, ShareLock, true);
+}
+
+int
+sweep_bound(int max_sessions)
+{
+	Datum values[1] = {Int64GetDatum(limit_of(max_sessions))};
+	Datum *ids;
+	int count = 0;
+	uint64 i;
+
+	db_plan_without(bound_without, lengthof(bound_without));
+	db_run(&bound_query, values, NULL);
+	ids = palloc(sizeof(Datum) * Max(SPI_processed, 1));
+	for (i = 0; i < SPI_processed; i++)
+	{
+		LOCKTAG tag;
+		bool isnull;
+
+		ids[count] = db_value(i, 1, &isnull);
+		bound_tag(DatumGetUUIDP(ids[count]), &tag);
+		if (LockAcquire(&tag, ExclusiveLock, false, true) != LOCKACQUIRE_NOT_AVAIL)
+			count++;
+	}
+	if (count == 0)
+		return 0;
+	values[0] =
+		PointerGetDatum(construct_array(ids, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	db_run(&unbound_query, values, NULL);
 	return wake_for_result();
 }
 
@@ -326,4 +412,4 @@ sweep_from_sql(FunctionCallInfo fcinfo, const char *function, int (*const *sweep
 SWEEP_FUNCTION(sweep_bootstrap, sweep_bootstrap)
 SWEEP_FUNCTION(sweep_heartbeat, sweep_heartbeat)
 SWEEP_FUNCTION(sweep_lifetime, sweep_lifetime)
-SWEEP_FUNCTION(sweep, sweep_lifetime, sweep_bootstrap, sweep_heartbeat)
+SWEEP_FUNCTION(sweep, sweep_lifetime, sweep_bootstrap, sweep_heartbeat, sweep_bound)

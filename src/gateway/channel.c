@@ -7,7 +7,9 @@
  */
 #include <jansson.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <utlist.h>
 
 #include "../common/log.h"
 #include "server_private.h"
@@ -15,6 +17,21 @@
 #define CLOSE_WAIT_S 3							  /* for the other side to hang up */
 #define FRAMES_PER_SECOND 20					  /* of one channel, with as much burst */
 #define WRITE_CLOSE ((enum lws_write_protocol) 4) /* the one that lws-write.h keeps back */
+
+#define FRAGMENT (32 * 1024) /* of a binary frame that is sent */
+#define MAX_INCOMING (PROTOCOL_MAX_MESSAGE + 4)
+#define MIN_PIECE 256 /* a fragment that comes counts as so many bytes at least */
+#define MAX_COST (2 * MAX_INCOMING)
+#define INCOMING_S 30 /* for all of a message to come */
+#define MAX_NOTES 1024
+#define MAX_PARTS 3 /* in which an end of a command comes */
+
+/* The end of a command, of which the runtime is to be told that it has been committed. */
+typedef struct Note
+{
+	struct Note *next;
+	char command[37];
+} Note;
 
 /* One WebSocket. */
 struct Channel
@@ -28,8 +45,16 @@ struct Channel
 	char out[96];	/* the one frame that is to be sent */
 	int close_code; /* then close with this */
 	bool is_closed;
+	bool is_cut;	  /* in the middle of a message, after which no text can be sent */
 	double allowance; /* frames that may come now */
 	uint64_t allowed_at;
+	ChannelCalls calls;
+	Note *notes; /* to be sent, as is the queue */
+	unsigned notes_count;
+	Buffer *queue;
+	Buffer *incoming; /* binary, and not whole yet */
+	size_t incoming_cost;
+	unsigned frame_parts;
 	size_t frame_len;
 	char frame[512];
 };
@@ -42,6 +67,68 @@ send_frame(Channel *channel, const char *text, int close_code)
 	snprintf(channel->out, sizeof(channel->out), "%s", text);
 	channel->close_code = close_code;
 	lws_callback_on_writable(channel->wsi);
+}
+
+void
+channel_push(Channel *channel, Buffer *message)
+{
+	const Peer *peer = lws_get_opaque_user_data(channel->wsi);
+
+	DL_APPEND(channel->queue, message);
+	/* the largest of answers, with what frames cost on the cable; and credit for the request */
+	if (peer != NULL && peer->is_vm)
+		vms_expect(channel->server->vms, peer->address,
+				   2 * MAX_INCOMING + (message->end - message->at));
+	lws_callback_on_writable(channel->wsi);
+}
+
+void
+channel_drop(Channel *channel, Buffer *message)
+{
+	DL_DELETE(channel->queue, message);
+}
+
+ChannelCalls *
+channel_calls(Channel *channel)
+{
+	return &channel->calls;
+}
+
+void
+channel_close(Channel *channel, int code)
+{
+	if (channel->close_code == 0)
+		send_frame(channel, "", code);
+}
+
+void
+channel_note(Channel *channel, const char *command)
+{
+	Note *note;
+
+	if (channel->close_code != 0)
+		return; /* it says so again on its next channel */
+	if (channel->notes_count == MAX_NOTES)
+	{
+		channel_close(channel, PROTOCOL_CLOSE_AWAY);
+		return;
+	}
+	note = calloc(1, sizeof(Note));
+	snprintf(note->command, sizeof(note->command), "%s", command);
+	LL_APPEND(channel->notes, note);
+	channel->notes_count++;
+	lws_callback_on_writable(channel->wsi);
+}
+
+/* It is not its session's any more: what it has under way is lost. */
+static void
+let_go(Channel *channel)
+{
+	channel->session = NULL;
+	channel->is_cut = channel->is_cut || (channel->queue != NULL && channel->queue->is_begun);
+	calls_lost(channel->server, channel);
+	buffer_free(channel->server, channel->incoming);
+	channel->incoming = NULL;
 }
 
 static int
@@ -73,10 +160,10 @@ channel_authenticated(void *arg, Outcome outcome, Session *session, const char *
 		return;
 	}
 	channel->session = session;
-	before = session_attach(session, channel);
+	before = session_attach(channel->server->sessions, session, channel);
 	if (before != NULL && before != channel)
 	{
-		before->session = NULL;
+		let_go(before);
 		send_frame(before, "", PROTOCOL_CLOSE_REPLACED);
 	}
 	send_frame(channel, "{\"type\": \"hello\"}", 0);
@@ -119,17 +206,19 @@ channel_ended(void *attached)
 {
 	Channel *channel = attached;
 
-	channel->session = NULL;
+	let_go(channel);
 	send_frame(channel, "{\"type\": \"gone\"}", PROTOCOL_CLOSE_GONE);
 }
 
-/* The gateway is to end: another one will do. */
+/* The gateway is to end: another one will do, once what is under way has been answered. */
 void
 channel_drain(void *attached)
 {
 	Channel *channel = attached;
 
-	send_frame(channel, "", PROTOCOL_CLOSE_AWAY);
+	channel->calls.drains = channel->calls.under_way > 0;
+	if (!channel->calls.drains)
+		channel_close(channel, PROTOCOL_CLOSE_AWAY);
 }
 
 /* A whole frame has come: {"type": ...}. Returns a close code, or 0. */
@@ -150,6 +239,12 @@ channel_frame(Channel *channel)
 	else if (strcmp(type, "heartbeat") == 0 && channel->waiting == NULL)
 		channel->waiting =
 			sessions_heartbeat(channel->server->sessions, channel->hash, channel_beaten, channel);
+	else if (strcmp(type, "ended") == 0)
+	{
+		code = calls_told_end(channel->server, channel->session, root);
+		/* there is another bound on these; one may come in parts, as reads happen to end */
+		channel->allowance += channel->frame_parts < MAX_PARTS ? channel->frame_parts : MAX_PARTS;
+	}
 	/* types that we do not know are for later versions */
 	json_decref(root);
 	return code;
@@ -169,6 +264,82 @@ too_many_frames(Channel *channel)
 	return channel->allowance < 0;
 }
 
+/* Some of a binary frame has come, which can only be an answer. Returns a close code, or 0. */
+static int
+take_binary(Channel *channel, const void *bytes, size_t len)
+{
+	Server *server = channel->server;
+	Buffer *incoming = channel->incoming;
+	size_t size;
+
+	if (channel->session == NULL || channel->calls.by_number == NULL)
+		return LWS_CLOSE_STATUS_POLICY_VIOLATION; /* nobody has asked */
+	if (incoming == NULL)
+	{
+		incoming = buffer_make(server, len < 2048 ? 2048 : len);
+		if (incoming == NULL)
+			return PROTOCOL_CLOSE_AWAY;
+		channel->incoming = incoming;
+		channel->incoming_cost = 0;
+		lws_set_timer_usecs(channel->wsi, (lws_usec_t) INCOMING_S * LWS_USEC_PER_SEC);
+	}
+	channel->incoming_cost += len < MIN_PIECE ? MIN_PIECE : len;
+	size = incoming->end - incoming->at + len;
+	if (size > MAX_INCOMING || channel->incoming_cost > MAX_COST)
+		return LWS_CLOSE_STATUS_MESSAGE_TOO_LARGE;
+	if (incoming->end + len > incoming->size)
+	{
+		incoming = buffer_grow(server, incoming, 2 * size < MAX_INCOMING ? 2 * size : MAX_INCOMING);
+		if (incoming == NULL)
+			return PROTOCOL_CLOSE_AWAY;
+		channel->incoming = incoming;
+	}
+	memcpy(incoming->bytes + incoming->end, bytes, len);
+	incoming->end += len;
+	if (!lws_is_final_fragment(channel->wsi) || lws_remaining_packet_payload(channel->wsi) > 0)
+		return 0;
+	channel->incoming = NULL;
+	lws_set_timer_usecs(channel->wsi, LWS_SET_TIMER_USEC_CANCEL);
+	server->counts.frames++;
+	return calls_answer(server, channel, incoming);
+}
+
+/* Send the next part of the first message of the queue. */
+static int
+write_binary(Channel *channel)
+{
+	Buffer *message = channel->queue;
+	size_t len = message->end - message->at;
+	bool is_first = !message->is_begun;
+	bool is_last = len <= FRAGMENT;
+	int written;
+
+	if (!is_last)
+		len = FRAGMENT;
+	message->is_begun = true;
+	written = lws_write(channel->wsi, message->bytes + message->at, len,
+						lws_write_ws_flags(LWS_WRITE_BINARY, is_first, is_last));
+	if (written < (int) len)
+		return -1;
+	message->at += len;
+	if (is_last)
+	{
+		DL_DELETE(channel->queue, message);
+		call_sent(message->call);
+	}
+	return 0;
+}
+
+static int
+write_text(Channel *channel, const char *text)
+{
+	unsigned char buffer[LWS_PRE + sizeof(channel->out)];
+	size_t size = strlen(text);
+
+	memcpy(buffer + LWS_PRE, text, size);
+	return lws_write(channel->wsi, buffer + LWS_PRE, size, LWS_WRITE_TEXT) < (int) size ? -1 : 0;
+}
+
 /*
  * Send the close frame ourselves and let the other side hang up: in 4.1
  * lws_close_reason() is lost with libuv.
@@ -185,6 +356,44 @@ write_close(Channel *channel)
 	buffer[LWS_PRE + 1] = (unsigned char) channel->close_code;
 	lws_set_timeout(channel->wsi, PENDING_TIMEOUT_CLOSE_ACK, CLOSE_WAIT_S);
 	return lws_write(channel->wsi, buffer + LWS_PRE, 2, WRITE_CLOSE) < 2 ? -1 : 0;
+}
+
+/* Send one thing of what there is to send; text goes first, but not into the middle of something. */
+static int
+write_next(Channel *channel)
+{
+	bool in_message = channel->queue != NULL && channel->queue->is_begun;
+	char text[sizeof(channel->out)];
+	int result;
+
+	if (channel->is_cut)
+		channel->out[0] = '\0';
+	if (channel->out[0] != '\0' && !in_message)
+	{
+		memcpy(text, channel->out, sizeof(text));
+		channel->out[0] = '\0';
+		result = write_text(channel, text);
+	}
+	else if (channel->close_code != 0 && (channel->out[0] == '\0' || !in_message))
+		return write_close(channel);
+	else if (channel->notes != NULL && !in_message)
+	{
+		Note *note = channel->notes;
+
+		LL_DELETE(channel->notes, note);
+		channel->notes_count--;
+		snprintf(text, sizeof(text), "{\"type\": \"noted\", \"command\": \"%s\"}", note->command);
+		free(note);
+		result = write_text(channel, text);
+	}
+	else if (channel->queue != NULL)
+		result = write_binary(channel);
+	else
+		return 0;
+	if (result == 0 && (channel->out[0] != '\0' || channel->close_code != 0 ||
+						channel->notes != NULL || channel->queue != NULL))
+		lws_callback_on_writable(channel->wsi);
+	return result;
 }
 
 /* lws_return_http_status() would speak HTTP/1.0 at this stage. */
@@ -259,13 +468,22 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 		case LWS_CALLBACK_RECEIVE:
 			if (channel->close_code != 0)
 				return 0;
+			if (lws_frame_is_binary(wsi))
+			{
+				int code = take_binary(channel, in, len);
+
+				if (code != 0)
+					send_frame(channel, "", code);
+				return 0;
+			}
 			if (too_many_frames(channel))
 			{
 				send_frame(channel, "", LWS_CLOSE_STATUS_POLICY_VIOLATION);
 				return 0;
 			}
 			if (lws_is_first_fragment(wsi))
-				channel->frame_len = 0;
+				channel->frame_len = channel->frame_parts = 0;
+			channel->frame_parts++;
 			if (channel->frame_len + len > sizeof(channel->frame))
 			{
 				send_frame(channel, "", LWS_CLOSE_STATUS_MESSAGE_TOO_LARGE);
@@ -283,21 +501,11 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 			return 0;
 
 		case LWS_CALLBACK_SERVER_WRITEABLE:
-			if (channel->out[0] != '\0')
-			{
-				unsigned char buffer[LWS_PRE + sizeof(channel->out)];
-				size_t size = strlen(channel->out);
+			return write_next(channel);
 
-				memcpy(buffer + LWS_PRE, channel->out, size);
-				channel->out[0] = '\0';
-				if (lws_write(wsi, buffer + LWS_PRE, size, LWS_WRITE_TEXT) < (int) size)
-					return -1;
-				if (channel->close_code != 0)
-					lws_callback_on_writable(wsi);
-				return 0;
-			}
-			if (channel->close_code != 0)
-				return write_close(channel);
+		case LWS_CALLBACK_TIMER:
+			if (channel->server != NULL && channel->incoming != NULL)
+				channel_close(channel, LWS_CLOSE_STATUS_POLICY_VIOLATION);
 			return 0;
 
 		case LWS_CALLBACK_CLOSED:
@@ -310,7 +518,14 @@ channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, 
 			leave_queue(server, &channel->turn);
 			if (channel->session != NULL)
 				session_detach(channel->session, channel);
-			channel->session = NULL;
+			let_go(channel);
+			while (channel->notes != NULL)
+			{
+				Note *note = channel->notes;
+
+				LL_DELETE(channel->notes, note);
+				free(note);
+			}
 			return 0;
 
 		default:

@@ -9,7 +9,6 @@
  *-------------------------------------------------------------------------
  */
 #include <jansson.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,8 +28,11 @@ struct Exchange
 	Request *waiting; /* for the database */
 	Turn turn;		  /* to ask it */
 	bool is_open;
-	bool whole; /* all of it has arrived */
+	bool has_body;		  /* as libwebsockets understands its length */
+	bool whole;			  /* all of its body has arrived */
+	uint64_t whole_round; /* of the loop, in which it has */
 	bool headers_sent;
+	bool closes; /* the connection, after the answer */
 	bool is_bootstrap;
 	bool answered;
 	int status;
@@ -73,6 +75,7 @@ answer(Exchange *exchange, int status, const char *body)
 	exchange->answer = malloc(exchange->answer_len + 1);
 	memcpy(exchange->answer, body, exchange->answer_len + 1);
 	exchange->server->counts.answers[status]++;
+	(void) lws_rx_flow_control(exchange->wsi, 1); /* else it would not be written, either */
 	lws_set_timer_usecs(exchange->wsi, (lws_usec_t) exchange->server->options->request_timeout_s *
 										   LWS_USEC_PER_SEC);
 	lws_callback_on_writable(exchange->wsi);
@@ -130,6 +133,7 @@ outcome_status(Outcome outcome)
 			return 410;
 		case OUTCOME_BAD:
 			return 400;
+		case OUTCOME_NOT_READY:
 		case OUTCOME_AWAY:
 			break;
 	}
@@ -161,6 +165,24 @@ put_metric(char **at, const char *end, const char *name, const char *type, const
 	*at += snprintf(*at, end - *at, "%s%s %.0f\n", name, labels, value);
 }
 
+static void
+put_by_status(char **at, const char *end, const char *name, const char *help,
+			  const uint64_t *counts)
+{
+	int status;
+
+	for (status = 0; status < 600; status++)
+	{
+		char labels[32];
+
+		if (counts[status] == 0)
+			continue;
+		snprintf(labels, sizeof(labels), "{status=\"%d\"}", status);
+		put_metric(at, end, name, "counter", help, labels, (double) counts[status]);
+		help = NULL;
+	}
+}
+
 /* What all VMs do together is not for each of them to know. */
 static bool
 may_read_metrics(const Exchange *exchange)
@@ -181,8 +203,6 @@ answer_metrics(Exchange *exchange)
 	char text[16384];
 	char *at = text;
 	const char *end = text + sizeof(text);
-	bool first = true;
-	int status;
 
 	put_metric(&at, end, "agentvm_gateway_database_up", "gauge",
 			   "Whether the database can be asked.", "", sessions_ready(server->sessions));
@@ -213,19 +233,34 @@ answer_metrics(Exchange *exchange)
 			   "VMs that are connected through sockets of theirs.", "", v.vms);
 	put_metric(&at, end, "agentvm_gateway_vm_streams", "gauge", "Connections through such sockets.",
 			   "", v.streams);
+	put_metric(&at, end, "agentvm_gateway_vm_pauses_total", "counter",
+			   "How often such a VM has had to wait for what it had spent too much of.", "",
+			   (double) v.pauses);
 	put_metric(&at, end, "agentvm_gateway_vm_resets_total", "counter",
 			   "Such sockets left since what came made no sense.", "", (double) v.resets);
-	for (status = 0; status < 600; status++)
+	put_by_status(&at, end, "agentvm_gateway_http_responses_total", "Answers, by status.",
+				  server->counts.answers);
+	if (server->control != NULL)
 	{
-		char labels[32];
-
-		if (server->counts.answers[status] == 0)
-			continue;
-		snprintf(labels, sizeof(labels), "{status=\"%d\"}", status);
-		put_metric(&at, end, "agentvm_gateway_http_responses_total", "counter",
-				   first ? "Answers, by status." : NULL, labels,
-				   (double) server->counts.answers[status]);
-		first = false;
+		put_metric(&at, end, "agentvm_gateway_control_connections", "gauge",
+				   "Connections of backends.", "", server->call_counts.connections);
+		put_metric(&at, end, "agentvm_gateway_calls_under_way", "gauge",
+				   "Calls of backends that are not answered yet.", "",
+				   server->call_counts.under_way);
+		put_metric(&at, end, "agentvm_gateway_command_ends_waiting", "gauge",
+				   "Ends of commands that are not in the log yet.", "", server->call_counts.ends);
+		put_metric(&at, end, "agentvm_gateway_call_memory_bytes", "gauge", "Bytes of such calls.",
+				   "", (double) server->buffered);
+		put_metric(&at, end, "agentvm_gateway_call_bytes_down_total", "counter",
+				   "Bytes of calls passed to VMs.", "", (double) server->call_counts.bytes_down);
+		put_metric(&at, end, "agentvm_gateway_call_bytes_up_total", "counter",
+				   "Bytes of their answers.", "", (double) server->call_counts.bytes_up);
+		put_metric(&at, end, "agentvm_gateway_bad_tickets_total", "counter",
+				   "Calls refused for their tickets.", "",
+				   (double) server->call_counts.bad_tickets);
+		put_by_status(&at, end, "agentvm_gateway_calls_total",
+					  "Calls by status; 499: the client went before the answer.",
+					  server->call_counts.outcomes);
 	}
 	answer(exchange, 200, text);
 }
@@ -292,17 +327,18 @@ static void
 body_complete(Exchange *exchange)
 {
 	exchange->whole = true;
-	if (!exchange->answered &&
-		!wait_for_turn(exchange->server, exchange->wsi, !exchange->is_bootstrap, exchange->hash,
+	exchange->whole_round = exchange->server->round;
+	if (exchange->answered)
+		return;
+	/* 4.1 would not read what comes until the answer, and be told of it in circles */
+	if (!exchange->has_body)
+		(void) lws_rx_flow_control(exchange->wsi, 0);
+	if (!wait_for_turn(exchange->server, exchange->wsi, !exchange->is_bootstrap, exchange->hash,
 					   &exchange->turn, ask, exchange))
 		ask(exchange, true);
 }
 
-#define LENGTH_NONE (-1)
-#define LENGTH_WRONG (-2)
-
-/* The Content-Length; one that we take for another than libwebsockets does would make two requests of one. */
-static long
+long
 body_length(struct lws *wsi)
 {
 	char text[24];
@@ -314,7 +350,7 @@ body_length(struct lws *wsi)
 		return LENGTH_NONE;
 	if (len <= 0 || strspn(text, "0123456789") != (size_t) len)
 		return LENGTH_WRONG;
-	return len > 9 ? LONG_MAX : atol(text);
+	return strtol(text, NULL, 10);
 }
 
 /* The headers have arrived. */
@@ -331,7 +367,6 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 	exchange->is_open = true;
 	server->open_requests++;
 	lws_set_timer_usecs(wsi, (lws_usec_t) server->options->request_timeout_s * LWS_USEC_PER_SEC);
-	exchange->whole = get && length <= 0 && length != LENGTH_WRONG;
 	exchange->is_bootstrap = path_is(path, PROTOCOL_BOOTSTRAP);
 	if (length == LENGTH_WRONG)
 		refuse(exchange, 400);
@@ -400,6 +435,23 @@ add_date(struct lws *wsi, unsigned char **at, unsigned char *end)
 										end);
 }
 
+/*
+ * Whether the connection may have another request after this one.
+ *
+ * The headers of that one must not be among what libwebsockets has read ahead: 4.1
+ * would take them for its body, too, free them, and go on reading there.  What
+ * comes with the end of a body is seen as more of it, and ends the connection, when
+ * the loop begins its next round.  What comes with the headers of a request that
+ * has no body, is not seen at all while that one is served.
+ */
+static bool
+may_go_on(const Exchange *exchange)
+{
+	if (!exchange->has_body || !exchange->whole || exchange->whole_round == exchange->server->round)
+		return false;
+	return exchange->status != 400 && !exchange->server->draining;
+}
+
 /* Returns -1 where libwebsockets should close the connection: other values mean nothing to it here. */
 static int
 write_answer(Exchange *exchange)
@@ -411,8 +463,6 @@ write_answer(Exchange *exchange)
 	const char *type = exchange->status == 200 && exchange->answer[0] == '#'
 						   ? "text/plain; version=0.0.4; charset=utf-8"
 						   : "application/json";
-	/* what remains of a request that was refused half-way is not read */
-	bool close_after = !exchange->whole || exchange->status == 400 || exchange->server->draining;
 	size_t room;
 	int n;
 
@@ -422,6 +472,7 @@ write_answer(Exchange *exchange)
 	{
 		char retry[16];
 
+		exchange->closes = !may_go_on(exchange);
 		n = snprintf(retry, sizeof(retry), "%d", RETRY_AFTER_S + (int) (random() % 4));
 		if (lws_add_http_header_status(wsi, exchange->status, &at, end) ||
 			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CONTENT_TYPE,
@@ -432,7 +483,7 @@ write_answer(Exchange *exchange)
 			((exchange->status == 503 || exchange->status == 429) &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
 										  (const unsigned char *) retry, n, &at, end)) ||
-			(close_after &&
+			(exchange->closes &&
 			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
 										  (const unsigned char *) "close", 5, &at, end)) ||
 			lws_add_http_header_content_length(wsi, exchange->answer_len, &at, end) ||
@@ -461,7 +512,7 @@ write_answer(Exchange *exchange)
 	}
 	lws_set_timer_usecs(wsi, LWS_SET_TIMER_USEC_CANCEL);
 	end_exchange(exchange);
-	return close_after || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
+	return exchange->closes || lws_http_transaction_completed(wsi) != 0 ? -1 : 0;
 }
 
 Server *
@@ -534,19 +585,14 @@ http_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, voi
 			refuse_upgrade(wsi, 400);
 			return -1;
 
-			/*
-			 * A request before the answer to the one before: nobody needs it, and
-			 * 4.1 would run in circles over a body that it has read ahead.
-			 */
 		case LWS_CALLBACK_HTTP:
-			if (exchange->is_open)
-				return -1;
 			begin_exchange(exchange, wsi, server, in);
 			return 0;
 
 		case LWS_CALLBACK_HTTP_BODY:
 			if (exchange == NULL || !exchange->is_open || exchange->whole)
 				return -1;
+			exchange->has_body = len > 0;
 			if (exchange->answered || len == 0)
 				return 0;
 			if (exchange->body_len + len > PROTOCOL_MAX_REQUEST)

@@ -64,6 +64,13 @@ static const struct
 	 "directory of sockets *.sock of VMs without a network: each is connected to, and what comes "
 	 "through it is served as if it came to the port; may be given more than once, or several "
 	 "with colons between them"},
+	{"control", OPTION_TEXT, AT(control), 0, 0, NULL,
+	 "where backends of the database ask for commands and files of VMs: unix:/PATH, or "
+	 "ADDRESS:PORT "
+	 "with the same certificate (without, on loopback addresses only, unless --allow-plaintext); "
+	 "agentvm.gateway.control_address tells them"},
+	{"max-call-memory", OPTION_NUMBER, AT(max_call_memory), 1, 65536, "256",
+	 "MiB that such calls may take in all; beyond, they are to be tried again"},
 	{"max-connections", OPTION_NUMBER, AT(max_connections), MIN_CONNECTIONS, 1000000, "20000",
 	 "connections in all; fewer if the limit of open files (ulimit -n) is too low for as many"},
 	{"max-per-address", OPTION_NUMBER, AT(max_per_address), 1, 1000000, "1000",
@@ -284,6 +291,40 @@ next_network(const char **list, struct in6_addr *network, int *bits)
 	return true;
 }
 
+int
+options_control(const Options *options, const char **address, int *port)
+{
+	static char host[64];
+	unsigned char parsed[sizeof(struct in6_addr)];
+	const char *control = options->control;
+	const char *colon = control != NULL ? strrchr(control, ':') : NULL;
+	size_t len;
+
+	if (control == NULL)
+		return 0;
+	if (strncmp(control, "unix:", 5) == 0)
+	{
+		*address = control + 5;
+		return control[5] == '/' && strlen(control + 5) <= MAX_CONTROL_PATH ? 'u' : -1;
+	}
+	if (colon == NULL || colon[1] == '\0' || strspn(colon + 1, "0123456789") != strlen(colon + 1) ||
+		strlen(colon + 1) > 5 || (*port = atoi(colon + 1)) < 1 || *port > 65535)
+		return -1;
+	len = (size_t) (colon - control);
+	if (control[0] == '[' && len > 2 && control[len - 1] == ']')
+	{
+		control++;
+		len -= 2;
+	}
+	if (len >= sizeof(host))
+		return -1;
+	memcpy(host, control, len);
+	host[len] = '\0';
+	*address = host;
+	return inet_pton(AF_INET, host, parsed) == 1 || inet_pton(AF_INET6, host, parsed) == 1 ? 't'
+																						   : -1;
+}
+
 bool
 options_metrics_for(const Options *options, const struct sockaddr_storage *client)
 {
@@ -326,6 +367,8 @@ options_problem(const Options *options)
 {
 	static char problem[512];
 	unsigned char address[sizeof(struct in6_addr)];
+	const char *control = NULL;
+	int port, kind = options_control(options, &control, &port);
 	const char *metrics_from = options->metrics_from;
 	struct in6_addr network;
 	SSL_CTX *context;
@@ -349,6 +392,24 @@ options_problem(const Options *options)
 	}
 	if ((options->tls_cert == NULL) != (options->tls_key == NULL))
 		return "--tls-cert and --tls-key are needed together";
+	if (kind < 0)
+	{
+		snprintf(
+			problem, sizeof(problem),
+			"--control=%s is neither unix:/PATH, of at most %d bytes, nor ADDRESS:PORT with an IP "
+			"address",
+			options->control, MAX_CONTROL_PATH);
+		return problem;
+	}
+	if (kind == 't' && options->tls_cert == NULL && !is_loopback(control) &&
+		!options->allow_plaintext)
+	{
+		snprintf(problem, sizeof(problem),
+				 "--control=%s without TLS: give --tls-cert and --tls-key, or --allow-plaintext if "
+				 "something in front of this gateway speaks TLS",
+				 options->control);
+		return problem;
+	}
 	if (options->tls_cert == NULL)
 	{
 		if (is_loopback(options->listen) || options->allow_plaintext)

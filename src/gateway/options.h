@@ -13,6 +13,7 @@
 
 #define MAX_VM_SOCKETS 16
 #define MIN_CONNECTIONS 10
+#define MAX_CONTROL_PATH 100 /* bytes */
 
 typedef struct Options
 {
@@ -24,15 +25,17 @@ typedef struct Options
 	const char *tls_key;
 	bool allow_plaintext;						/* plain HTTP on other than loopback addresses */
 	const char *vm_sockets[MAX_VM_SOCKETS + 1]; /* directories of the VMs' sockets, up to a NULL */
-	int max_connections;						/* in all */
-	int max_per_address;						/* connections of one address */
-	int request_timeout_s;						/* for a whole request to arrive */
-	int unauthenticated_rate;					/* refused tokens per address and minute */
-	int unauthenticated_lookups;				/* a second, of tokens beyond that */
-	const char *metrics_from;					/* networks, with commas between them */
-	int drain_s;								/* for open requests after SIGTERM */
-	int log_level;								/* LogLevel */
-	bool check;									/* only verify the configuration */
+	const char *control;		 /* unix:PATH or ADDRESS:PORT; NULL: no control listener */
+	int max_call_memory;		 /* MiB that calls may take */
+	int max_connections;		 /* in all */
+	int max_per_address;		 /* connections of one address */
+	int request_timeout_s;		 /* for a whole request to arrive */
+	int unauthenticated_rate;	 /* refused tokens per address and minute */
+	int unauthenticated_lookups; /* a second, of tokens beyond that */
+	const char *metrics_from;	 /* networks, with commas between them */
+	int drain_s;				 /* for open requests after SIGTERM */
+	int log_level;				 /* LogLevel */
+	bool check;					 /* only verify the configuration */
 } Options;
 
 /*
@@ -48,6 +51,13 @@ extern void options_parse(Options *options, int argc, char **argv);
  * without TLS.  Returns NULL, or a static or malloc'ed text that says what is wrong.
  */
 extern const char *options_problem(const Options *options);
+
+/*
+ * Take --control apart.  Returns 'u' with the path, 't' with the IP address and its
+ * port, 0 when there is none, or -1 when it is neither.  What "address" points to is
+ * static or part of the option.
+ */
+extern int options_control(const Options *options, const char **address, int *port);
 
 /* Whether this client may read /metrics; one of a VM's socket may not. */
 extern bool options_metrics_for(const Options *options, const struct sockaddr_storage *client);

@@ -9,20 +9,18 @@
  *-------------------------------------------------------------------------
  */
 #include <errno.h>
-#include <netinet/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "../common/log.h"
+#include "listener.h"
 #include "server_private.h"
 
 #define MAX_HEADERS 8192
-#define SPARE_DESCRIPTORS 64 /* for all but connections */
-#define PAUSE_MS 200		 /* when there are no descriptors left */
-#define PING_S 30			 /* of a channel without traffic */
-#define PING_TIMEOUT_S 90	 /* then it is dead */
+#define PING_S 30		  /* of a channel without traffic */
+#define PING_TIMEOUT_S 90 /* then it is dead */
 
 static const lws_retry_bo_t idle_rules = {
 	.secs_since_valid_ping = PING_S,
@@ -69,74 +67,16 @@ take_stream(void *arg, const char *vm, int fd)
 	take_connection(arg, vm, fd);
 }
 
-static void on_connections(uv_poll_t *poll, int status, int events);
-
 static void
-on_pause_ended(uv_timer_t *timer)
+take_accepted(void *arg, int fd)
 {
-	Server *server = timer->data;
-
-	uv_poll_start(server->listener, UV_READABLE, on_connections);
+	take_connection(arg, NULL, fd);
 }
 
-/*
- * We accept ourselves: libwebsockets 4.1 would run in circles when there are no
- * descriptors left.  One at a time, so that those who have gone meanwhile are not
- * counted any more.
- */
 static void
-on_connections(uv_poll_t *poll, int status, int events)
+on_round(uv_prepare_t *rounds)
 {
-	static const int on = 1;
-	Server *server = poll->data;
-	int listener, fd;
-
-	uv_fileno((uv_handle_t *) poll, &listener);
-	fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-	if (fd >= 0)
-	{
-		(void) setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-		take_connection(server, NULL, fd);
-		server->cannot_accept = false;
-	}
-	else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)
-	{
-		if (!server->cannot_accept)
-			log_line(LOG_LEVEL_ERROR, "connections cannot be accepted: they wait", "reason",
-					 strerror(errno), NULL);
-		server->cannot_accept = true;
-		uv_poll_stop(poll);
-		uv_timer_start(server->pause, on_pause_ended, PAUSE_MS, 0);
-	}
-	/* else it has gone already */
-}
-
-static int
-listen_on(const char *address, int port)
-{
-	static const int on = 1;
-	struct sockaddr_storage name = {0};
-	socklen_t len;
-	int fd;
-
-	if (uv_ip6_addr(address, port, (struct sockaddr_in6 *) &name) == 0)
-		len = sizeof(struct sockaddr_in6);
-	else
-	{
-		uv_ip4_addr(address, port, (struct sockaddr_in *) &name);
-		len = sizeof(struct sockaddr_in);
-	}
-	fd = socket(name.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-	if (fd >= 0 && (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) != 0 ||
-					bind(fd, (struct sockaddr *) &name, len) != 0 || listen(fd, SOMAXCONN) != 0))
-	{
-		int error = errno;
-
-		close(fd);
-		errno = error;
-		return -1;
-	}
-	return fd;
+	((Server *) rounds->data)->round++;
 }
 
 int
@@ -147,12 +87,46 @@ server_max_connections(const Options *options, rlim_t descriptors)
 
 	if (descriptors > 4000000)
 		descriptors = 4000000; /* more than can be asked for */
-	left = (int) descriptors - SPARE_DESCRIPTORS;
+	left = (int) descriptors - SPARE_DESCRIPTORS - control_max_connections(options, descriptors);
 	if (options->vm_sockets[0] == NULL)
 		return left;
 	/* a stream's other end is a connection */
 	left -= VMS_MAX;
 	return left / 2 < streams ? left / 2 : left - streams;
+}
+
+void
+fill_context_info(Server *server, struct lws_context_creation_info *info, void **loops,
+				  bool with_tls)
+{
+	const Options *options = server->options;
+
+	memset(info, 0, sizeof(*info));
+	info->port = CONTEXT_PORT_NO_LISTEN_SERVER;
+	info->user = server;
+	info->foreign_loops = loops;
+	info->options = LWS_SERVER_OPTION_LIBUV | LWS_SERVER_OPTION_UV_NO_SIGSEGV_SIGFPE_SPIN |
+					LWS_SERVER_OPTION_VALIDATE_UTF8 | LWS_SERVER_OPTION_EXPLICIT_VHOSTS;
+	info->alpn = "http/1.1";
+	info->timeout_secs = (unsigned) options->request_timeout_s;
+	info->timeout_secs_ah_idle = (unsigned) options->request_timeout_s;
+	info->max_http_header_data = MAX_HEADERS;
+	if (with_tls && options->tls_cert != NULL)
+	{
+		info->ssl_cert_filepath = options->tls_cert;
+		info->ssl_private_key_filepath = options->tls_key;
+		info->options |= LWS_SERVER_OPTION_DO_SSL_GLOBAL_INIT;
+		info->ssl_options_set = SSL_OP_NO_TLSv1 | SSL_OP_NO_TLSv1_1 | SSL_OP_NO_RENEGOTIATION;
+	}
+}
+
+static void
+database_up(void *arg)
+{
+	Server *server = arg;
+
+	calls_up(server);
+	control_up(server);
 }
 
 Server *
@@ -161,6 +135,8 @@ server_create(uv_loop_t *loop, const Options *options)
 	Server *server = calloc(1, sizeof(Server));
 	struct lws_context_creation_info info;
 	void *loops[] = {loop};
+	const SessionEvents events = {channel_ended, database_up, server};
+	struct rlimit files;
 	int listener = listen_on(options->listen, options->port);
 
 	if (listener < 0)
@@ -172,62 +148,57 @@ server_create(uv_loop_t *loop, const Options *options)
 	}
 	server->loop = loop;
 	server->options = options;
+	getrlimit(RLIMIT_NOFILE, &files);
+	server->descriptors = files.rlim_cur;
 	lws_set_log_level(LLL_ERR | LLL_WARN, lws_log);
-	memset(&info, 0, sizeof(info));
+	fill_context_info(server, &info, loops, true);
 	server->protocols[0] = (struct lws_protocols){
 		.name = "http", .callback = http_callback, .per_session_data_size = exchange_size};
 	server->protocols[1] = (struct lws_protocols){.name = PROTOCOL_NAME,
 												  .callback = channel_callback,
 												  .per_session_data_size = channel_size,
 												  .rx_buffer_size = 1024};
-	info.port = CONTEXT_PORT_NO_LISTEN_SERVER;
 	info.protocols = server->protocols;
-	info.user = server;
-	info.foreign_loops = loops;
-	info.options = LWS_SERVER_OPTION_LIBUV | LWS_SERVER_OPTION_UV_NO_SIGSEGV_SIGFPE_SPIN |
-				   LWS_SERVER_OPTION_VALIDATE_UTF8 | LWS_SERVER_OPTION_EXPLICIT_VHOSTS;
-	info.alpn = "http/1.1";
 	info.retry_and_idle_policy = &idle_rules;
-	info.timeout_secs = (unsigned) options->request_timeout_s;
-	info.timeout_secs_ah_idle = (unsigned) options->request_timeout_s;
 	info.keepalive_timeout = 75;
-	info.max_http_header_data = MAX_HEADERS;
 	info.max_http_header_pool2 = 4096;
 	info.pt_serv_buf_size = 4096;
 	info.fd_limit_per_thread = (unsigned) options->max_connections + SPARE_DESCRIPTORS;
-	if (options->tls_cert != NULL)
-	{
-		info.ssl_cert_filepath = options->tls_cert;
-		info.ssl_private_key_filepath = options->tls_key;
-		info.options |= LWS_SERVER_OPTION_DO_SSL_GLOBAL_INIT;
-		info.ssl_options_set = SSL_OP_NO_TLSv1 | SSL_OP_NO_TLSv1_1 | SSL_OP_NO_RENEGOTIATION;
-	}
-	server->sessions = sessions_create(loop, options->database, options->name, channel_ended);
+	server->sessions = sessions_create(loop, options->database, options->name, &events);
+	calls_create(server);
 	server->context = lws_create_context(&info);
 	if (server->context != NULL)
 		server->vhost = lws_create_vhost(server->context, &info);
 	if (server->vhost == NULL)
-	{
 		log_line(LOG_LEVEL_ERROR, "cannot serve", NULL);
+	if (server->vhost == NULL || !control_create(server))
+	{
 		close(listener);
 		if (server->context != NULL)
 			lws_context_destroy(server->context);
 		sessions_destroy(server->sessions);
+		calls_destroy(server);
 		free(server);
 		return NULL;
 	}
 	server->turns = calloc(1, sizeof(uv_timer_t));
 	uv_timer_init(loop, server->turns);
 	server->turns->data = server;
-	server->pause = calloc(1, sizeof(uv_timer_t));
-	uv_timer_init(loop, server->pause);
-	server->pause->data = server;
-	server->listener = calloc(1, sizeof(uv_poll_t));
-	uv_poll_init(loop, server->listener, listener);
-	server->listener->data = server;
-	uv_poll_start(server->listener, UV_READABLE, on_connections);
+	server->rounds = calloc(1, sizeof(uv_prepare_t));
+	uv_prepare_init(loop, server->rounds);
+	server->rounds->data = server;
+	uv_prepare_start(server->rounds, on_round);
+	server->listener = listener_create(loop, listener, take_accepted, server);
 	server->vms = vms_create(loop, options->vm_sockets, take_stream, server);
 	return server;
+}
+
+static bool
+use_certificate(SSL_CTX *tls, const Options *options)
+{
+	return tls == NULL ||
+		   (SSL_CTX_use_certificate_chain_file(tls, options->tls_cert) == 1 &&
+			SSL_CTX_use_PrivateKey_file(tls, options->tls_key, SSL_FILETYPE_PEM) == 1);
 }
 
 void
@@ -237,9 +208,8 @@ server_reload(Server *server)
 
 	if (server->tls == NULL)
 		return;
-	if (problem == NULL &&
-		(SSL_CTX_use_certificate_chain_file(server->tls, server->options->tls_cert) != 1 ||
-		 SSL_CTX_use_PrivateKey_file(server->tls, server->options->tls_key, SSL_FILETYPE_PEM) != 1))
+	if (problem == NULL && (!use_certificate(server->tls, server->options) ||
+							!use_certificate(server->control_tls, server->options)))
 		problem = "the certificate cannot be used";
 	if (problem == NULL)
 		log_line(LOG_LEVEL_INFO, "certificate read", "file", server->options->tls_cert, NULL);
@@ -277,15 +247,14 @@ void
 server_destroy(Server *server)
 {
 	Peer *peer, *next;
-	int listener;
 
-	uv_fileno((uv_handle_t *) server->listener, &listener);
-	uv_close((uv_handle_t *) server->listener, free_handle);
-	close(listener);
-	uv_close((uv_handle_t *) server->pause, free_handle);
+	listener_destroy(server->listener);
+	control_destroy(server);
+	uv_close((uv_handle_t *) server->rounds, free_handle);
 	vms_destroy(server->vms);
 	lws_context_destroy(server->context);
 	sessions_destroy(server->sessions);
+	calls_destroy(server);
 	uv_close((uv_handle_t *) server->turns, free_handle);
 	HASH_ITER(hh, server->peers, peer, next)
 	{

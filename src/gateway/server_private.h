@@ -8,6 +8,7 @@
 #ifndef GATEWAY_SERVER_PRIVATE_H
 #define GATEWAY_SERVER_PRIVATE_H
 
+#include <jansson.h>
 #include <libwebsockets.h>
 #include <openssl/ssl.h>
 #include <uthash.h>
@@ -40,6 +41,39 @@ typedef struct Peer
 	UT_hash_handle hh;
 } Peer;
 
+/*
+ * Bytes of a call on their way, in one piece of memory that counts as server->buffered.
+ * What is used begins at "at", before which there is room for libwebsockets.
+ */
+typedef struct Buffer
+{
+	struct Buffer *prev, *next; /* of a channel's queue */
+	struct Call *call;			/* whose request it is there; NULL: nobody waits for the answer */
+	bool is_begun;				/* some of it has been sent */
+	size_t size;				/* room from bytes on */
+	size_t at, end;
+	unsigned char bytes[];
+} Buffer;
+
+/* What calls.c keeps of a channel. */
+typedef struct ChannelCalls
+{
+	struct Call *by_number; /* that it has been passed, and has not answered */
+	uint32_t last_number;
+	unsigned under_way; /* those for whose answers somebody waits */
+	bool drains;		/* it is closed when there are none any more */
+} ChannelCalls;
+
+typedef struct CallCounts
+{
+	uint64_t outcomes[600]; /* by status */
+	uint64_t bytes_down, bytes_up;
+	uint64_t bad_tickets;
+	unsigned under_way;
+	unsigned ends; /* to be logged */
+	unsigned connections;
+} CallCounts;
+
 typedef struct HttpCounts
 {
 	uint64_t answers[600]; /* by status */
@@ -55,13 +89,14 @@ struct Server
 	const Options *options;
 	struct lws_context *context;
 	struct lws_vhost *vhost;
-	uv_poll_t *listener;
-	uv_timer_t *pause;	/* when connections cannot be accepted */
-	bool cannot_accept; /* and the log says so */
+	struct Listener *listener;
+	rlim_t descriptors;	  /* that the process may have */
+	uv_prepare_t *rounds; /* counts them: */
+	uint64_t round;		  /* of the loop */
 	Vms *vms;
 	const char *vm; /* whose stream is being taken over from vms.c, or NULL */
 	struct lws_protocols protocols[3];
-	SSL_CTX *tls;
+	SSL_CTX *tls, *control_tls;
 	Sessions *sessions;
 	Peer *peers;
 	Peer *queue; /* those that have turns to wait for */
@@ -69,6 +104,11 @@ struct Server
 	double lookups; /* that may be made now */
 	uint64_t lookups_at;
 	HttpCounts counts;
+	CallCounts call_counts;
+	struct Control *control; /* the control listener, or NULL */
+	struct lws_context *control_context;
+	struct Calls *calls;
+	size_t buffered; /* bytes of calls */
 	unsigned open_requests;
 	bool draining;
 };
@@ -139,5 +179,110 @@ extern void channel_ended(void *attached);
 
 /* Close a channel, since the gateway is to end: another one will do. */
 extern void channel_drain(void *attached);
+
+/* Send a message as a binary frame, after what is there already; it becomes the channel's. */
+extern void channel_push(Channel *channel, Buffer *message);
+
+/* Take a message out of its queue, of which nothing has been sent. */
+extern void channel_drop(Channel *channel, Buffer *message);
+
+/* Tell it that the end of a command has been committed. */
+extern void channel_note(Channel *channel, const char *command);
+
+/* Close it with this code. */
+extern void channel_close(Channel *channel, int code);
+
+extern ChannelCalls *channel_calls(Channel *channel);
+
+/* ---- calls.c: calls under way, whose commands they are, and what is logged of them ---- */
+
+/* A buffer with room for so many bytes, or NULL: calls take as much memory as they may. */
+extern Buffer *buffer_make(Server *server, size_t size);
+
+/* The same with more room; NULL as above, and it is as it was. */
+extern Buffer *buffer_grow(Server *server, Buffer *buffer, size_t size);
+extern void buffer_free(Server *server, Buffer *buffer);
+
+typedef struct Call Call;
+
+/* The commands that are killed when a control connection is closed. */
+typedef struct Owner
+{
+	struct Owned *all;
+} Owner;
+
+/* Status, and with 200 the message, which belongs to the callee; else NULL. */
+typedef void (*CallDone)(void *arg, int status, Buffer *message);
+
+extern void calls_create(Server *server);
+extern void calls_destroy(Server *server);
+
+/*
+ * A call of a session by its message, which is checked and becomes the call's; NULL:
+ * it makes no sense, and stays the caller's.  Nothing has happened yet.
+ */
+extern Call *call_make(Server *server, const char *session, Buffer *message);
+
+/* The uuid of its command. */
+extern const char *call_command(const Call *call);
+
+/*
+ * Begin it: "done" is called once, later or before this returns, unless
+ * call_forget() is called first.  Its command is the owner's, if the message says
+ * so.
+ */
+extern void call_begin(Call *call, Owner *owner, CallDone done, void *arg);
+
+/* Nobody waits for its end any more; or it has not begun. */
+extern void call_forget(Call *call);
+
+/* Its request has been sent, and is not needed any more. */
+extern void call_sent(Call *call);
+
+/* The owner is gone: what is his is ended.  keep: it is left alone. */
+extern void owner_gone(Server *server, Owner *owner, bool keep);
+
+/*
+ * A message has come up a channel, of which the number is the first part; it becomes
+ * ours.  Returns 0, or the code with which the channel is to be closed.
+ */
+extern int calls_answer(Server *server, Channel *channel, Buffer *message);
+
+/* The channel tells of the end of a command: 0, or the code with which it is to be closed. */
+extern int calls_told_end(Server *server, Session *session, json_t *frame);
+
+/* A channel is closed or is not its session's any more. */
+extern void calls_lost(Server *server, Channel *channel);
+
+/* The database is there. */
+extern void calls_up(Server *server);
+
+/* ---- control.c: the control listener ---- */
+
+/* Listen as the options say, or not at all; false, having logged why, if that cannot be. */
+extern bool control_create(Server *server);
+extern void control_destroy(Server *server);
+
+/* The database is there. */
+extern void control_up(Server *server);
+
+/* How many connections it may have with so many descriptors. */
+extern int control_max_connections(const Options *options, rlim_t descriptors);
+
+/* ---- server.c ---- */
+
+#define SPARE_DESCRIPTORS 64 /* for all but connections */
+
+/* What contexts of libwebsockets have in common; with TLS, if there is a certificate and it is wanted. */
+extern void fill_context_info(Server *server, struct lws_context_creation_info *info, void **loops,
+							  bool with_tls);
+
+/* ---- http.c ---- */
+
+#define LENGTH_NONE (-1)
+#define LENGTH_WRONG (-2)
+
+/* The Content-Length; one that we take for another than libwebsockets does would make two requests of one. */
+extern long body_length(struct lws *wsi);
 
 #endif /* GATEWAY_SERVER_PRIVATE_H */

@@ -30,6 +30,9 @@
 #define MAX_BATCH 2000		   /* heartbeats in one statement */
 #define REPORT_MS 10000		   /* an empty batch says that we listen */
 #define FORGET_MS (10 * 60000) /* of a session that nobody has mentioned since */
+#define ATTACH_MS 10		   /* gather sessions to be attached for so long */
+#define ENDS_AT_ONCE 1024	   /* of commands, that a VM may tell of */
+#define ENDS_PER_SECOND 20	   /* and then */
 #define UUID_LEN 16
 
 /* OIDs of PostgreSQL's built-in types, which never change (catalog/pg_type.dat) */
@@ -48,6 +51,9 @@ struct Session
 	void *attached;
 	int users; /* requests and batches that point here */
 	bool has_ended;
+	bool attach_due; /* the database has to hear that it is here */
+	float ends;		 /* of commands, that its VM may tell of now */
+	uint64_t ends_at;
 	uint64_t mentioned_at;
 	UT_hash_handle hh;	  /* by hash */
 	UT_hash_handle hh_id; /* by id */
@@ -68,7 +74,7 @@ struct Sessions
 {
 	uv_loop_t *loop;
 	Database *database;
-	SessionEnded ended;
+	SessionEvents events;
 	Session *by_hash;
 	Session *by_id;
 	Request *gathered; /* heartbeats for the next batch */
@@ -77,6 +83,8 @@ struct Sessions
 	int64_t clock; /* the database's, less the loop's: milliseconds since 1970; 0: not known yet */
 	uv_timer_t *flush;
 	uv_timer_t *tick;
+	uv_timer_t *attach;
+	bool any_attach_due;
 	SessionCounts counts;
 };
 
@@ -135,6 +143,8 @@ remember(Sessions *sessions, const uint8_t *id, const uint8_t *hash)
 		memcpy(session->id, id, UUID_LEN);
 		memcpy(session->hash, hash, HASH_LEN);
 		id_to_text(id, session->id_text);
+		session->ends = ENDS_AT_ONCE;
+		session->ends_at = uv_now(sessions->loop);
 		HASH_ADD(hh_id, sessions->by_id, id, UUID_LEN, session);
 		HASH_ADD(hh, sessions->by_hash, hash, HASH_LEN, session);
 	}
@@ -175,16 +185,72 @@ end(Sessions *sessions, Session *session)
 	sessions->counts.ended++;
 	log_line(LOG_LEVEL_INFO, "session has ended", "session", session->id_text, NULL);
 	if (attached != NULL)
-		sessions->ended(attached);
+		sessions->events.ended(attached);
+}
+
+Session *
+sessions_find(Sessions *sessions, const char *id)
+{
+	uint8_t bytes[UUID_LEN];
+	Session *session = NULL;
+
+	if (id_from_text(id, bytes))
+		HASH_FIND(hh_id, sessions->by_id, bytes, UUID_LEN, session);
+	return session;
 }
 
 void *
-session_attach(Session *session, void *attached)
+session_attached(const Session *session)
 {
-	void *before = session->attached;
+	return session->attached;
+}
 
-	session->attached = attached;
-	return before;
+bool
+session_has_ended(const Session *session)
+{
+	return session->has_ended;
+}
+
+bool
+session_may_tell_end(Sessions *sessions, Session *session)
+{
+	uint64_t now = uv_now(sessions->loop);
+
+	if (session->ends < ENDS_AT_ONCE)
+	{
+		session->ends += (float) (now - session->ends_at) * ENDS_PER_SECOND / 1000;
+		if (session->ends > ENDS_AT_ONCE)
+			session->ends = ENDS_AT_ONCE;
+	}
+	session->ends_at = now;
+	if (session->ends < 1)
+		return false;
+	session->ends -= 1;
+	return true;
+}
+
+void
+session_expect_end(Session *session)
+{
+	session->ends += 1;
+}
+
+Database *
+sessions_database(Sessions *sessions)
+{
+	return sessions->database;
+}
+
+bool
+is_uuid(const char *text)
+{
+	uint8_t id[UUID_LEN];
+	char canonical[37];
+
+	if (!id_from_text(text, id))
+		return false;
+	id_to_text(id, canonical);
+	return strcmp(canonical, text) == 0;
 }
 
 void
@@ -261,9 +327,8 @@ sqlstate(const PGresult *result)
 	return state ? state : "";
 }
 
-/* What a failed query means for the client; NULL is a lost connection. */
-static Outcome
-outcome_of(const PGresult *result)
+Outcome
+sessions_outcome(const PGresult *result)
 {
 	const char *state;
 
@@ -274,6 +339,10 @@ outcome_of(const PGresult *result)
 	state = sqlstate(result);
 	if (strcmp(state, "AV006") == 0)
 		return OUTCOME_GONE;
+	if (strcmp(state, "AV005") == 0)
+		return OUTCOME_UNKNOWN;
+	if (strcmp(state, "AV007") == 0)
+		return OUTCOME_NOT_READY;
 	if (strncmp(state, "22", 2) == 0 || strcmp(state, "AV012") == 0)
 		return OUTCOME_BAD;
 	if (strcmp(state, "55P03") == 0)
@@ -289,7 +358,7 @@ static void
 bootstrap_answered(void *arg, const PGresult *result)
 {
 	Request *request = arg;
-	Outcome outcome = outcome_of(result);
+	Outcome outcome = sessions_outcome(result);
 
 	if (outcome == OUTCOME_OK)
 	{
@@ -395,7 +464,7 @@ batch_answered(void *arg, const PGresult *result)
 	if (!ok)
 	{
 		sessions->counts.failed_batches += batch->beats;
-		(void) outcome_of(result); /* tells why */
+		(void) sessions_outcome(result); /* tells why */
 	}
 	if (rows > 0)
 		set_clock(sessions, PQgetvalue(result, 0, 2));
@@ -426,6 +495,40 @@ batch_answered(void *arg, const PGresult *result)
 	free(batch);
 }
 
+/*
+ * The binary form of a uuid[] in malloc'ed memory, with room for so many: dimensions,
+ * flags, element type, length and lower bound, then the elements that are put there.
+ */
+#define ARRAY_HEAD 20
+
+static char *
+make_array(size_t room)
+{
+	return calloc(1, ARRAY_HEAD + room * (4 + UUID_LEN));
+}
+
+static void
+put_id(char **at, const uint8_t *id)
+{
+	put_int32(at, UUID_LEN);
+	memcpy(*at, id, UUID_LEN);
+	*at += UUID_LEN;
+}
+
+/* Its head; returns its length. */
+static int
+finish_array(char *array, size_t count)
+{
+	char *at = array;
+
+	put_int32(&at, count > 0 ? 1 : 0);
+	put_int32(&at, 0);
+	put_int32(&at, UUID_OID);
+	put_int32(&at, (uint32_t) count);
+	put_int32(&at, 1);
+	return count > 0 ? (int) (ARRAY_HEAD + count * (4 + UUID_LEN)) : 12;
+}
+
 /* Send these, whose order is changed. */
 static void
 send_batch(Sessions *sessions, Request *requests, bool beats)
@@ -453,32 +556,21 @@ send_batch(Sessions *sessions, Request *requests, bool beats)
 	batch->beats = beats;
 	DL_SORT(batch->requests, compare_ids);
 
-	/* the binary form of uuid[]: dimensions, flags, element type, length and lower bound, elements */
 	DL_FOREACH(batch->requests, request)
 	count++;
-	array = at = calloc(1, 20 + (size_t) count * (4 + UUID_LEN));
-	at += 20;
+	array = make_array((size_t) count);
+	at = array + ARRAY_HEAD;
 	count = 0;
 	DL_FOREACH(batch->requests, request)
 	{
 		if (previous != NULL && compare_ids(previous, request) == 0)
 			continue;
-		put_int32(&at, UUID_LEN);
-		memcpy(at, request->session->id, UUID_LEN);
-		at += UUID_LEN;
+		put_id(&at, request->session->id);
 		count++;
 		previous = request;
 	}
 	values[0] = array;
-	lengths[0] = (int) (at - array);
-	at = array;
-	put_int32(&at, count > 0 ? 1 : 0);
-	put_int32(&at, 0);
-	put_int32(&at, UUID_OID);
-	put_int32(&at, (uint32_t) count);
-	put_int32(&at, 1);
-	if (count == 0)
-		lengths[0] = 12;
+	lengths[0] = finish_array(array, (size_t) count);
 
 	if (!database_send(sessions->database, beats ? beat : look, 1, types, values, lengths, formats,
 					   batch_answered, batch))
@@ -525,7 +617,7 @@ static void
 authenticated(void *arg, const PGresult *result)
 {
 	Request *request = arg;
-	Outcome outcome = outcome_of(result);
+	Outcome outcome = sessions_outcome(result);
 
 	if (outcome == OUTCOME_OK)
 		set_session(request, remember(request->sessions, (const uint8_t *) PQgetvalue(result, 0, 0),
@@ -593,6 +685,111 @@ sessions_know(Sessions *sessions, const uint8_t *hash)
 	return find(sessions, hash) != NULL;
 }
 
+/* ---- where sessions are to be found ---- */
+
+typedef struct Attachment
+{
+	Sessions *sessions;
+	int count;
+	uint8_t ids[][UUID_LEN];
+} Attachment;
+
+static void
+attach_answered(void *arg, const PGresult *result)
+{
+	Attachment *attachment = arg;
+	Sessions *sessions = attachment->sessions;
+	int i;
+
+	/* it returns void: a row that is empty */
+	if (result == NULL || PQresultStatus(result) != PGRES_TUPLES_OK)
+	{
+		(void) sessions_outcome(result); /* tells why */
+		for (i = 0; i < attachment->count; i++)
+		{
+			Session *session;
+
+			HASH_FIND(hh_id, sessions->by_id, attachment->ids[i], UUID_LEN, session);
+			if (session != NULL)
+				session->attach_due = sessions->any_attach_due =
+					true; /* at the next tick, or when the database is there */
+		}
+	}
+	free(attachment);
+}
+
+static void
+send_attachment(Attachment *attachment)
+{
+	static const Oid types[] = {UUID_ARRAY_OID};
+	static const int formats[] = {1};
+	char *array = make_array((size_t) attachment->count);
+	const char *values[] = {array};
+	char *at = array + ARRAY_HEAD;
+	int lengths[1];
+	int i;
+
+	for (i = 0; i < attachment->count; i++)
+		put_id(&at, attachment->ids[i]);
+	lengths[0] = finish_array(array, (size_t) attachment->count);
+	if (!database_send(attachment->sessions->database, "SELECT agentvm.attach($1)", 1, types,
+					   values, lengths, formats, attach_answered, attachment))
+		attach_answered(attachment, NULL);
+	free(array);
+}
+
+/* Tell the database of those that it has to hear of. */
+static void
+attach_due(Sessions *sessions)
+{
+	const size_t size = sizeof(Attachment) + MAX_BATCH * UUID_LEN;
+	Attachment *attachment = NULL;
+	Session *session, *next;
+
+	if (!sessions->any_attach_due || !database_is_up(sessions->database))
+		return;
+	sessions->any_attach_due = false;
+	HASH_ITER(hh, sessions->by_hash, session, next)
+	{
+		if (!session->attach_due)
+			continue;
+		session->attach_due = false;
+		if (session->attached == NULL || session->has_ended)
+			continue;
+		if (attachment == NULL)
+		{
+			attachment = calloc(1, size);
+			attachment->sessions = sessions;
+		}
+		memcpy(attachment->ids[attachment->count++], session->id, UUID_LEN);
+		if (attachment->count == MAX_BATCH)
+		{
+			send_attachment(attachment);
+			attachment = NULL;
+		}
+	}
+	if (attachment != NULL)
+		send_attachment(attachment);
+}
+
+static void
+on_attach(uv_timer_t *timer)
+{
+	attach_due(timer->data);
+}
+
+void *
+session_attach(Sessions *sessions, Session *session, void *attached)
+{
+	void *before = session->attached;
+
+	session->attached = attached;
+	session->attach_due = sessions->any_attach_due = true;
+	if (!uv_is_active((uv_handle_t *) sessions->attach))
+		uv_timer_start(sessions->attach, on_attach, ATTACH_MS, 0);
+	return before;
+}
+
 /* ---- ends that the database tells of ---- */
 
 /* Which sessions have ended while nobody listened? */
@@ -627,7 +824,8 @@ static void
 listening(void *arg, const PGresult *result)
 {
 	if (result != NULL && PQresultStatus(result) != PGRES_COMMAND_OK)
-		(void) outcome_of(result); /* tells why; ends are then noticed at the next heartbeat */
+		(void) sessions_outcome(
+			result); /* tells why; ends are then noticed at the next heartbeat */
 }
 
 static void
@@ -636,7 +834,7 @@ channel_answered(void *arg, const PGresult *result)
 	Sessions *sessions = arg;
 	char listen[128];
 
-	if (outcome_of(result) != OUTCOME_OK)
+	if (sessions_outcome(result) != OUTCOME_OK)
 		return;
 	set_clock(sessions, PQgetvalue(result, 0, 1));
 	snprintf(listen, sizeof(listen), "LISTEN \"%.63s\"", PQgetvalue(result, 0, 0));
@@ -649,10 +847,16 @@ static void
 on_up(void *arg)
 {
 	Sessions *sessions = arg;
+	Session *session, *next;
 
 	(void) database_send(sessions->database, "SELECT agentvm.gateway_channel(), clock_timestamp()",
 						 0, NULL, NULL, NULL, NULL, channel_answered, sessions);
 	flush_batch(sessions);
+	/* it may be another server by now, or one that has lost its last commits */
+	HASH_ITER(hh, sessions->by_hash, session, next)
+	session->attach_due = sessions->any_attach_due = true;
+	attach_due(sessions);
+	sessions->events.up(sessions->events.arg);
 }
 
 /* The payload is the id of a session that has ended or is ending. */
@@ -685,6 +889,7 @@ on_tick(uv_timer_t *timer)
 			now - session->mentioned_at > FORGET_MS)
 			forget(sessions, session);
 	}
+	attach_due(sessions);
 	if (database_is_up(sessions->database) && now - sessions->last_batch_at >= REPORT_MS)
 		flush_batch(sessions);
 }
@@ -706,15 +911,17 @@ make_timer(Sessions *sessions)
 }
 
 Sessions *
-sessions_create(uv_loop_t *loop, const char *conninfo, const char *name, SessionEnded ended)
+sessions_create(uv_loop_t *loop, const char *conninfo, const char *name,
+				const SessionEvents *session_events)
 {
 	Sessions *sessions = calloc(1, sizeof(Sessions));
 	DatabaseEvents events = {on_up, on_notified, sessions};
 
 	sessions->loop = loop;
-	sessions->ended = ended;
+	sessions->events = *session_events;
 	sessions->flush = make_timer(sessions);
 	sessions->tick = make_timer(sessions);
+	sessions->attach = make_timer(sessions);
 	uv_timer_start(sessions->tick, on_tick, 1000, 1000);
 	sessions->database = database_open(loop, conninfo, name, &events);
 	return sessions;
@@ -736,6 +943,7 @@ sessions_destroy(Sessions *sessions)
 	forget(sessions, session);
 	uv_close((uv_handle_t *) sessions->flush, free_handle);
 	uv_close((uv_handle_t *) sessions->tick, free_handle);
+	uv_close((uv_handle_t *) sessions->attach, free_handle);
 	free(sessions);
 }
 

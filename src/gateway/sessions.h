@@ -25,8 +25,9 @@ typedef enum Outcome
 	OUTCOME_OK,
 	OUTCOME_UNKNOWN, /* no such token, or not this one's to use */
 	OUTCOME_GONE,	 /* the session has ended */
-	OUTCOME_BAD,	 /* the request makes no sense to the database */
-	OUTCOME_AWAY	 /* the database is away, or nobody knows: try again */
+	OUTCOME_NOT_READY,
+	OUTCOME_BAD, /* the request makes no sense to the database */
+	OUTCOME_AWAY /* the database is away, or nobody knows: try again */
 } Outcome;
 
 /*
@@ -36,11 +37,16 @@ typedef enum Outcome
  */
 typedef void (*RequestDone)(void *arg, Outcome outcome, Session *session, const char *body);
 
-/* A session has ended while something is attached to it. */
-typedef void (*SessionEnded)(void *attached);
+typedef struct SessionEvents
+{
+	void (*ended)(void *attached); /* a session has ended while something is attached to it */
+	void (*up)(void *arg);		   /* the database is there, or there again */
+	void *arg;
+} SessionEvents;
 
+/* "events" is copied. */
 extern Sessions *sessions_create(uv_loop_t *loop, const char *conninfo, const char *name,
-								 SessionEnded ended);
+								 const SessionEvents *events);
 extern void sessions_destroy(Sessions *sessions);
 
 /*
@@ -74,15 +80,40 @@ extern void request_forget(Request *request);
 
 /*
  * Attach something (a channel) to a session; returns what was attached before,
- * or NULL.  It is told of the session's end through SessionEnded.
+ * or NULL.  It is told of the session's end through SessionEvents, and the database
+ * that the session is to be found here.
  */
-extern void *session_attach(Session *session, void *attached);
+extern void *session_attach(Sessions *sessions, Session *session, void *attached);
 
 /* Detach it, if it is still what is attached. */
 extern void session_detach(Session *session, void *attached);
 
 /* Call "tell" for everything that is attached. */
 extern void sessions_each_attached(Sessions *sessions, void (*tell)(void *attached));
+
+/* The session of that id, if it is remembered, or NULL; valid until the loop goes on. */
+extern Session *sessions_find(Sessions *sessions, const char *id);
+
+/* What is attached to a session, or NULL; whether it has ended, as far as is known. */
+extern void *session_attached(const Session *session);
+extern bool session_has_ended(const Session *session);
+
+/*
+ * Whether its VM may tell of one more end of a command: so many at once, as a runtime
+ * may have to say after an outage, then no more than a few a second and one for each
+ * session_expect_end().
+ */
+extern bool session_may_tell_end(Sessions *sessions, Session *session);
+extern void session_expect_end(Session *session);
+
+/* The connection that all this uses, for what else a gateway asks. */
+extern Database *sessions_database(Sessions *sessions);
+
+/* What the result of a query means; NULL is a lost connection.  What is unexpected is logged. */
+extern Outcome sessions_outcome(const PGresult *result);
+
+/* Whether it is the text of a uuid as PostgreSQL writes it. */
+extern bool is_uuid(const char *text);
 
 /* The session's id as text, 36 characters. */
 extern const char *session_id_text(const Session *session);

@@ -41,8 +41,10 @@
 /* What a VM may spend: bytes a second, with ALLOWANCE at once. */
 #define RATE (4 * 1024 * 1024)
 #define ALLOWANCE (4 * 1024 * 1024)
-#define FRAME_COST 512			/* of a frame, beside its bytes */
-#define STREAM_COST (32 * 1024) /* of a new stream, or of a runtime that begins anew */
+#define FRAME_COST 512					 /* of a frame, beside its bytes */
+#define STREAM_COST (32 * 1024)			 /* of a new stream, or of a runtime that begins anew */
+#define PROMISE_TICKS 50				 /* that a promise lasts, more or less */
+#define MAX_EXPECTED (256 * 1024 * 1024) /* what has been asked for is no more than that */
 
 typedef struct Vm
 {
@@ -79,7 +81,7 @@ struct Vms
 	uv_timer_t *tick;
 	uint64_t scan_at;
 	bool is_full; /* there are more than VMS_MAX, and the log says so */
-	uint64_t resets;
+	uint64_t resets, pauses;
 	Vm *all[VMS_MAX];
 };
 
@@ -246,6 +248,7 @@ settle(Vm *vm)
 		return;
 	}
 	vm->is_paused = vm->allowance < 0;
+	vm->vms->pauses += vm->is_paused && !was_paused;
 	if (vm->is_full != was_full || vm->is_paused != was_paused)
 		watch_cable(vm);
 	if (mux_is_synced(vm->cable.mux) != vm->was_synced)
@@ -496,10 +499,16 @@ on_tick(uv_timer_t *timer)
 
 		if (vm == NULL)
 			continue;
-		vm->allowance += (double) (now - vm->allowed_at) * RATE / 1000;
-		vm->allowed_at = now;
+		/* more than that it may have been promised, which is to be used soon */
 		if (vm->allowance > ALLOWANCE)
-			vm->allowance = ALLOWANCE;
+			vm->allowance -= (vm->allowance - ALLOWANCE) / PROMISE_TICKS;
+		else
+		{
+			vm->allowance += (double) (now - vm->allowed_at) * RATE / 1000;
+			if (vm->allowance > ALLOWANCE)
+				vm->allowance = ALLOWANCE;
+		}
+		vm->allowed_at = now;
 		if (vm->cable.fd >= 0)
 			settle(vm);
 		else if (now >= vm->retry_at)
@@ -567,10 +576,29 @@ vms_destroy(Vms *vms)
 	free(vms);
 }
 
+void
+vms_expect(Vms *vms, const char *name, size_t bytes)
+{
+	int i;
+
+	for (i = 0; i < VMS_MAX; i++)
+	{
+		Vm *vm = vms->all[i];
+
+		if (vm == NULL || strcmp(vm->name, name) != 0)
+			continue;
+		if (vm->allowance < MAX_EXPECTED)
+			vm->allowance += (double) bytes;
+		/* it may wait for the next tick */
+		if (vm->is_paused)
+			settle(vm);
+	}
+}
+
 VmsCounts
 vms_counts(const Vms *vms)
 {
-	VmsCounts counts = {.resets = vms->resets};
+	VmsCounts counts = {.resets = vms->resets, .pauses = vms->pauses};
 	int i;
 
 	for (i = 0; i < VMS_MAX; i++)

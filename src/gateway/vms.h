@@ -9,8 +9,8 @@
  * same directory.
  *
  * A VM may send whatever it likes.  What makes no sense costs it its connection,
- * for a time that doubles; its bytes, frames and streams come at a bounded rate;
- * memory is that of a Cable, and of what common/mux.h keeps.
+ * for a time that doubles; its bytes, frames and streams come at a bounded rate,
+ * except for what it has been asked for; memory is that of a Cable, and of what common/mux.h keeps.
  *
  *-------------------------------------------------------------------------
  */
@@ -35,6 +35,7 @@ typedef struct VmsCounts
 {
 	unsigned vms; /* connected, and at the other end is a runtime */
 	unsigned streams;
+	uint64_t pauses; /* how often one has had to wait, having spent too much */
 	uint64_t resets; /* connections given up, since what came made no sense */
 } VmsCounts;
 
@@ -46,6 +47,12 @@ extern Vms *vms_create(uv_loop_t *loop, const char *const *dirs, VmsServe serve,
 extern void vms_destroy(Vms *vms);
 
 extern VmsCounts vms_counts(const Vms *vms);
+
+/*
+ * A VM, by the name that VmsServe was called with, has been asked for something that
+ * may take so many bytes to answer: for these it need not wait.
+ */
+extern void vms_expect(Vms *vms, const char *vm, size_t bytes);
 
 /* Whether an entry of a directory is one that we would connect to. */
 extern bool vms_is_socket(int dir, const char *name);

@@ -56,10 +56,12 @@
 #define DEFAULT_TIMEOUT_MS 30000
 #define CONNECT_TIMEOUT_MS 10000
 #define MAX_REPLY_HEADERS (256 * 1024) /* bytes of headers before a call fails */
-#define MAX_KEPT_CONNECTIONS 256 /* idle connections; what is in flight is the caller's to bound */
-#define MAX_IDLE_CONNECTION_S 15 /* AWS drops idle connections after about 20 s */
-#define CLOSE_WHEN_IDLE_MS 5000	 /* without any call, all kept connections go */
-#define MAX_ROUNDS 16			 /* of epoll_wait in one http_run */
+#define MAX_KEPT_CONNECTIONS 256	   /* of all, those in use included: beyond that none is kept */
+#define MAX_IDLE_CONNECTION_S 15	   /* AWS drops idle connections after about 20 s */
+#define CLOSE_WHEN_IDLE_MS 5000		   /* without any call, all kept connections go */
+#define LARGE_BODY (64 * 1024) /* bytes; libcurl's own buffer would send it in several pieces */
+#define LARGE_BUFFER (512 * 1024)
+#define MAX_ROUNDS 16 /* of epoll_wait in one http_run */
 
 struct HttpClient
 {
@@ -70,6 +72,7 @@ struct HttpClient
 	bool wake;			/* a call ended without libcurl: make the fd readable */
 	bool used;			/* there may be connections that are kept */
 	int in_flight;		/* calls on either list */
+	int max_kept;		/* connections */
 	dlist_head running; /* of HttpCall, added to the multi handle */
 	dlist_head ended;	/* of HttpCall, to be returned by http_finished */
 };
@@ -92,6 +95,7 @@ struct HttpCall
 	char *reply;
 	size_t reply_len;
 	size_t reply_size;
+	size_t max_reply;
 	size_t headers_len;
 	const char *problem; /* why a callback ended the call */
 	char request_id[128];
@@ -191,19 +195,29 @@ on_body(char *data, size_t size, size_t nmemb, void *arg)
 	HttpCall *call = arg;
 	size_t len = size * nmemb;
 
-	if (len > HTTP_MAX_REPLY - call->reply_len)
+	if (len > call->max_reply - call->reply_len)
 	{
-		call->problem = "reply is larger than 1 MiB";
+		call->problem =
+			call->max_reply == HTTP_MAX_REPLY ? "reply is larger than 1 MiB" : "reply is too large";
 		return 0;
 	}
 	if (call->reply_len + len > call->reply_size)
 	{
 		size_t want = call->reply_size == 0 ? 4096 : call->reply_size * 2;
+		curl_off_t announced = 0;
 		char *grown;
 
+		/* a large one need not be moved as it grows */
+		if (call->reply_size == 0 &&
+			curl_easy_getinfo(call->easy, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &announced) ==
+				CURLE_OK &&
+			announced > 0 && announced <= call->max_reply)
+			want = announced;
 		while (want < call->reply_len + len)
 			want *= 2;
-		grown = secret_realloc(call->reply, want);
+		/* keys come in small replies; a file of a VM's may be large */
+		grown = call->max_reply == HTTP_MAX_REPLY ? secret_realloc(call->reply, want)
+												  : realloc(call->reply, want);
 		if (grown == NULL)
 		{
 			call->problem = "out of memory";
@@ -306,7 +320,7 @@ open_multi(HttpClient *client)
 	curl_multi_setopt(multi, CURLMOPT_TIMERDATA, client);
 	curl_multi_setopt(multi, CURLMOPT_PIPELINING, (long) CURLPIPE_NOTHING);
 	curl_multi_setopt(multi, CURLMOPT_MAX_HOST_CONNECTIONS, 0L);
-	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) MAX_KEPT_CONNECTIONS);
+	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) client->max_kept);
 	return true;
 }
 
@@ -336,6 +350,7 @@ http_client_create(void)
 		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 	dlist_init(&client->running);
 	dlist_init(&client->ended);
+	client->max_kept = MAX_KEPT_CONNECTIONS;
 
 	/*
 	 * fd.c hears of these two only, not of libcurl's sockets: with more than a third
@@ -393,7 +408,10 @@ free_call(HttpCall *call)
 	if (call->body != NULL)
 		secret_wipe(call->body, call->body_len);
 	free(call->body);
-	secret_free(call->reply);
+	if (call->max_reply == HTTP_MAX_REPLY)
+		secret_free(call->reply);
+	else
+		free(call->reply);
 	dlist_delete(&call->node);
 	free(call);
 }
@@ -422,6 +440,20 @@ http_client_destroy(HttpClient *client)
 	ReleaseExternalFD();
 	ReleaseExternalFD();
 	free(client);
+}
+
+void
+http_client_keep(HttpClient *client, int connections)
+{
+	client->max_kept = connections;
+	if (client->multi != NULL)
+		curl_multi_setopt(client->multi, CURLMOPT_MAXCONNECTS, (long) connections);
+}
+
+void
+http_cancel(HttpCall *call)
+{
+	free_call(call);
 }
 
 int
@@ -460,7 +492,7 @@ check_request(const HttpRequest *request)
 
 	if (pg_strncasecmp(request->url, "http://", 7) == 0)
 	{
-		if (!avm_allow_insecure_endpoints && !request->metadata)
+		if (!avm_allow_insecure_endpoints && !request->metadata && request->unix_socket == NULL)
 			ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 							errmsg("refusing to call an endpoint without TLS"),
 							errhint("Use an https URL, or set agentvm.allow_insecure_endpoints.")));
@@ -530,6 +562,7 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	CURL *easy = call->easy;
 	CURLcode rc = CURLE_OK;
 	long timeout_ms = request->timeout_ms > 0 ? request->timeout_ms : DEFAULT_TIMEOUT_MS;
+	long connect_ms = request->connect_ms > 0 ? request->connect_ms : CONNECT_TIMEOUT_MS;
 	ListCell *lc;
 
 #define SETOPT(option, value)                                                                      \
@@ -542,9 +575,13 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	SETOPT(CURLOPT_URL, request->url);
 	SETOPT(CURLOPT_DISALLOW_USERNAME_IN_URL, 1L);
 	SETOPT(CURLOPT_PROTOCOLS_STR,
-		   avm_allow_insecure_endpoints || request->metadata ? "http,https" : "https");
-	if (request->metadata)
-		SETOPT(CURLOPT_NOPROXY, "*");
+		   avm_allow_insecure_endpoints || request->metadata || request->unix_socket != NULL
+			   ? "http,https"
+			   : "https");
+	if (request->unix_socket != NULL)
+		SETOPT(CURLOPT_UNIX_SOCKET_PATH, request->unix_socket);
+	if (request->unix_socket != NULL || request->metadata)
+		SETOPT(CURLOPT_PROXY, "");
 	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
 	SETOPT(CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
@@ -552,7 +589,7 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	SETOPT(CURLOPT_QUICK_EXIT, 1L);
 #endif
 	SETOPT(CURLOPT_TIMEOUT_MS, timeout_ms);
-	SETOPT(CURLOPT_CONNECTTIMEOUT_MS, Min(timeout_ms, CONNECT_TIMEOUT_MS));
+	SETOPT(CURLOPT_CONNECTTIMEOUT_MS, Min(timeout_ms, connect_ms));
 	SETOPT(CURLOPT_MAXAGE_CONN, (long) MAX_IDLE_CONNECTION_S);
 	SETOPT(CURLOPT_USERAGENT, "agentvm/" AGENTVM_VERSION);
 
@@ -562,6 +599,8 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	if (request->ca_file != NULL)
 		SETOPT(CURLOPT_CAINFO, request->ca_file);
 
+	if (request->large_reply)
+		SETOPT(CURLOPT_BUFFERSIZE, (long) LARGE_BUFFER);
 	SETOPT(CURLOPT_PRIVATE, (char *) call);
 	SETOPT(CURLOPT_ERRORBUFFER, call->error);
 	SETOPT(CURLOPT_WRITEFUNCTION, on_body);
@@ -574,12 +613,20 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 
 	if (request->body != NULL || strcmp(request->method, "POST") == 0)
 	{
-		call->body_len = request->body != NULL ? request->body_len : 0;
+		size_t body_len = request->body != NULL ? request->body_len : 0;
+		size_t tail_len = request->tail != NULL ? request->tail_len : 0;
+
+		call->body_len = body_len + tail_len;
 		call->body = malloc(call->body_len + 1);
 		if (call->body == NULL)
 			return CURLE_OUT_OF_MEMORY;
-		memcpy(call->body, request->body != NULL ? request->body : "", call->body_len);
+		if (body_len > 0)
+			memcpy(call->body, request->body, body_len);
+		if (tail_len > 0)
+			memcpy(call->body + body_len, request->tail, tail_len);
 		call->body[call->body_len] = '\0';
+		if (call->body_len > LARGE_BODY)
+			SETOPT(CURLOPT_UPLOAD_BUFFERSIZE, (long) LARGE_BUFFER);
 		SETOPT(CURLOPT_POST, 1L);
 		SETOPT(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) call->body_len);
 		SETOPT(CURLOPT_POSTFIELDS, call->body);
@@ -657,6 +704,7 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	call->client = client;
 	call->arg = arg;
 	call->retry_after_s = -1;
+	call->max_reply = request->max_reply > 0 ? request->max_reply : HTTP_MAX_REPLY;
 	INSTR_TIME_SET_CURRENT(call->started);
 
 	/* From here on nothing raises. */

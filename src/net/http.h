@@ -30,18 +30,25 @@ typedef struct HttpCall HttpCall;
  */
 typedef struct HttpRequest
 {
-	const char *method;		  /* "GET", "POST" */
-	const char *url;		  /* http:// only with agentvm.allow_insecure_endpoints or metadata */
-	List *headers;			  /* of char *, "Name: value"; no secret */
-	const char *body;		  /* NULL: none */
-	size_t body_len;		  /* bytes */
-	const char *sigv4;		  /* CURLOPT_AWS_SIGV4 value such as "aws:amz:us-east-1:ec2", or NULL */
-	const Secret *access_key; /* with sigv4 */
-	const Secret *secret_key; /* with sigv4 */
+	const char *method; /* "GET", "POST" */
+	const char *url;	/* http:// only through a Unix socket, to the metadata service, or with
+						   * agentvm.allow_insecure_endpoints; checked here */
+	List *headers;		/* of char *, "Name: value"; no secret */
+	const char *body;	/* NULL: none */
+	size_t body_len;	/* bytes */
+	const char *tail;	/* what follows the body, so that nobody has to join the two, or NULL */
+	size_t tail_len;	/* bytes */
+	const char *sigv4;	/* CURLOPT_AWS_SIGV4 value such as "aws:amz:us-east-1:ec2", or NULL */
+	const Secret *access_key;	 /* with sigv4 */
+	const Secret *secret_key;	 /* with sigv4 */
 	const Secret *session_token; /* X-Amz-Security-Token, or NULL */
 	bool metadata; /* the machine's own metadata service: without TLS by nature, past any proxy */
 	const Secret *metadata_token; /* X-aws-ec2-metadata-token, or NULL */
 	const char *ca_file;		  /* NULL: the system's authorities */
+	const char *unix_socket; /* path of a socket to talk to in place of the URL's host, or NULL */
+	size_t max_reply;		 /* bytes of the reply's body; 0: HTTP_MAX_REPLY */
+	bool large_reply;		 /* one of many kB is to be expected */
+	int connect_ms;			 /* for the connection alone; 0: 10 s */
 	int timeout_ms; /* whole call; 0: 30 s; the engine lowers it to two thirds of the lease */
 } HttpRequest;
 
@@ -53,7 +60,7 @@ typedef struct HttpReply
 	bool maybe_sent;   /* without a reply: the request may have reached the server */
 	int sends;		   /* how often libcurl sent it; above 1, an earlier send went unanswered */
 	const char *body;  /* NUL-terminated; "" when empty */
-	size_t body_len;   /* bytes, at most HTTP_MAX_REPLY */
+	size_t body_len;   /* bytes, at most max_reply of the request */
 	const char *request_id; /* x-amzn-requestid or x-amz-request-id header, or NULL */
 	int retry_after_s;		/* Retry-After in seconds, or -1 */
 	int millis;				/* how long the call took */
@@ -69,6 +76,12 @@ extern HttpClient *http_client_create(void);
 /* Abort all calls, close every fd, free the client.  Never raises. */
 extern void http_client_destroy(HttpClient *client);
 
+/*
+ * As long as there are no more connections than that, those in use included, one whose
+ * call has been answered is kept for the next.
+ */
+extern void http_client_keep(HttpClient *client, int connections);
+
 /* The fd to wait on for readability; belongs to the client. */
 extern int http_client_fd(HttpClient *client);
 
@@ -78,6 +91,13 @@ extern int http_client_fd(HttpClient *client);
  * values with control characters; otherwise failures come as a reply.
  */
 extern HttpCall *http_start(HttpClient *client, const HttpRequest *request, void *arg);
+
+/*
+ * Let go of a call that http_finished() has not returned: there will be no reply.
+ * If its request is under way, its connection is closed, which tells the server.
+ * Never raises.
+ */
+extern void http_cancel(HttpCall *call);
 
 /* Move all calls on as far as they go without blocking.  Signals are blocked meanwhile. */
 extern void http_run(HttpClient *client);

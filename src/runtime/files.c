@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "../common/log.h"
@@ -140,4 +141,30 @@ make_directories(const char *path, unsigned mode)
 		*c = '/';
 	}
 	return mkdir(directory, mode) == 0 || errno == EEXIST;
+}
+
+int64_t
+file_space(const char *path)
+{
+	char nearest[PATH_MAX];
+	struct statvfs status;
+	uint64_t free_blocks;
+	char *slash;
+
+	snprintf(nearest, sizeof(nearest), "%s", path);
+	while (statvfs(nearest, &status) != 0)
+	{
+		if (errno != ENOENT || strcmp(nearest, "/") == 0 || strcmp(nearest, ".") == 0)
+			return INT64_MAX;
+		slash = strrchr(nearest, '/');
+		if (slash == NULL)
+			strcpy(nearest, ".");
+		else
+			slash[slash == nearest] = '\0';
+	}
+	free_blocks = geteuid() == 0 ? status.f_bfree : status.f_bavail;
+	if (status.f_blocks == 0 || status.f_frsize == 0 ||
+		free_blocks > (uint64_t) INT64_MAX / status.f_frsize)
+		return INT64_MAX;
+	return (int64_t) (free_blocks * status.f_frsize);
 }

@@ -10,6 +10,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 /*
  * The content of a file of at most "max" bytes, malloc'ed and ended by a NUL;
@@ -29,5 +30,11 @@ extern void file_wipe(int fd);
 
 /* mkdir -p; new directories get the mode.  Returns false, with errno. */
 extern bool make_directories(const char *path, unsigned mode);
+
+/*
+ * How many bytes can be written to the file system of a path, or of the nearest
+ * directory on the way to it that exists; INT64_MAX where it does not say.
+ */
+extern int64_t file_space(const char *path);
 
 #endif /* RUNTIME_FILES_H */

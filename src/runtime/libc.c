@@ -6,13 +6,15 @@
  * These functions load shared libraries of the very libc that was linked, which
  * other machines do not have.  The libraries that we use refer to them, but
  * nothing we do gets there, except for getaddrinfo(), which libwebsockets asks
- * about addresses that resolve.c has found.
+ * about addresses that resolve.c has found, and iconv_open(), without which
+ * libarchive takes names as they are.
  *
  *-------------------------------------------------------------------------
  */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <grp.h>
+#include <iconv.h>
 #include <netdb.h>
 #include <pwd.h>
 #include <stdlib.h>
@@ -121,6 +123,26 @@ initgroups(const char *user, gid_t group)
 {
 	errno = ENOSYS;
 	return -1;
+}
+
+iconv_t
+iconv_open(const char *to, const char *from)
+{
+	errno = EINVAL;
+	return (iconv_t) -1;
+}
+
+size_t
+iconv(iconv_t converter, char **in, size_t *in_left, char **out, size_t *out_left)
+{
+	errno = EBADF;
+	return (size_t) -1;
+}
+
+int
+iconv_close(iconv_t converter)
+{
+	return 0;
 }
 
 void *__wrap_dlopen(const char *file, int mode);

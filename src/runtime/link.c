@@ -6,7 +6,8 @@
  * The name is resolved first (resolve.h); libwebsockets gets an address, and the
  * name for Host and for TLS.  An address that does not answer is followed by the
  * next one.  Where the gateway is at the other end of a device, the address is that
- * of relay.h.  Answers and frames are bounded; redirects are not followed.
+ * of relay.h.  Answers and frames are bounded, and so is what waits to be sent;
+ * redirects are not followed.
  *
  *-------------------------------------------------------------------------
  */
@@ -27,6 +28,18 @@
 #include "tls.h"
 
 #define MAX_RETRY_AFTER_S 300
+#define MAX_CALL (PROTOCOL_MAX_MESSAGE + 4)
+#define MAX_TEXTS 4				/* that wait */
+#define MAX_WAITING MAX_CALL	/* bytes of binary frames that wait, before one more */
+#define BUFFER_SIZE (32 * 1024) /* for what is read at once */
+
+/* A frame to be sent */
+typedef struct Outgoing
+{
+	lws_dll2_t list;
+	size_t len;
+	char bytes[]; /* LWS_PRE of them for libwebsockets, then the frame */
+} Outgoing;
 
 struct Link
 {
@@ -34,7 +47,10 @@ struct Link
 	bool opened;
 	char *path;
 	char *authorization;
-	char *body; /* of a request; the frame to be sent of a channel */
+	char *body;				/* of a request */
+	lws_dll2_owner_t texts; /* of a channel: frames that wait */
+	lws_dll2_owner_t calls;
+	size_t calls_len;
 	LinkAnswered answered;
 	const ChannelEvents *events;
 	void *arg;
@@ -59,6 +75,31 @@ struct Link
 static const Settings *settings;
 
 static void
+free_frame(Outgoing *frame)
+{
+	lws_dll2_remove(&frame->list);
+	free(frame);
+}
+
+static void
+free_frames(lws_dll2_owner_t *frames)
+{
+	while (frames->head != NULL)
+		free_frame(lws_container_of(frames->head, Outgoing, list));
+}
+
+/* Let go of what has arrived. */
+static void
+let_go(Link *link)
+{
+	if (link->in != NULL)
+		OPENSSL_cleanse(link->in, link->in_room);
+	free(link->in);
+	link->in = NULL;
+	link->in_len = link->in_room = 0;
+}
+
+static void
 free_link(Link *link)
 {
 	timer_stop(&link->timeout);
@@ -71,11 +112,11 @@ free_link(Link *link)
 		lws_set_wsi_user(link->wsi, NULL);
 		lws_set_timeout(link->wsi, PENDING_TIMEOUT_USER_OK, LWS_TO_KILL_ASYNC);
 	}
-	if (link->in != NULL)
-		OPENSSL_cleanse(link->in, link->in_room);
+	let_go(link);
 	OPENSSL_cleanse(link->authorization, strlen(link->authorization));
-	free(link->in);
 	free(link->authorization);
+	free_frames(&link->texts);
+	free_frames(&link->calls);
 	free(link->body);
 	free(link->path);
 	free(link);
@@ -250,14 +291,54 @@ link_channel(const char *path, const char *token, const ChannelEvents *events, v
 	return link;
 }
 
+static Outgoing *
+add_frame(Link *link, lws_dll2_owner_t *frames, size_t len)
+{
+	Outgoing *frame = malloc(sizeof(Outgoing) + LWS_PRE + len);
+
+	if (frame == NULL)
+		return NULL;
+	memset(&frame->list, 0, sizeof(frame->list));
+	frame->len = len;
+	lws_dll2_add_tail(&frame->list, frames);
+	lws_callback_on_writable(link->wsi);
+	return frame;
+}
+
 bool
 link_send(Link *link, const char *text)
 {
-	if (link->body != NULL || link->wsi == NULL || !link->opened)
+	size_t len = strlen(text);
+	Outgoing *frame;
+
+	if (link->wsi == NULL || !link->opened || link->texts.count >= MAX_TEXTS ||
+		(frame = add_frame(link, &link->texts, len)) == NULL)
 		return false;
-	link->body = strdup(text);
-	lws_callback_on_writable(link->wsi);
+	memcpy(frame->bytes + LWS_PRE, text, len);
 	return true;
+}
+
+bool
+link_is_free(const Link *link)
+{
+	return link->texts.head == NULL;
+}
+
+bool
+link_has_room(const Link *link)
+{
+	return link->wsi != NULL && link->opened && link->calls_len < MAX_WAITING;
+}
+
+char *
+link_reserve(Link *link, size_t len)
+{
+	Outgoing *frame = add_frame(link, &link->calls, len);
+
+	if (frame == NULL)
+		return NULL;
+	link->calls_len += len;
+	return frame->bytes + LWS_PRE;
 }
 
 void
@@ -277,19 +358,19 @@ date_of(struct lws *wsi)
 																		  : NO_TIME;
 }
 
-/* Keep what has arrived; false when it is too much. */
+/* Keep what has arrived, "more" of which will follow at once; false when it is too much. */
 static bool
-take(Link *link, const void *bytes, size_t len)
+take(Link *link, const void *bytes, size_t len, size_t more, size_t max)
 {
-	size_t max = link->is_channel ? PROTOCOL_MAX_FRAME : PROTOCOL_MAX_ANSWER;
-
-	if (len > max - link->in_len)
+	if (len > max - link->in_len || more > max - link->in_len - len)
 		return false;
 	if (link->in_len + len + 1 > link->in_room)
 	{
-		size_t room = (link->in_len + len + 1) * 2;
+		size_t room = more > 0 ? link->in_len + len + more + 1 : (link->in_len + len + 1) * 2;
 		char *new = malloc(room);
 
+		if (new == NULL)
+			return false;
 		memcpy(new, link->in ? link->in : "", link->in_len);
 		if (link->in != NULL)
 			OPENSSL_cleanse(link->in, link->in_room);
@@ -301,6 +382,62 @@ take(Link *link, const void *bytes, size_t len)
 	link->in_len += len;
 	link->in[link->in_len] = '\0';
 	return true;
+}
+
+/* A part of a frame has come. */
+static void
+take_frame(Link *link, struct lws *wsi, const void *bytes, size_t len)
+{
+	bool is_call = lws_frame_is_binary(wsi) != 0;
+
+	if (timer_is_set(&link->end))
+		return;
+	if (lws_is_first_fragment(wsi))
+		link->in_len = 0;
+	if (!take(link, bytes, len, lws_remaining_packet_payload(wsi),
+			  is_call ? MAX_CALL : PROTOCOL_MAX_FRAME))
+	{
+		/*
+		 * Whoever tells libwebsockets so in the middle of a frame, with a reason, has
+		 * it write the rest beyond the end of its buffer.
+		 */
+		end(link, "frame is too large");
+		return;
+	}
+	if (!lws_is_final_fragment(wsi) || lws_remaining_packet_payload(wsi) != 0)
+		return;
+	if (!is_call)
+		link->events->frame(link->arg, link->in, link->in_len);
+	else
+	{
+		link->events->call(link->arg, link->in, link->in_len);
+		let_go(link); /* few are as large */
+	}
+}
+
+/* Send a frame: text goes before calls, and each goes whole. */
+static int
+write_frame(Link *link, struct lws *wsi)
+{
+	bool is_text = link->texts.head != NULL;
+	lws_dll2_t *first = is_text ? link->texts.head : link->calls.head;
+	Outgoing *frame;
+	int n;
+
+	if (first == NULL)
+		return 0;
+	frame = lws_container_of(first, Outgoing, list);
+	n = lws_write(wsi, (unsigned char *) frame->bytes + LWS_PRE, frame->len,
+				  is_text ? LWS_WRITE_TEXT : LWS_WRITE_BINARY);
+	if (n < (int) frame->len)
+		return -1;
+	if (!is_text)
+		link->calls_len -= frame->len;
+	free_frame(frame);
+	link->events->sent(link->arg);
+	if (link->texts.head != NULL || link->calls.head != NULL)
+		lws_callback_on_writable(wsi);
+	return 0;
 }
 
 static int
@@ -326,7 +463,7 @@ add_headers(Link *link, struct lws *wsi, unsigned char **at, unsigned char *limi
 	return 0;
 }
 
-/* Write the body or frame, whole: they are far smaller than what is buffered. */
+/* Write the body, whole: it is far smaller than what is buffered. */
 static int
 write_body(Link *link, struct lws *wsi)
 {
@@ -335,8 +472,7 @@ write_body(Link *link, struct lws *wsi)
 	int n;
 
 	memcpy(buffer + LWS_PRE, link->body, len);
-	n = lws_write(wsi, buffer + LWS_PRE, len,
-				  link->is_channel ? LWS_WRITE_TEXT : LWS_WRITE_HTTP_FINAL);
+	n = lws_write(wsi, buffer + LWS_PRE, len, LWS_WRITE_HTTP_FINAL);
 	free(buffer);
 	return n < (int) len ? -1 : 0;
 }
@@ -407,7 +543,7 @@ callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in
 		}
 
 		case LWS_CALLBACK_RECEIVE_CLIENT_HTTP_READ:
-			if (take(link, in, len))
+			if (take(link, in, len, 0, PROTOCOL_MAX_ANSWER))
 				return 0;
 			end(link, "answer is too large");
 			return -1;
@@ -434,28 +570,10 @@ callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in
 			return 0;
 
 		case LWS_CALLBACK_CLIENT_WRITEABLE:
-			if (link->body != NULL)
-			{
-				int result = write_body(link, wsi);
-
-				free(link->body);
-				link->body = NULL;
-				return result;
-			}
-			return 0;
+			return write_frame(link, wsi);
 
 		case LWS_CALLBACK_CLIENT_RECEIVE:
-			if (lws_is_first_fragment(wsi))
-				link->in_len = 0;
-			if (!take(link, in, len))
-			{
-				end(link, "frame is too large");
-				lws_close_reason(wsi, LWS_CLOSE_STATUS_MESSAGE_TOO_LARGE, NULL, 0);
-				return -1;
-			}
-			if (lws_is_final_fragment(wsi) && lws_remaining_packet_payload(wsi) == 0 &&
-				!timer_is_set(&link->end))
-				link->events->frame(link->arg, link->in, link->in_len);
+			take_frame(link, wsi, in, len);
 			return 0;
 
 		case LWS_CALLBACK_WS_PEER_INITIATED_CLOSE:
@@ -475,7 +593,7 @@ callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in
 
 static const struct lws_protocols protocols[] = {
 	{"http", callback, 0, 0, 0, NULL, 0},
-	{PROTOCOL_NAME, callback, 0, 4096, 0, NULL, 0},
+	{PROTOCOL_NAME, callback, 0, BUFFER_SIZE, 0, NULL, MAX_CALL + LWS_PRE},
 	{NULL, NULL, 0, 0, 0, NULL, 0},
 };
 

@@ -33,6 +33,8 @@ typedef struct ChannelEvents
 {
 	void (*opened)(void *arg, int64_t date); /* the handshake is done; "date" as in Answer */
 	void (*frame)(void *arg, const char *text, size_t len);
+	void (*call)(void *arg, const char *bytes, size_t len); /* a binary frame */
+	void (*sent)(void *arg); /* a frame has left: there may be room for another */
 	void (*closed)(void *arg, int code, const char *why); /* or never opened; code 0: none */
 } ChannelEvents;
 
@@ -58,8 +60,24 @@ extern Link *link_post(const char *path, const char *token, const char *body, Li
 extern Link *link_channel(const char *path, const char *token, const ChannelEvents *events,
 						  void *arg);
 
-/* Send a frame on an open channel; false when the one before is still on its way. */
+/*
+ * Send a text frame on an open channel, before all binary ones that wait; false when
+ * too many wait already.
+ */
 extern bool link_send(Link *link, const char *text);
+
+/* Whether no text frame waits: that is when those that are not urgent may be sent. */
+extern bool link_is_free(const Link *link);
+
+/* Whether another binary frame may be sent; if not, after "sent" it may be. */
+extern bool link_has_room(const Link *link);
+
+/*
+ * Where there is room, send a binary frame of so many bytes (at most
+ * PROTOCOL_MAX_MESSAGE + 4), which the caller is to write to where this points before
+ * he returns to the loop; NULL when there is no memory.
+ */
+extern char *link_reserve(Link *link, size_t len);
 
 /* End a request or a channel without a further call. */
 extern void link_drop(Link *link);

@@ -7,6 +7,8 @@
  */
 #include "loop.h"
 
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
@@ -15,17 +17,16 @@
 
 #include "../common/log.h"
 
-#define MAX_WATCHED 64
+typedef struct Watched
+{
+	LoopReady ready; /* NULL: it is not watched */
+	void *arg;
+} Watched;
 
 static struct lws_context *context;
 static int epoll_fd = -1;
-static struct
-{
-	bool used;
-	int fd;
-	LoopReady ready;
-	void *arg;
-} watched[MAX_WATCHED];
+static Watched *watched; /* by fd */
+static int num_watched;
 static bool stopping;
 static int code;
 
@@ -116,50 +117,48 @@ loop_events(void)
 	struct epoll_event event;
 
 	/* one at a time: a handler may unwatch others */
-	if (epoll_wait(epoll_fd, &event, 1, 0) == 1 && watched[event.data.u32].used)
-		watched[event.data.u32].ready(watched[event.data.u32].arg, event.events);
+	if (epoll_wait(epoll_fd, &event, 1, 0) == 1 && event.data.fd < num_watched &&
+		watched[event.data.fd].ready != NULL)
+		watched[event.data.fd].ready(watched[event.data.fd].arg, event.events);
 }
 
-void
+bool
 loop_watch(int fd, uint32_t events, LoopReady ready, void *arg)
 {
-	struct epoll_event event = {.events = events};
-	int i, place = -1;
+	struct epoll_event event = {.events = events, .data.fd = fd};
 
-	for (i = 0; i < MAX_WATCHED; i++)
+	if (fd >= num_watched)
 	{
-		if (watched[i].used && watched[i].fd == fd)
-			break;
-		if (!watched[i].used && place < 0)
-			place = i;
+		int room = (fd + 1) * 2;
+		Watched *more = realloc(watched, (size_t) room * sizeof(Watched));
+
+		if (more == NULL)
+		{
+			log_line(LOG_LEVEL_ERROR, "cannot watch a file", "reason", strerror(errno), NULL);
+			return false;
+		}
+		memset(more + num_watched, 0, (size_t) (room - num_watched) * sizeof(Watched));
+		watched = more;
+		num_watched = room;
 	}
-	if (i == MAX_WATCHED && place < 0)
+	if (epoll_ctl(epoll_fd, watched[fd].ready != NULL ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd,
+				  &event) != 0)
 	{
-		log_line(LOG_LEVEL_ERROR, "too many files are watched", NULL);
-		return;
+		log_line(LOG_LEVEL_ERROR, "cannot watch a file", "reason", strerror(errno), NULL);
+		return false;
 	}
-	event.data.u32 = (uint32_t) (i < MAX_WATCHED ? i : place);
-	if (epoll_ctl(epoll_fd, i < MAX_WATCHED ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) != 0)
-		log_line(LOG_LEVEL_ERROR, "cannot watch a file", NULL);
-	watched[event.data.u32].used = true;
-	watched[event.data.u32].fd = fd;
-	watched[event.data.u32].ready = ready;
-	watched[event.data.u32].arg = arg;
+	watched[fd].ready = ready;
+	watched[fd].arg = arg;
+	return true;
 }
 
 void
 loop_unwatch(int fd)
 {
-	int i;
-
-	for (i = 0; i < MAX_WATCHED; i++)
-	{
-		if (watched[i].used && watched[i].fd == fd)
-		{
-			watched[i].used = false;
-			(void) epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
-		}
-	}
+	if (fd < 0 || fd >= num_watched || watched[fd].ready == NULL)
+		return;
+	watched[fd].ready = NULL;
+	(void) epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
 }
 
 static void

@@ -41,9 +41,10 @@ extern void loop_events(void);
 
 /*
  * Call "ready" whenever one of these epoll events is there.  Watching an fd anew
- * changes its events.  An fd is to be unwatched before it is closed.
+ * changes its events.  An fd is to be unwatched before it is closed; unwatching one
+ * that is not watched does nothing.  Returns false, having logged why.
  */
-extern void loop_watch(int fd, uint32_t events, LoopReady ready, void *arg);
+extern bool loop_watch(int fd, uint32_t events, LoopReady ready, void *arg);
 extern void loop_unwatch(int fd);
 
 /* (Re)start a timer, or stop it; the clock is CLOCK_MONOTONIC. */

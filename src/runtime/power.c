@@ -47,6 +47,8 @@ power_setup_init(void)
 
 	mount_missing("proc", "/proc", "/proc/self", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	mount_missing("sysfs", "/sys", "/sys/kernel", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+	mount_missing("cgroup2", "/sys/fs/cgroup", "/sys/fs/cgroup/cgroup.procs",
+				  MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	mount_missing("devtmpfs", "/dev", "/dev/null", MS_NOSUID, "mode=0755");
 	if (stat("/", &root) == 0 && (stat("/run", &run) != 0 || run.st_dev == root.st_dev))
 		mount_missing("tmpfs", "/run", "", MS_NOSUID | MS_NODEV, "mode=0755");

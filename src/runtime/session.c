@@ -23,9 +23,10 @@
 #include "../common/log.h"
 #include "../protocol.h"
 #include "answer.h"
+#include "call.h"
+#include "command.h"
 #include "deadman.h"
 #include "files.h"
-
 #include "link.h"
 #include "loop.h"
 #include "repos.h"
@@ -122,6 +123,7 @@ on_heartbeat(void *arg, const Answer *answer)
 			if (channel_is_known && timer_is_set(&ack_timer))
 			{
 				log_line(LOG_LEVEL_INFO, "the channel does not answer and is made anew", NULL);
+				command_set_channel(NULL);
 				link_drop(channel);
 				channel = NULL;
 				channel_is_known = false;
@@ -180,9 +182,9 @@ on_opened(void *arg, int64_t date)
 static void
 on_frame(void *arg, const char *text, size_t len)
 {
-	int64_t deadline;
+	Frame frame;
 
-	switch (answer_frame(text, len, &deadline))
+	switch (answer_frame(text, len, &frame))
 	{
 		case FRAME_HELLO:
 			if (channel_is_known)
@@ -190,11 +192,15 @@ on_frame(void *arg, const char *text, size_t len)
 			channel_is_known = true;
 			channel_backoff_ms = settings->backoff_min_ms;
 			log_line(LOG_LEVEL_INFO, "channel is open", NULL);
+			command_set_channel(channel);
 			if (!has_beaten && request == NULL)
 				beat(NULL);
 			break;
 		case FRAME_DEADLINE:
-			acknowledged(deadline);
+			acknowledged(frame.deadline);
+			break;
+		case FRAME_NOTED:
+			command_noted(frame.command);
 			break;
 		case FRAME_GONE:
 			session_is_gone();
@@ -207,12 +213,28 @@ on_frame(void *arg, const char *text, size_t len)
 	}
 }
 
+/* A call; before it is known that the session is ours nobody has any to make. */
+static void
+on_call(void *arg, const char *bytes, size_t len)
+{
+	if (channel_is_known)
+		call_take(channel, bytes, len);
+}
+
+static void
+on_sent(void *arg)
+{
+	command_tell();
+	call_send();
+}
+
 static void
 on_closed(void *arg, int code, const char *why)
 {
 	bool was_known = channel_is_known;
 	char text[16];
 
+	command_set_channel(NULL);
 	channel = NULL;
 	channel_is_known = false;
 	if (code == PROTOCOL_CLOSE_GONE)
@@ -237,7 +259,7 @@ on_closed(void *arg, int code, const char *why)
 static void
 open_channel(void *arg)
 {
-	static const ChannelEvents events = {on_opened, on_frame, on_closed};
+	static const ChannelEvents events = {on_opened, on_frame, on_call, on_sent, on_closed};
 
 	if (channel == NULL && !deadman_has_struck())
 		channel = link_channel(state->channel, state->session_token, &events, NULL);
@@ -394,6 +416,7 @@ session_start(Settings *with, State *of)
 {
 	settings = with;
 	state = of;
+	command_setup(settings, state->session_id[0] == '\0');
 	if (state->session_id[0] == '\0')
 	{
 		log_line(LOG_LEVEL_INFO, "bootstrapping", "gateway", settings->gateway_url, "token",

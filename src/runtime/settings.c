@@ -70,7 +70,8 @@ static const struct
 	{"AGENTVM_STATE_DIR", SETTING_TEXT, AT(state_dir), 0, 0, "/var/lib/agentvm",
 	 "directory of session token, env.json and repos.json"},
 	{"AGENTVM_WORK_DIR", SETTING_TEXT, AT(work_dir), 0, 0, "/workspace",
-	 "directory into which repositories are cloned"},
+	 "directory into which repositories are cloned, in which commands run, and of paths that are "
+	 "not absolute"},
 	{"AGENTVM_POWEROFF_COMMAND", SETTING_TEXT, AT(poweroff_command), 0, 0, NULL,
 	 "program, called without arguments, that powers the machine off (default: systemctl "
 	 "poweroff, else poweroff, else the kernel is asked; as PID 1 the kernel is)"},
@@ -97,6 +98,15 @@ static const struct
 	 "before the next way to power off is tried"},
 	{"AGENTVM_CLONE_TIMEOUT", SETTING_SECONDS, AT(clone_timeout_ms), 0.1, 86400, "900",
 	 "for git to clone a repository"},
+	{"AGENTVM_MAX_COMMANDS", SETTING_COUNT, AT(max_commands), 1, 10000, "256",
+	 "commands that run at once"},
+	{"AGENTVM_OUTPUT_MEMORY", SETTING_COUNT, AT(output_memory), 1, 65536, NULL,
+	 "MiB of memory for the output of all commands together; when it is exceeded, that of those "
+	 "that have ended longest ago goes first (default: 64, or a quarter of the machine's memory "
+	 "if that is less)"},
+	{"AGENTVM_PIDS_LIMIT", SETTING_COUNT, AT(pids_limit), 0, 4194304, "1024",
+	 "processes and threads of all commands together, where there are control groups (version "
+	 "2); 0: as many as they like"},
 #undef AT
 };
 #define NUM_KNOWN ((int) (sizeof(known) / sizeof(known[0])))

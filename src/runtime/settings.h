@@ -47,6 +47,9 @@ typedef struct Settings
 	int64_t backoff_max_ms;
 	int64_t poweroff_retry_ms;
 	int64_t clone_timeout_ms;
+	int max_commands;
+	int output_memory; /* MiB; 0: by the machine's */
+	int pids_limit;	   /* 0: none */
 } Settings;
 
 /*

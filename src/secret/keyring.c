@@ -430,15 +430,15 @@ keyring_key_text(const char *key_id)
 	return key ? key->text : NULL;
 }
 
-Secret *
-keyring_bootstrap_token(const char *key_id, const char *session_id, int attempt)
+/*
+ * HMAC-SHA256 of a text with the key of that id, which has to be there; "what" names
+ * the result in the message of an error.
+ */
+static void
+keyring_hmac(const char *key_id, const char *text, const char *what, uint8 digest[SHA256_LEN])
 {
 	const Key *key;
-	char *message;
-	uint8 digest[SHA256_LEN];
 	unsigned int digest_len = 0;
-	char hex[2 * SHA256_LEN];
-	Secret *token;
 
 	keyring_require();
 	key = find_key(key_id);
@@ -447,14 +447,21 @@ keyring_bootstrap_token(const char *key_id, const char *session_id, int attempt)
 				errmsg("key file \"%s\" has no key \"%s\"", keyring.path, key_id),
 				errhint("Put that key back into the file; keys can go once nothing uses them."),
 				hide_caller());
-
-	message = psprintf("%s:%d", session_id, attempt);
-	if (HMAC(EVP_sha256(), key->bytes, KEYRING_KEY_LEN, (const unsigned char *) message,
-			 strlen(message), digest, &digest_len) == NULL ||
+	if (HMAC(EVP_sha256(), key->bytes, KEYRING_KEY_LEN, (const unsigned char *) text, strlen(text),
+			 digest, &digest_len) == NULL ||
 		digest_len != SHA256_LEN)
-		ereport(ERROR, errcode(ERRCODE_INTERNAL_ERROR),
-				errmsg("could not compute a bootstrap token"));
+		ereport(ERROR, errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not compute %s", what));
+}
 
+Secret *
+keyring_bootstrap_token(const char *key_id, const char *session_id, int attempt)
+{
+	char *message = psprintf("%s:%d", session_id, attempt);
+	uint8 digest[SHA256_LEN];
+	char hex[2 * SHA256_LEN];
+	Secret *token;
+
+	keyring_hmac(key_id, message, "a bootstrap token", digest);
 	hex_encode((const char *) digest, SHA256_LEN, hex);
 	token = secret_make(hex, sizeof(hex));
 	secret_wipe(digest, sizeof(digest));
@@ -462,4 +469,19 @@ keyring_bootstrap_token(const char *key_id, const char *session_id, int attempt)
 	pfree(message);
 
 	return token;
+}
+
+Secret *
+keyring_control_key(const char *key_id, const char *gateway_id)
+{
+	char *message = psprintf("agentvm control:%s", gateway_id);
+	uint8 digest[SHA256_LEN];
+	Secret *key;
+
+	keyring_hmac(key_id, message, "a gateway's control key", digest);
+	key = secret_make((const char *) digest, SHA256_LEN);
+	secret_wipe(digest, sizeof(digest));
+	pfree(message);
+
+	return key;
 }

@@ -100,6 +100,13 @@ extern char *keyring_key_problem(const char *key_id);
  */
 extern Secret *keyring_bootstrap_token(const char *key_id, const char *session_id, int attempt);
 
+/*
+ * The 32 bytes of HMAC-SHA256(key, "agentvm control:<gateway id>"): what tickets
+ * for the control listener of that gateway are made with.  Raises AV010 when the
+ * key is not in the key file.
+ */
+extern Secret *keyring_control_key(const char *key_id, const char *gateway_id);
+
 /* SHA-256 of a text secret, as the gateway computes it from the bearer token. */
 #define SHA256_LEN 32
 extern void secret_sha256(const Secret *secret, uint8 digest[SHA256_LEN]);

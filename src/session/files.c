@@ -1,40 +1,457 @@
 /*-------------------------------------------------------------------------
  *
  * files.c
- *		Files in and out of VMs.
+ *		Files in and out of VMs, in chunks; directories as tar archives.
+ *
+ * A transfer has an id, as a command has, and one chunk under way at a time.  The
+ * gateway logs its beginning with the first chunk and its end with the last.
+ *
+ * An archive travels as a file in the VM's /tmp, which a program of the runtime's
+ * packs or unpacks.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "agentvm.h"
+#include "db.h"
 #include "fmgr.h"
+#include "miscadmin.h"
+#include "protocol.h"
+#include "session/call.h"
+#include "session/commands.h"
+#include "session/content.h"
+#include "session/session.h"
+#include "utils/builtins.h"
+#include "utils/json.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
 
 PG_FUNCTION_INFO_V1(agentvm_upload);
 PG_FUNCTION_INFO_V1(agentvm_download);
 PG_FUNCTION_INFO_V1(agentvm_upload_tar);
 PG_FUNCTION_INFO_V1(agentvm_download_tar);
 
+#define MAX_PATH_LEN 4096  /* bytes: what Linux takes as a path, with a NUL */
+#define MAX_RESTARTS 3	   /* of a download whose file changes meanwhile */
+#define TAR_TIMEOUT_S 3600 /* for packing or unpacking */
+#define MAX_TAR_WORDS 1000 /* bytes that are shown of what that says */
+
+/* What the runtime's program for archives exits with. */
+#define TAR_DONE 0
+#define TAR_NO_DIRECTORY 2
+#define TAR_UNSAFE 3
+#define TAR_NO_ARCHIVE 4
+#define TAR_NO_SPACE 5
+
+typedef struct Transfer
+{
+	Calls *calls;
+	Call *call;
+	pg_uuid_t id;
+	const char *path;	 /* of the file */
+	const char *shown;	 /* what the caller asked for */
+	const char *audit;	 /* JSON; NULL once it has been sent */
+	MemoryContext chunk; /* of the chunk under way */
+} Transfer;
+
+/* ---- arguments ---- */
+
+static void
+no_null(FunctionCallInfo fcinfo, int argument, const char *name)
+{
+	if (PG_ARGISNULL(argument))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", name)));
+}
+
+static char *
+path_argument(FunctionCallInfo fcinfo, bool must_be_absolute)
+{
+	char *path;
+
+	no_null(fcinfo, 1, "path");
+	path = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	if (path[0] == '\0' || strlen(path) >= MAX_PATH_LEN)
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("argument \"path\" must have 1 to %d bytes", MAX_PATH_LEN - 1),
+						errdetail("It has %zu.", strlen(path))));
+	if (must_be_absolute && path[0] != '/')
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("path of a directory must begin with /, but is \"%s\"", path)));
+	return path;
+}
+
+static char *
+mode_argument(FunctionCallInfo fcinfo)
+{
+	char *mode;
+	size_t len;
+
+	no_null(fcinfo, 3, "mode");
+	mode = text_to_cstring(PG_GETARG_TEXT_PP(3));
+	len = strlen(mode);
+	if (len < 1 || len > 5 || strspn(mode, "01234567") != len || strtol(mode, NULL, 8) > 07777)
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("mode \"%s\" is not the octal form of permissions", mode),
+						errhint("Examples are 0644 and 0755.")));
+	return mode;
+}
+
+/* ---- transfers ---- */
+
+/* "way" is upload or download; "size" is -1 where it is not known yet. */
+static void
+begin_transfer(Transfer *transfer, const pg_uuid_t *session, const char *way, const char *path,
+			   const char *shown, int64 size)
+{
+	StringInfoData audit;
+
+	transfer->calls = calls_create(GetUserId());
+	transfer->call = call_create(transfer->calls, session, psprintf("%s \"%s\"", way, shown),
+								 PG_INT64_MAX, NULL);
+	session_make_id(&transfer->id, GetCurrentTimestamp());
+	transfer->path = path;
+	transfer->shown = shown;
+	transfer->chunk =
+		AllocSetContextCreate(CurrentMemoryContext, "agentvm chunk", ALLOCSET_DEFAULT_SIZES);
+	initStringInfo(&audit);
+	appendStringInfo(&audit, "{\"kind\": \"%s\"", way);
+	header_text(&audit, "role", GetUserNameFromId(GetUserId(), false));
+	header_text(&audit, "path", shown);
+	if (size >= 0)
+		header_int(&audit, "size", size);
+	if (path != shown)
+		header_json(&audit, "tar", "true");
+	appendStringInfoChar(&audit, '}');
+	transfer->audit = audit.data;
+}
+
+static void
+end_transfer(Transfer *transfer)
+{
+	MemoryContextDelete(transfer->chunk);
+	calls_destroy(transfer->calls);
+}
+
+/* The answer to the next chunk, whose own members are in the header; in the chunk's context. */
+static const Answer *
+ask_chunk(Transfer *transfer, StringInfo header, const char *bytes, int64 len, bool last,
+		  bool much_comes)
+{
+	CallMessage message = {transfer->id, header, bytes, len, -1};
+	const Answer *answer;
+
+	header_text(header, "path", transfer->path);
+	header_json(header, "owned", "true");
+	if (last)
+		header_json(header, "last", "true");
+	if (transfer->audit != NULL)
+	{
+		header_json(header, "audit", transfer->audit);
+		message.tells_age = true;
+	}
+	message.much_comes = much_comes;
+	answer = call_ask(transfer->call, &message);
+	transfer->audit = NULL;
+	return answer;
+}
+
+static void
+protest(Transfer *transfer)
+{
+	call_protest(transfer->call);
+	call_raise(call_failure(transfer->call));
+}
+
+static void
+put_file(Transfer *transfer, const Content *content, const char *mode)
+{
+	int64 offset = 0;
+
+	do
+	{
+		int64 len = Min(content->len - offset, PROTOCOL_MAX_CHUNK);
+		MemoryContext old = MemoryContextSwitchTo(transfer->chunk);
+		StringInfoData header;
+
+		initStringInfo(&header);
+		header_begin(&header, "put", &transfer->id);
+		header_text(&header, "mode", mode);
+		header_int(&header, "size", content->len);
+		header_int(&header, "offset", offset);
+		if (ask_chunk(transfer, &header, content_read(content, offset, len), len,
+					  offset + len == content->len, false)
+				->written != offset + len)
+			protest(transfer);
+		MemoryContextSwitchTo(old);
+		MemoryContextReset(transfer->chunk);
+		offset += len;
+	} while (offset < content->len);
+}
+
+/* A chunk of a file; in the chunk's context, which is reset first. */
+static const Answer *
+get_chunk(Transfer *transfer, int64 offset, int64 len, bool last, bool remove)
+{
+	MemoryContext old;
+	StringInfoData header;
+	const Answer *answer;
+
+	MemoryContextReset(transfer->chunk);
+	old = MemoryContextSwitchTo(transfer->chunk);
+	initStringInfo(&header);
+	header_begin(&header, "get", &transfer->id);
+	header_int(&header, "offset", offset);
+	header_int(&header, "length", len);
+	if (remove)
+		header_json(&header, "remove", "true");
+	answer = ask_chunk(transfer, &header, NULL, 0, last, len > 0);
+	if (answer->version == NULL || answer->size < 0 || answer->len > len ||
+		(answer->len > 0 && offset + (int64) answer->len > answer->size))
+		protest(transfer);
+	MemoryContextSwitchTo(old);
+	return answer;
+}
+
+static void
+too_large(Transfer *transfer, int64 size, int64 limit, bool remove)
+{
+	/* so that the log has its end, and no archive stays behind */
+	(void) get_chunk(transfer, 0, 0, true, remove);
+	ereport(ERROR,
+			(errcode(AVM_OVER_LIMIT),
+			 errmsg("\"%s\" has %lld bytes, but at most %lld can be downloaded at once",
+					transfer->shown, (long long) size, (long long) limit),
+			 remove ? errdetail("That is the size of its archive.") : 0,
+			 remove ? errhint("The limit is agentvm.max_file_size.")
+					: errhint("Read it in parts, with agentvm.download(session_id, path, offset, "
+							  "length). The limit is agentvm.max_file_size.")));
+}
+
+/*
+ * One try to read "length" bytes (-1: all) from "offset" on.  NULL: the file has
+ * changed meanwhile.
+ */
+static bytea *
+try_file(Transfer *transfer, int64 offset, int64 length, bool remove)
+{
+	int64 limit = avm_max_file_size_kib * INT64CONST(1024);
+	bytea *content = NULL;
+	char *version = NULL;
+	int64 want = Min(length < 0 ? PROTOCOL_MAX_CHUNK : length, PROTOCOL_MAX_CHUNK);
+	int64 size = 0;
+	int64 wanted = length;
+	int64 got = 0;
+	bool last = length >= 0 && length <= PROTOCOL_MAX_CHUNK;
+
+	for (;;)
+	{
+		const Answer *answer = get_chunk(transfer, offset + got, want, last, remove && last);
+
+		if (content == NULL)
+		{
+			version = pstrdup(answer->version);
+			size = answer->size;
+			wanted = Max(0, length < 0 ? size - offset : Min(length, size - offset));
+			if (wanted > limit)
+				too_large(transfer, size, limit, remove);
+			content = palloc(VARHDRSZ + wanted);
+		}
+		else if (strcmp(version, answer->version) != 0 || size != answer->size)
+		{
+			pfree(content);
+			return NULL;
+		}
+		if (answer->len > wanted - got || (answer->len == 0 && want > 0 && got < wanted))
+			protest(transfer);
+		if (answer->len > 0)
+			memcpy(VARDATA(content) + got, answer->bytes, answer->len);
+		got += answer->len;
+		if (got == wanted && last)
+			break;
+		/* the end has to be told, too, of a file that one chunk holds */
+		want = Min(wanted - got, PROTOCOL_MAX_CHUNK);
+		last = got + want == wanted;
+	}
+	SET_VARSIZE(content, VARHDRSZ + wanted);
+	return content;
+}
+
+static bytea *
+get_file(Transfer *transfer, int64 offset, int64 length, bool remove)
+{
+	bytea *content = NULL;
+	int tries;
+
+	for (tries = 0; content == NULL && tries <= MAX_RESTARTS; tries++)
+		content = try_file(transfer, offset, length, remove);
+	if (content == NULL)
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("file \"%s\" changes while it is read", transfer->shown),
+						errhint("Make a copy of it first, with agentvm.exec().")));
+	return content;
+}
+
 Datum
 agentvm_upload(PG_FUNCTION_ARGS)
 {
-	elog(ERROR, "upload");
+	pg_uuid_t *session = session_id_argument(fcinfo, 0);
+	char *path = path_argument(fcinfo, false);
+	char *mode = mode_argument(fcinfo);
+	Transfer transfer;
+	Content content;
+
+	no_null(fcinfo, 2, "content");
+	content_open(&content, PG_GETARG_DATUM(2), "content");
+	begin_transfer(&transfer, session, "upload", path, path, content.len);
+	put_file(&transfer, &content, mode);
+	end_transfer(&transfer);
+	PG_RETURN_INT64(content.len);
+}
+
+static int64
+number_argument(FunctionCallInfo fcinfo, int argument, const char *name)
+{
+	int64 number;
+
+	no_null(fcinfo, argument, name);
+	number = PG_GETARG_INT64(argument);
+	if (number < 0 || number > MAX_OFFSET)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("%s must be a number of bytes, but is %lld", name, (long long) number)));
+	return number;
 }
 
 Datum
 agentvm_download(PG_FUNCTION_ARGS)
 {
-	elog(ERROR, "download");
+	pg_uuid_t *session = session_id_argument(fcinfo, 0);
+	char *path = path_argument(fcinfo, false);
+	int64 offset = 0;
+	int64 length = -1;
+	Transfer transfer;
+	bytea *content;
+
+	if (PG_NARGS() == 4)
+	{
+		int64 limit = avm_max_file_size_kib * INT64CONST(1024);
+
+		offset = number_argument(fcinfo, 2, "offset");
+		length = number_argument(fcinfo, 3, "length");
+		if (length > limit)
+			ereport(ERROR,
+					(errcode(AVM_OVER_LIMIT),
+					 errmsg("length is %lld bytes, but at most %lld can be downloaded at once",
+							(long long) length, (long long) limit),
+					 errhint("The limit is agentvm.max_file_size.")));
+	}
+	begin_transfer(&transfer, session, "download", path, path, -1);
+	content = get_file(&transfer, offset, length, false);
+	end_transfer(&transfer);
+	PG_RETURN_BYTEA_P(content);
+}
+
+/* ---- directories ---- */
+
+/* Where an archive is while it travels. */
+static char *
+archive_path(void)
+{
+	pg_uuid_t id;
+
+	session_make_id(&id, GetCurrentTimestamp());
+	return psprintf("/tmp/.agentvm-%s.tar", session_text(&id));
+}
+
+static int
+tar_sqlstate(int exit_code)
+{
+	switch (exit_code)
+	{
+		case TAR_NO_DIRECTORY:
+			return ERRCODE_UNDEFINED_FILE;
+		case TAR_UNSAFE:
+		case TAR_NO_ARCHIVE:
+			return ERRCODE_INVALID_PARAMETER_VALUE;
+		case TAR_NO_SPACE:
+			return ERRCODE_DISK_FULL;
+		default:
+			return ERRCODE_IO_ERROR;
+	}
+}
+
+/* Have the runtime "extract" an archive into the directory, or "create" one of it. */
+static void
+run_tar(const pg_uuid_t *session, const char *what, const char *directory, const char *file)
+{
+	ExecCommand command = {0};
+	const ExecResult *result;
+	StringInfoData json;
+	StringInfoData audit;
+	Exec *exec;
+
+	initStringInfo(&json);
+	appendStringInfo(&json, "{\"%s\": ", what);
+	escape_json(&json, directory);
+	header_text(&json, "file", file);
+	appendStringInfoChar(&json, '}');
+	initStringInfo(&audit);
+	appendStringInfoString(&audit, "{\"kind\": \"exec\"");
+	header_text(&audit, "role", GetUserNameFromId(GetUserId(), false));
+	header_text(&audit, "tar", what);
+	header_text(&audit, "path", directory);
+	appendStringInfoChar(&audit, '}');
+
+	command.tar = json.data;
+	command.audit = audit.data;
+	command.timeout_ms = TAR_TIMEOUT_S * 1000;
+	exec = exec_create(GetUserId(), &command);
+	exec_add(exec, session, NULL);
+	result = exec_next(exec);
+	if (result->failure != NULL)
+		call_raise(result->failure);
+	if (result->exit_code != TAR_DONE)
+		ereport(ERROR,
+				(errcode(tar_sqlstate(result->exit_code)),
+				 strcmp(what, "extract") == 0 ? errmsg("could not unpack into \"%s\"", directory)
+											  : errmsg("could not pack \"%s\"", directory),
+				 errdetail_internal("%s", words_from_vm(result->streams[1].data,
+														result->streams[1].len, MAX_TAR_WORDS))));
+	exec_destroy(exec);
 }
 
 Datum
 agentvm_upload_tar(PG_FUNCTION_ARGS)
 {
-	elog(ERROR, "upload_tar");
+	pg_uuid_t *session = session_id_argument(fcinfo, 0);
+	char *directory = path_argument(fcinfo, true);
+	char *file = archive_path();
+	Transfer transfer;
+	Content content;
+
+	no_null(fcinfo, 2, "content");
+	content_open(&content, PG_GETARG_DATUM(2), "content");
+	begin_transfer(&transfer, session, "upload", file, directory, content.len);
+	put_file(&transfer, &content, "0600");
+	end_transfer(&transfer);
+	run_tar(session, "extract", directory, file);
+	PG_RETURN_INT64(content.len);
 }
 
 Datum
 agentvm_download_tar(PG_FUNCTION_ARGS)
 {
-	elog(ERROR, "download_tar");
+	pg_uuid_t *session = session_id_argument(fcinfo, 0);
+	char *directory = path_argument(fcinfo, true);
+	char *file = archive_path();
+	Transfer transfer;
+	bytea *content;
+
+	run_tar(session, "create", directory, file);
+	begin_transfer(&transfer, session, "download", file, directory, -1);
+	content = get_file(&transfer, 0, -1, true);
+	end_transfer(&transfer);
+	PG_RETURN_BYTEA_P(content);
 }

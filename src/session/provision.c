@@ -210,8 +210,7 @@ is_variable_name(const char *name, int len)
 	return len > 0;
 }
 
-/* Environment: names that a shell takes, values that are strings. */
-static void
+void
 check_env(Jsonb *env)
 {
 	JsonbIterator *it = JsonbIteratorInit(&env->root);
@@ -695,8 +694,8 @@ check_quota(const char *team_id, const Resolved *resolved)
  * A version 7 UUID (RFC 9562): milliseconds, then microseconds within them in
  * the 12 bits of rand_a so that ids of one backend sort by time, then random.
  */
-static void
-make_session_id(pg_uuid_t *id, TimestampTz now)
+void
+session_make_id(pg_uuid_t *id, TimestampTz now)
 {
 	int64 us = now + (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY;
 	uint64 ms = us / 1000;
@@ -887,7 +886,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	}
 
 	identity_take_into_use();
-	make_session_id(id, now);
+	session_make_id(id, now);
 	has_payload = JB_ROOT_COUNT(request.env) > 0 || JB_ROOT_COUNT(request.repos) > 0;
 	if (runtime)
 	{

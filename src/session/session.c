@@ -15,6 +15,7 @@
 #include "commands/trigger.h"
 #include "db.h"
 #include "engine/ask.h"
+#include "engine/command_row.h"
 #include "engine/session_row.h"
 #include "engine/shared.h"
 #include "engine/wake.h"
@@ -36,7 +37,7 @@ PG_FUNCTION_INFO_V1(agentvm_session_transition);
 static DbQuery facts_query = {
 	"SELECT s.state, s.end_reason, s.detail, s.next_check_at, s.xmin, "
 	"$3 OR EXISTS (SELECT FROM agentvm.team_member m WHERE m.team_id = s.team_id "
-	"AND pg_has_role($2, m.role, 'USAGE')), s.ceiling_at "
+	"AND pg_has_role($2, m.role, 'USAGE')), s.ceiling_at, s.runtime "
 	"FROM agentvm.session s WHERE s.session_id = $1",
 	3,
 	{UUIDOID, OIDOID, BOOLOID}};
@@ -86,8 +87,8 @@ session_id_argument(FunctionCallInfo fcinfo, int argument)
 	return PG_GETARG_UUID_P(argument);
 }
 
-static char *
-uuid_text(const pg_uuid_t *id)
+char *
+session_text(const pg_uuid_t *id)
 {
 	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id)));
 }
@@ -95,14 +96,13 @@ uuid_text(const pg_uuid_t *id)
 pg_noreturn static void
 raise_no_such_session(const pg_uuid_t *id)
 {
-	ereport(ERROR,
-			(errcode(AVM_NO_SUCH_SESSION), errmsg("session %s does not exist", uuid_text(id)),
-			 errhint("It may also belong to a team that the current role is not a member of.")));
+	ereport(ERROR, (errcode(AVM_NO_SUCH_SESSION), errmsg(SESSION_UNKNOWN, session_text(id)),
+					errhint(SESSION_UNKNOWN_HINT)));
 	pg_unreachable();
 }
 
-void
-session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
+bool
+session_find(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 {
 	Datum values[3] = {UUIDPGetDatum(id), ObjectIdGetDatum(role),
 					   BoolGetDatum(caller_is_admin(role))};
@@ -110,7 +110,7 @@ session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 
 	db_run(&facts_query, values, NULL);
 	if (SPI_processed == 0 || !DatumGetBool(db_value(0, 6, &isnull)) || isnull)
-		raise_no_such_session(id);
+		return false;
 	facts->state = state_parse(db_text(0, 1, CurrentMemoryContext));
 	facts->end_reason = db_text(0, 2, CurrentMemoryContext);
 	facts->detail = db_text(0, 3, CurrentMemoryContext);
@@ -120,7 +120,16 @@ session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 	facts->changed_here =
 		TransactionIdIsCurrentTransactionId(DatumGetTransactionId(db_value(0, 5, &isnull)));
 	facts->ceiling_at = DatumGetTimestampTz(db_value(0, 7, &isnull));
+	facts->runtime = DatumGetBool(db_value(0, 8, &isnull));
 	SPI_freetuptable(SPI_tuptable);
+	return true;
+}
+
+void
+session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts)
+{
+	if (!session_find(id, role, facts))
+		raise_no_such_session(id);
 }
 
 void
@@ -130,11 +139,28 @@ session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts)
 
 	ereport(ERROR, (errcode(reason_sqlstate(reason)),
 					state_is_ended(facts->state)
-						? errmsg("session %s has ended: %s", uuid_text(id), reason)
-						: errmsg("session %s is ending: %s", uuid_text(id), reason),
+						? errmsg("session %s has ended: %s", session_text(id), reason)
+						: errmsg("session %s is ending: %s", session_text(id), reason),
 					facts->detail ? errdetail("%s", facts->detail) : 0,
 					errhint("The log of the session is in agentvm.session_event.")));
 	pg_unreachable();
+}
+
+bool
+session_end(const pg_uuid_t *id, const char *detail)
+{
+	Datum values[3] = {UUIDPGetDatum(id), (Datum) 0, TimestampTzGetDatum(GetCurrentTimestamp())};
+	char nulls[3] = {' ', detail ? ' ' : 'n', ' '};
+	bool isnull;
+
+	if (detail != NULL)
+		values[1] = CStringGetTextDatum(detail);
+	db_run(&terminate_query, values, nulls);
+	if (SPI_processed == 0)
+		return false;
+	wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
+					DatumGetTimestampTz(db_value(0, 1, &isnull)));
+	return true;
 }
 
 Datum
@@ -142,13 +168,10 @@ agentvm_terminate(PG_FUNCTION_ARGS)
 {
 	Oid role = GetUserId();
 	pg_uuid_t *id = session_id_argument(fcinfo, 0);
-	TimestampTz now = GetCurrentTimestamp();
+	char *detail = NULL;
 	SessionFacts facts;
 	DbScope scope;
-	Datum values[3];
-	char nulls[3] = {' ', 'n', ' '};
 	bool began;
-	bool isnull;
 
 	if (!PG_ARGISNULL(1))
 	{
@@ -166,21 +189,12 @@ agentvm_terminate(PG_FUNCTION_ARGS)
 								errmsg("reason must not hold control characters")));
 		}
 		if (strcmp(reason, "requested") != 0)
-		{
-			values[1] = CStringGetTextDatum(reason);
-			nulls[1] = ' ';
-		}
+			detail = reason;
 	}
 
 	db_enter(&scope);
 	session_facts(id, role, &facts);
-	values[0] = UUIDPGetDatum(id);
-	values[2] = TimestampTzGetDatum(now);
-	db_run(&terminate_query, values, nulls);
-	began = SPI_processed > 0;
-	if (began)
-		wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
-						DatumGetTimestampTz(db_value(0, 1, &isnull)));
+	began = session_end(id, detail);
 	db_leave(&scope);
 	PG_RETURN_BOOL(began);
 }
@@ -209,16 +223,17 @@ agentvm_extend(PG_FUNCTION_ARGS)
 	{
 		session_facts(id, role, &facts);
 		if (facts.state == STATE_TERMINATING || state_is_ended(facts.state))
-			ereport(ERROR,
-					(errcode(AVM_SESSION_ENDED), errmsg("session %s is %s and cannot be extended",
-														uuid_text(id), state_name(facts.state))));
-		ereport(ERROR, (errcode(AVM_OVER_LIMIT),
-						errmsg("session %s cannot be extended beyond its ceiling", uuid_text(id)),
-						errdetail("The ceiling is %s.",
-								  DatumGetCString(DirectFunctionCall1(
-									  timestamptz_out, TimestampTzGetDatum(facts.ceiling_at)))),
-						errhint("It was set by the team's max_lifetime and "
-								"agentvm.max_lifetime_ceiling when the session was made.")));
+			ereport(ERROR, (errcode(AVM_SESSION_ENDED),
+							errmsg("session %s is %s and cannot be extended", session_text(id),
+								   state_name(facts.state))));
+		ereport(ERROR,
+				(errcode(AVM_OVER_LIMIT),
+				 errmsg("session %s cannot be extended beyond its ceiling", session_text(id)),
+				 errdetail("The ceiling is %s.",
+						   DatumGetCString(DirectFunctionCall1(
+							   timestamptz_out, TimestampTzGetDatum(facts.ceiling_at)))),
+				 errhint("It was set by the team's max_lifetime and "
+						 "agentvm.max_lifetime_ceiling when the session was made.")));
 	}
 	deadline = DatumGetTimestampTz(db_value(0, 1, &isnull));
 	/* we held the row's lock: whoever passed it by meanwhile looks again */
@@ -361,7 +376,7 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	to = state_parse(new_state);
 	if (!state_may_become(from, to))
 		ereport(ERROR, (errcode(ERRCODE_INTEGRITY_CONSTRAINT_VIOLATION),
-						errmsg("session %s cannot go from %s to %s", uuid_text(id),
+						errmsg("session %s cannot go from %s to %s", session_text(id),
 							   state_name(from), state_name(to)),
 						state_is_ended(from)
 							? errdetail("An ended session is a tombstone: nothing revives it.")
@@ -375,7 +390,11 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 	values[0] = UUIDPGetDatum(id);
 	if (DatumGetBool(heap_getattr(row, SPI_fnumber(desc, "runtime"), desc, &isnull)) &&
 		(to == STATE_TERMINATING || state_is_ended(to)))
+	{
 		db_run(to == STATE_TERMINATING ? &begin_end_query : &has_ended_query, values, NULL);
+		if (state_is_ended(to))
+			commands_end(id);
+	}
 	if (state_is_ended(to) &&
 		DatumGetInt16(heap_getattr(row, SPI_fnumber(desc, "lane"), desc, &isnull)) == LANE_BLOCKING)
 		db_run(&displace_query, values, NULL);

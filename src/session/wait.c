@@ -31,25 +31,30 @@ PG_FUNCTION_INFO_V1(agentvm_await);
 #define LAST_PAUSE_MS 500
 #define MISSED_WAKE_MS 5000 /* COMMIT PREPARED broadcasts nothing */
 
-typedef struct WaitFor
+void
+session_wait_begin(SessionWait *wait, const pg_uuid_t *id, Oid role, SessionState until,
+				   int64 timeout_s)
 {
-	pg_uuid_t session_id;
-	Oid role;
-	SessionState until;
-	TimestampTz give_up_at;
-	int64 timeout_s;
-	bool procedure; /* commit before sleeping, so that no snapshot is held */
-} WaitFor;
+	ConditionVariable *changed = shared_changed(id);
+
+	wait->session_id = *id;
+	wait->role = role;
+	wait->until = until;
+	wait->timeout_s = timeout_s;
+	wait->give_up_at = GetCurrentTimestamp() + timeout_s * USECS_PER_SEC;
+	wait->pause_ms = FIRST_PAUSE_MS;
+	if (changed != NULL)
+		ConditionVariablePrepareToSleep(changed);
+}
 
 /* States that can be waited for; an end is an end, whichever was asked for. */
 static void
-read_arguments(FunctionCallInfo fcinfo, WaitFor *wait)
+read_arguments(FunctionCallInfo fcinfo, SessionWait *wait)
 {
 	char *until;
 	int state;
 
-	wait->session_id = *session_id_argument(fcinfo, 0);
-	wait->role = GetUserId();
+	(void) session_id_argument(fcinfo, 0);
 	if (PG_ARGISNULL(1) || PG_ARGISNULL(2))
 		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 						errmsg("%s must not be null", PG_ARGISNULL(1) ? "until" : "timeout")));
@@ -61,14 +66,13 @@ read_arguments(FunctionCallInfo fcinfo, WaitFor *wait)
 			ERROR,
 			(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("cannot wait until \"%s\"", until),
 			 errhint("Known states are warm, ready, paused, terminating, terminated and failed.")));
-	wait->until = state;
-	wait->timeout_s = check_interval(PG_GETARG_INTERVAL_P(2), "timeout");
-	wait->give_up_at = GetCurrentTimestamp() + wait->timeout_s * USECS_PER_SEC;
+	session_wait_begin(wait, session_id_argument(fcinfo, 0), GetUserId(), state,
+					   check_interval(PG_GETARG_INTERVAL_P(2), "timeout"));
 }
 
 /* Whether the wait is over; raises when it can never be. */
 static bool
-is_reached(const WaitFor *wait, const SessionFacts *facts)
+is_reached(const SessionWait *wait, const SessionFacts *facts)
 {
 	bool for_end = wait->until == STATE_TERMINATING || state_is_ended(wait->until);
 
@@ -85,9 +89,8 @@ is_reached(const WaitFor *wait, const SessionFacts *facts)
 	return false;
 }
 
-/* Sleep until something may have changed, or it is time to look anyway. */
-static void
-sleep_for_change(const WaitFor *wait, int *pause_ms)
+void
+session_wait_sleep(SessionWait *wait)
 {
 	ConditionVariable *changed = shared_changed(&wait->session_id);
 	int64 left_ms = (wait->give_up_at - GetCurrentTimestamp()) / 1000 + 1;
@@ -110,37 +113,42 @@ sleep_for_change(const WaitFor *wait, int *pause_ms)
 		return;
 	}
 	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-					 Min(left_ms, *pause_ms), AvmWaitEvent("AgentvmWait"));
+					 Min(left_ms, wait->pause_ms), AvmWaitEvent("AgentvmWait"));
 	ResetLatch(MyLatch);
 	CHECK_FOR_INTERRUPTS();
-	*pause_ms = Min(*pause_ms * 2, LAST_PAUSE_MS);
+	wait->pause_ms = Min(wait->pause_ms * 2, LAST_PAUSE_MS);
 }
 
-static SessionState
-wait_for(const WaitFor *wait)
+bool
+session_wait_look(const SessionWait *wait, SessionState *state)
 {
-	ConditionVariable *changed = shared_changed(&wait->session_id);
-	int pause_ms = FIRST_PAUSE_MS;
+	SessionFacts facts;
+	DbScope scope;
+	bool reached;
+
+	db_enter(&scope);
+	session_facts(&wait->session_id, wait->role, &facts);
+	reached = is_reached(wait, &facts);
+	*state = facts.state;
+	db_leave(&scope);
+	return reached;
+}
+
+/* A "procedure" commits before it sleeps, so that no snapshot is held. */
+static SessionState
+wait_for(SessionWait *wait, bool procedure)
+{
 	SessionState state;
 
-	if (changed != NULL)
-		ConditionVariablePrepareToSleep(changed);
 	for (;;)
 	{
-		SessionFacts facts;
-		DbScope scope;
-		bool reached;
+		bool reached = session_wait_look(wait, &state);
 
-		db_enter(&scope);
-		session_facts(&wait->session_id, wait->role, &facts);
-		reached = is_reached(wait, &facts);
-		state = facts.state;
-		db_leave(&scope);
-		if (wait->procedure)
+		if (procedure)
 			SPI_commit();
 		if (reached)
 			break;
-		sleep_for_change(wait, &pause_ms);
+		session_wait_sleep(wait);
 	}
 	ConditionVariableCancelSleep();
 	return state;
@@ -149,25 +157,24 @@ wait_for(const WaitFor *wait)
 Datum
 agentvm_wait(PG_FUNCTION_ARGS)
 {
-	WaitFor wait = {0};
+	SessionWait wait = {0};
 
 	read_arguments(fcinfo, &wait);
-	PG_RETURN_TEXT_P(cstring_to_text(state_name(wait_for(&wait))));
+	PG_RETURN_TEXT_P(cstring_to_text(state_name(wait_for(&wait, false))));
 }
 
 Datum
 agentvm_await(PG_FUNCTION_ARGS)
 {
 	MemoryContext caller = CurrentMemoryContext;
-	WaitFor wait = {0};
+	SessionWait wait = {0};
 	SessionState state;
 
 	read_arguments(fcinfo, &wait);
-	wait.procedure = true;
 	require_no_transaction_block(fcinfo, "agentvm.await()");
 	if (SPI_connect_ext(SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
-	state = wait_for(&wait);
+	state = wait_for(&wait, true);
 	SPI_finish();
 	MemoryContextSwitchTo(caller);
 	PG_RETURN_DATUM(procedure_result(fcinfo, CStringGetTextDatum(state_name(state))));

@@ -11,14 +11,19 @@
  *
  * An input is a story: bytes for the current connection, and between them steps,
  * each a MARK, a letter, and its text up to the next MARK (see do_step()).  Built
- * twice: TARGET_channel begins with an open channel, and its bytes are frames.
+ * three times: TARGET_channel begins with an open channel, and its bytes are frames;
+ * TARGET_control with an open channel and a connection of the control listener, to
+ * which its bytes go.
  *
  * What is wrong is told with abort(): something that is left when all clients
- * have gone, a token in an answer, an answer that is none.
+ * have gone, a token in an answer, an answer that is none, a call that a channel
+ * gets without a good ticket.
  *
  *-------------------------------------------------------------------------
  */
 #include <fcntl.h>
+#include <openssl/evp.h>
+#include <openssl/hmac.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +37,11 @@
 #include "../../src/gateway/server_private.h"
 
 #ifdef TARGET_channel
+#define FIRST_LETTER 't'
+#else
+#define FIRST_LETTER 'w'
+#endif
+#if defined(TARGET_channel) || defined(TARGET_control)
 #define BEGINS_WITH_CHANNEL true
 #else
 #define BEGINS_WITH_CHANNEL false
@@ -41,6 +51,8 @@
 #define MAX_STEPS 64
 #define MAX_CLIENTS 4
 #define TOKEN "of-the-session-" /* and a digit */
+#define CONTROL_KEY "the key that tickets are made of"
+#define COMMAND "cccccccc-0000-4000-8000-00000000000" /* and a digit */
 
 extern int LLVMFuzzerInitialize(int *argc, char ***argv);
 extern int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -141,7 +153,27 @@ answer_query(const char *sql, const char *const *values, const int *lengths)
 		return PQmakeEmptyPGresult(NULL, PGRES_COMMAND_OK);
 	if (mood == MOOD_GONE || mood == MOOD_BAD || mood == MOOD_FAIL)
 		return PQmakeEmptyPGresult(NULL, PGRES_FATAL_ERROR);
-	if (strstr(sql, "gateway_channel") != NULL)
+	if (strstr(sql, "agentvm.attach") != NULL)
+	{
+		result = make_result(1);
+		PQsetvalue(result, 0, 0, "", 0);
+	}
+	else if (strstr(sql, "agentvm.command_") != NULL)
+	{
+		result = make_result(1);
+		if (mood != MOOD_EMPTY)
+			PQsetvalue(result, 0, 0, mood == MOOD_NULL ? "\0" : "\1", 1);
+	}
+	else if (strstr(sql, "agentvm.control_key") != NULL)
+	{
+		result = make_result(2);
+		if (mood != MOOD_EMPTY)
+		{
+			PQsetvalue(result, 0, 0, "k1", 2);
+			PQsetvalue(result, 0, 1, CONTROL_KEY, mood == MOOD_NULL ? 5 : 32);
+		}
+	}
+	else if (strstr(sql, "gateway_channel") != NULL)
 	{
 		result = make_result(2);
 		PQsetvalue(result, 0, 0, "channel", 7);
@@ -413,7 +445,7 @@ send_bytes(const void *bytes, size_t len)
 }
 
 static void
-connect_client(void)
+connect_to(struct lws_context *context)
 {
 	int fds[2];
 	int i;
@@ -426,9 +458,88 @@ connect_client(void)
 	current = i;
 	memset(&clients[i], 0, sizeof(Client));
 	clients[i].fd = fds[0];
-	check(lws_adopt_socket_vhost(lws_get_vhost_by_name(server->context, "default"), fds[1]) !=
-		  NULL);
+	check(lws_adopt_socket_vhost(lws_get_vhost_by_name(context, "default"), fds[1]) != NULL);
 	run_loop(3);
+}
+
+static void
+connect_client(void)
+{
+	connect_to(server->context);
+}
+
+/* The session of the channel of that digit, as the database says. */
+static void
+session_of(char digit, char *id)
+{
+	char token[sizeof(TOKEN) + 1];
+	unsigned char hash[32];
+
+	snprintf(token, sizeof(token), TOKEN "%c", '0' + (digit & 7));
+	check(EVP_Digest(token, strlen(token), hash, NULL, EVP_sha256(), NULL) == 1);
+	snprintf(id, 37, "%02x612073-6573-7369-6f6e-732069642e00", hash[0] & 3);
+}
+
+/*
+ * A call of the session of the first digit and the command of the second one: a
+ * header's members up to a newline, then bytes.  With a good ticket, or one that is
+ * for something else.
+ */
+static void
+send_call(const char *text, size_t len, bool is_good)
+{
+	char session[37], command[37];
+	unsigned char body[8192];
+	char ticket[256], request[sizeof(body) + 512];
+	unsigned char hash[32], mac[32];
+	char hex[65];
+	const char *newline;
+	size_t header_len, at;
+	long long expires = (long long) sessions_time(server->sessions) + 30;
+	int i;
+
+	if (len < 2 || len > 4096)
+		return;
+	session_of(text[0], session);
+	snprintf(command, sizeof(command), COMMAND "%c", '0' + (text[1] & 7));
+	text += 2;
+	len -= 2;
+	newline = memchr(text, '\n', len);
+	header_len = newline != NULL ? (size_t) (newline - text) : len;
+	at = (size_t) sprintf((char *) body + 4, "{\"command\": \"%s\"%s", command,
+						  header_len > 0 ? ", " : "");
+	memcpy(body + 4 + at, text, header_len);
+	at += header_len;
+	body[4 + at++] = '}';
+	body[0] = body[1] = 0;
+	body[2] = (unsigned char) (at >> 8);
+	body[3] = (unsigned char) at;
+	at += 4;
+	if (newline != NULL)
+	{
+		memcpy(body + at, newline + 1, len - header_len - 1);
+		at += len - header_len - 1;
+	}
+	check(EVP_Digest(body, at, hash, NULL, EVP_sha256(), NULL) == 1);
+	for (i = 0; i < 32; i++)
+		sprintf(hex + 2 * i, "%02x", hash[i]);
+	snprintf(ticket, sizeof(ticket), "agentvm call\n%s\n%s\n%lld\n%s", session, command, expires,
+			 hex);
+	HMAC(EVP_sha256(), CONTROL_KEY, 32, (unsigned char *) ticket, strlen(ticket), mac, NULL);
+	mac[7] ^= !is_good;
+	for (i = 0; i < 32; i++)
+		sprintf(hex + 2 * i, "%02x", mac[i]);
+	i = snprintf(request, 512,
+				 "POST " PROTOCOL_CALLS " HTTP/1.1\r\nHost: x\r\nContent-Length: %zu\r\n"
+				 "Authorization: Ticket k1:%lld:%s\r\n\r\n",
+				 session, at, expires, hex);
+	memcpy(request + i, body, at);
+	{
+		unsigned before = server->call_counts.under_way;
+
+		send_bytes(request, (size_t) i + at);
+		check(is_good || server->call_counts.under_way <= before);
+	}
 }
 
 static void
@@ -473,6 +584,29 @@ send_frame(uint8_t first, const char *payload, size_t len)
 	send_bytes(frame, at);
 }
 
+/* An answer to the call of that number: a header up to a newline, then bytes. */
+static void
+send_answer(const char *text, size_t len)
+{
+	char frame[8192] = {0};
+	const char *newline;
+	size_t header_len;
+
+	if (len < 1 || len > 4096)
+		return;
+	frame[3] = text[0];
+	text++;
+	len--;
+	newline = memchr(text, '\n', len);
+	header_len = newline != NULL ? (size_t) (newline - text) : len;
+	frame[6] = (char) (header_len >> 8);
+	frame[7] = (char) header_len;
+	memcpy(frame + 8, text, header_len);
+	if (newline != NULL)
+		memcpy(frame + 8 + header_len, newline + 1, len - header_len - 1);
+	send_frame(0x82, frame, 8 + (newline != NULL ? len - 1 : len));
+}
+
 static void
 do_step(char letter, const char *text, size_t len)
 {
@@ -490,6 +624,31 @@ do_step(char letter, const char *text, size_t len)
 		case 't': /* a text frame */
 			send_frame(0x81, text, len);
 			break;
+		case 'c': /* a new connection of the control listener */
+			connect_to(server->control_context);
+			send_bytes(text, len);
+			break;
+		case 'k': /* a call by that */
+			send_call(text, len, true);
+			break;
+		case 'K': /* with a ticket that is not good */
+			send_call(text, len, false);
+			break;
+		case 'a':
+			send_answer(text, len);
+			break;
+		case 'L': /* so many fragments of 8 kB */
+		{
+			static const char zeros[8000];
+			int i;
+
+			for (i = 0; i < number % 64; i++)
+			{
+				send_frame(i == 0 ? 0x02 : 0x00, zeros, sizeof(zeros));
+				run_loop(3);
+			}
+			break;
+		}
 		case 'n': /* a new connection */
 			connect_client();
 			send_bytes(text, len);
@@ -548,13 +707,18 @@ clean_up(void)
 		close_client(&clients[i]);
 	run_loop(5);
 	for (i = 0; i < 50 && (server->counts.connections > 0 || !sessions_ready(server->sessions) ||
-						   sessions_counts(server->sessions).waiting > 0);
+						   sessions_counts(server->sessions).waiting > 0 ||
+						   server->call_counts.connections > 0 || server->call_counts.ends > 0);
 		 i++)
 		pass_time(1000, 1);
 	server->draining = false;
 	check(server->counts.connections == 0);
 	check(server->counts.channels == 0);
 	check(server->open_requests == 0);
+	check(server->call_counts.connections == 0);
+	check(server->call_counts.under_way == 0);
+	check(server->call_counts.ends == 0);
+	check(server->buffered == 0);
 	check(sessions_ready(server->sessions));
 	check(sessions_counts(server->sessions).waiting == 0);
 	/* and what is remembered is forgotten */
@@ -569,8 +733,10 @@ clean_up(void)
 int
 LLVMFuzzerInitialize(int *argc, char ***argv)
 {
+	static char control[64];
 	int i;
 
+	snprintf(control, sizeof(control), "unix:/tmp/agentvm-fuzz-%d", (int) getpid());
 	log_set_level(LOG_LEVEL_ERROR);
 	srandom(1);
 	options = (Options){.database = "",
@@ -583,12 +749,15 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 						.unauthenticated_rate = 20,
 						.unauthenticated_lookups = 5,
 						.metrics_from = "",
+						.control = control,
+						.max_call_memory = 1,
 						.drain_s = 10};
 	for (i = 0; i < MAX_CLIENTS; i++)
 		clients[i].fd = -1;
 	uv_loop_init(&loop);
 	server = server_create(&loop, &options);
 	check(server != NULL);
+	(void) unlink(control + 5); /* nobody comes that way */
 	clean_up();
 	return 0;
 }
@@ -605,9 +774,12 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		connect_channel(0);
 	else
 		connect_client();
+#ifdef TARGET_control
+	connect_to(server->control_context);
+#endif
 	for (steps = 0; at < end && steps < MAX_STEPS; steps++)
 	{
-		char letter = BEGINS_WITH_CHANNEL ? 't' : 'w';
+		char letter = FIRST_LETTER;
 		const char *text = at;
 
 		if (*at == MARK)

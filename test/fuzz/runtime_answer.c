@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * runtime_answer.c
- *		libFuzzer on what the runtime reads of a gateway: answers, frames, times.
+ *		libFuzzer on what the runtime reads of a gateway: answers, frames, calls, times.
  *
  * The first byte chooses what is read.  See "make fuzz-runtime".
  *
@@ -47,6 +47,45 @@ check_boot(const char *text, size_t len)
 	json_decref(answer.root);
 }
 
+static bool
+is_id(const char *text)
+{
+	return strlen(text) == COMMAND_ID_LEN && strspn(text, "0123456789abcdef-") == COMMAND_ID_LEN;
+}
+
+static void
+check_call(const char *frame, size_t len)
+{
+	CallFrame call;
+	const char *key;
+	json_t *value;
+
+	if (answer_call(frame, len, &call) != NULL)
+	{
+		if (call.root != NULL)
+			abort();
+		return;
+	}
+	if (!is_id(call.command) || call.bytes < frame + 8 || call.bytes + call.len != frame + len ||
+		call.len > PROTOCOL_MAX_CHUNK || call.command_len > call.len ||
+		call.command_len > PROTOCOL_MAX_COMMAND ||
+		memchr(call.bytes, '\0', call.command_len) != NULL || call.timeout_ms < 0 ||
+		call.max_output < 0 || call.age_ms < 0 || call.lease_ms < 0 || call.wait_ms < 0 ||
+		call.wait_ms > PROTOCOL_MAX_WAIT_MS || call.offset < 0 || call.stdout_offset < 0 ||
+		call.stderr_offset < 0 ||
+		(call.op == OP_START && (size_t) call.input_len < call.len - call.command_len) ||
+		(call.op == OP_KILL && call.signal != 9 && call.signal != 15) ||
+		(call.tar_flag != NULL &&
+		 (call.tar_path[0] != '/' || call.tar_file[0] != '/' || call.command_len > 0)))
+		abort();
+	json_object_foreach(call.env, key, value)
+	{
+		if (json_string_value(value) == NULL || key[0] == '\0' || strchr(key, '=') != NULL)
+			abort();
+	}
+	json_decref(call.root);
+}
+
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
@@ -54,6 +93,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	char *text;
 	size_t len;
 	int64_t time = NO_TIME;
+	Frame frame;
 
 	if (size == 0)
 		return 0;
@@ -61,13 +101,16 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	text = malloc(len + 1);
 	memcpy(text, data + 1, len);
 	text[len] = '\0';
-	switch (data[0] % 5)
+	switch (data[0] % 6)
 	{
 		case 0:
 			check_boot(text, len);
 			break;
 		case 1:
-			if (answer_frame(text, len, &time) == FRAME_DEADLINE && time == NO_TIME)
+			if (answer_frame(text, len, &frame) == FRAME_NOTED && !is_id(frame.command))
+				abort();
+			time = frame.kind == FRAME_DEADLINE ? frame.deadline : NO_TIME;
+			if (frame.kind == FRAME_DEADLINE && time == NO_TIME)
 				abort();
 			break;
 		case 2:
@@ -78,6 +121,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			break;
 		case 4:
 			time = parse_http_date(text);
+			break;
+		case 5:
+			check_call(text, len);
 			break;
 	}
 	/* years of four digits: nothing that is reckoned with such times overflows */

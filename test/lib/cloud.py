@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The test cloud: moto as a server on a free port of 127.0.0.1, with request signatures verified.
 
-    cloud.py start DIR                start it; DIR keeps its log, its pid and cloud.json (address, keys, image, subnets)
+    cloud.py start DIR [--iam]        start it; DIR keeps its log, its pid and cloud.json (address, keys, image, subnets);
+                                      --iam: policies evaluated as AWS does, with resources and conditions (iam.py)
     cloud.py stop DIR                 end it
     cloud.py reset DIR                forget every instance; new keys
     cloud.py instances DIR            every instance the cloud knows of, as JSON; --running: pending or running only
@@ -11,6 +12,7 @@
     cloud.py user DIR ACTION...       keys of another user, who may do only these (ec2:DescribeInstances, ...)
     cloud.py role DIR NAME ACTION...             a role that may do these, for anybody to assume; its ARN
     cloud.py call DIR SERVICE METHOD JSON        any boto3 call
+    cloud.py calls DIR JSON           a list of [KEYS or null, SERVICE, METHOD, ARGUMENTS]; their answers, or {"error", "message"}
 """
 
 import base64
@@ -27,6 +29,8 @@ from pathlib import Path
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
 
 REGION = "us-east-1"
 
@@ -44,6 +48,7 @@ def client(cloud, service):
         endpoint_url=cloud["endpoint"],
         aws_access_key_id=cloud["access_key_id"],
         aws_secret_access_key=cloud["secret_access_key"],
+        aws_session_token=cloud.get("session_token"),
         config=Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=60),
     )
 
@@ -80,7 +85,7 @@ def furnish(endpoint):
     iam.create_instance_profile(InstanceProfileName="agentvm-vm")
     cloud["instance_profile"] = "agentvm-vm"
     cloud["instance_type"] = "t3.micro"
-    cloud.update(user(cloud, "agentvm", ["ec2:*", "iam:*", "sts:*", "ssm:*"]))
+    cloud.update(user(cloud, "agentvm", ["ec2:*", "iam:*", "sts:*", "ssm:*", "cloudformation:*"]))
     post(endpoint, "/moto-api/reset-auth", b"0")
     return cloud
 
@@ -90,7 +95,7 @@ def save(directory, cloud):
     return cloud
 
 
-def start(directory):
+def start(directory, strict):
     directory.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -98,7 +103,7 @@ def start(directory):
     checks = {"MOTO_ENABLE_AMI_VALIDATION": "1", "MOTO_EC2_ENABLE_INSTANCE_TYPE_VALIDATION": "1"}
     with open(directory / "moto.log", "ab") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, *([str(Path(__file__).with_name("iam.py"))] if strict else ["-m", "moto.server"]), "-H", "127.0.0.1", "-p", str(port)],
             cwd=directory, env={**os.environ, **checks}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )
     endpoint = f"http://127.0.0.1:{port}"
@@ -153,10 +158,19 @@ def files(script):
     return found
 
 
+def answer(cloud, service, method, arguments):
+    try:
+        return getattr(client(cloud, service), method)(**arguments)
+    except ClientError as error:
+        return {"error": error.response["Error"]["Code"], "message": error.response["Error"]["Message"]}
+    except ResponseParserError:  # an action that moto does not have
+        return {"error": "NotImplemented", "message": "no XML"}
+
+
 def main(command, directory, *rest):
     directory = Path(directory).resolve()
     if command == "start":
-        return start(directory)
+        return start(directory, "--iam" in rest)
     cloud = json.loads((directory / "cloud.json").read_text())
     if command == "stop":
         os.kill(cloud["pid"], signal.SIGTERM)
@@ -178,6 +192,8 @@ def main(command, directory, *rest):
         return role(cloud, rest[0], list(rest[1:]))
     elif command == "call":
         return getattr(client(cloud, rest[0]), rest[1])(**json.loads(rest[2] if len(rest) > 2 else "{}"))
+    elif command == "calls":
+        return [answer({**cloud, "session_token": None, **(keys or {})}, *one) for keys, *one in json.loads(rest[0])]
     else:
         sys.exit(__doc__)
     return None
@@ -186,6 +202,6 @@ def main(command, directory, *rest):
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    answer = main(*sys.argv[1:])
-    if answer is not None:
-        print(answer if isinstance(answer, str) else json.dumps(answer, default=str))
+    said = main(*sys.argv[1:])
+    if said is not None:
+        print(said if isinstance(said, str) else json.dumps(said, default=str))

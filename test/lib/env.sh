@@ -26,7 +26,7 @@ packages() {
 		case $kind in
 			build) names+=(make gcc libc6-dev pkg-config postgresql-"$version" postgresql-server-dev-"$version" libcurl4-openssl-dev libxml2-dev libssl-dev) ;;
 			gateway) names+=(libwebsockets-dev libwebsockets-evlib-uv libuv1-dev libpq-dev libjansson-dev libssl-dev libsystemd-dev uthash-dev) ;;
-			runtime) names+=(libwebsockets-dev libc-ares-dev libjansson-dev libssl-dev libcap-dev zlib1g-dev) ;;
+			runtime) names+=(libwebsockets-dev libc-ares-dev libjansson-dev libssl-dev libcap-dev zlib1g-dev libarchive-dev libacl1-dev) ;;
 			microvm) names+=(lz4 zstd mmdebstrap fakeroot fakechroot e2fsprogs qemu-utils) ;;
 			libvirt) names+=(libvirt-dev libyajl-dev libvirt-daemon libvirt-clients libvirt-daemon-driver-qemu qemu-system-x86 qemu-utils busybox-static) ;;
 			try) names+=(python3-venv) ;;
@@ -34,6 +34,8 @@ packages() {
 			test)
 				names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86 openssh-server openssh-client netcat-openbsd faketime default-jdk-headless libpostgresql-jdbc-java)
 				command -v npm >/dev/null || names+=(nodejs npm)
+				# Debian 12 has the last free one
+				if apt-cache show packer >/dev/null 2>&1; then names+=(packer); fi
 				;;
 		esac
 	done

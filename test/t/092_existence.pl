@@ -66,6 +66,11 @@ my @sessions = ($nothing, map { $session{$_} } sort keys %session);
 my $no_session = qr/ERROR:  AV005: session NAME does not exist\n.*HINT/;
 same("SELECT agentvm.$_", $no_session, @sessions)
   for q{terminate('NAME')}, q{terminate('NAME', 'why')}, q{wait('NAME')}, q{wait('NAME', 'terminated', '1 s')}, q{status('NAME')}, q{inspect('NAME')}, q{extend('NAME', '1 s')}, q{extend('NAME', '300 days')};
+same("SELECT agentvm.$_", $no_session, @sessions)
+  for q{exec('NAME', 'true')}, q{exec('NAME', 'true', env => '{"A": "b"}')}, q{exec_bytes('NAME', 'true', timeout => '1 s')}, q{exec_start('NAME', 'true', stdin => 'x')}, map({ "$_('NAME', 'cccccccc-0000-4000-8000-000000000000')" } qw(exec_output exec_wait exec_kill)),
+  q{upload('NAME', 'f', 'x')}, q{download('NAME', 'f')}, q{download('NAME', 'f', 0, 1)}, q{upload_tar('NAME', '/f', 'x')}, q{download_tar('NAME', '/f')};
+same("SELECT session_id, sqlstate, error FROM agentvm.exec_many('{NAME}', 'true')", qr/^0\nNAME\|AV005\|session NAME does not exist\n(?!.*ERROR)/s, @sessions);
+same("SELECT * FROM agentvm.command WHERE session_id = 'NAME'", qr/^0\n\n(?!.*ERROR)/s, @sessions);
 same("CALL agentvm.await('NAME', 'terminated', '1 s')", $no_session, @sessions);
 same("SELECT * FROM agentvm.$_ WHERE session_id = 'NAME'", qr/^0\n\n(?!.*ERROR)/s, @sessions) for qw(sessions session_event);
 same("SELECT * FROM agentvm.$_ WHERE session_id = 'NAME' FOR KEY SHARE", qr/42501/, @sessions) for qw(sessions session_event session session_heartbeat);
@@ -75,6 +80,7 @@ my @teams = qw(nobody globex former coming changing);
 same("SELECT agentvm.provision('NAME'$_)", qr/ERROR:  42704: team "NAME" does not exist\n.*DETAIL.*\n.*HINT/, @teams)
   for '', q{, profile => 'shape'}, q{, profile => 'none'}, q{, provider => 'noop'}, q{, provider => 'ec2'}, q{, provider => 'none'}, q{, idempotency_key => 'k-used'}, q{, idempotency_key => 'k-used', agent_id => 'x'},
   q{, idempotency_key => 'k-now'}, q{, options => '{"no": 1}'}, q{, env => '{"A": "b"}'}, q{, max_lifetime => '300 days'};
+same("CALL agentvm.run('NAME', 'true'$_)", qr/ERROR:  42704: team "NAME" does not exist\n.*DETAIL.*\n.*HINT/, @teams) for '', q{, profile => 'shape'}, q{, timeout => '1 s'};
 same("SELECT agentvm.$_('NAME')", qr/ERROR:  42704: team "NAME" does not exist\n.*DETAIL.*\n.*HINT/, @teams) for qw(channel verify_audit);
 same("SELECT * FROM agentvm.$_ WHERE team_id = 'NAME'", qr/^0\n\n(?!.*ERROR)/s, @teams) for qw(sessions fleet team team_member provider_config profile session_event event_seal);
 same("SELECT agentvm.provision('mine', profile => 'NAME')", qr/42704: profile "NAME" does not exist for team "mine"/, 'none', 'shape');

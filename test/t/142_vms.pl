@@ -103,13 +103,13 @@ sub synced
 	return 0;
 }
 sub ready { my ($vm) = @_; return plugged($vm) && synced($vm); }
-# What a request on a stream is answered with, at once, and until the gateway closes it if it is to
+# What a request on a stream is answered with, at once, and until the gateway closes it if it is to: it does after one without a body
 sub request
 {
 	my ($vm, $stream, $path, %opt) = @_;
 	my $answer = '';
 	put($vm, frame($OPEN, $stream)) unless $opt{is_open};
-	put($vm, frame($DATA, $stream, "GET $path HTTP/1.1\r\nHost: x\r\n" . ($opt{headers} // '') . "\r\n"));
+	put($vm, frame($DATA, $stream, "GET $path HTTP/1.1\r\nHost: x\r\n" . ($opt{headers} // '') . ($opt{stays} ? "Content-Length: 2\r\n\r\n{}" : "\r\n")));
 	while (my $frame = take($vm))
 	{
 		next unless $frame->[1] == $stream;

@@ -2,6 +2,7 @@
 #
 #	my $gateway = AgentVM::Gateway->new($node);                           # plain HTTP on a free port of 127.0.0.1, started
 #	my $gateway = AgentVM::Gateway->new($node, tls => [$certificate, $key]);
+#	my $gateway = AgentVM::Gateway->new($node, port => 8443);             # that port
 #	my $gateway = AgentVM::Gateway->new($node, options => ['--vm-sockets', $dir]);
 #	$gateway->stop('KILL'); $gateway->start;                              # the same port again
 package AgentVM::Gateway;
@@ -17,7 +18,7 @@ use Time::HiRes qw(sleep time);
 sub new
 {
 	my ($class, $node, %opt) = @_;
-	my $port = PostgreSQL::Test::Cluster::get_free_port();
+	my $port = $opt{port} // PostgreSQL::Test::Cluster::get_free_port();
 	my $self = $class->SUPER::new('gateway', dirname(__FILE__) . '/../../../src/gateway/agentvm-gateway', '--database', $node->connstr('postgres') . ' user=gw',
 		'--port', $port, '--unauthenticated-rate', 1000, '--log-level', 'debug', $opt{tls} ? ('--tls-cert', $opt{tls}[0], '--tls-key', $opt{tls}[1]) : (), @{ $opt{options} // [] });
 	$self->{port} = $port;

@@ -1,6 +1,6 @@
 # The test cloud (see test/lib/cloud.py), ended with the test.
 #
-#	my $moto = AgentVM::Moto->new;
+#	my $moto = AgentVM::Moto->new;                        # ->new('name', '--iam'): with IAM as AWS evaluates it
 #	$moto->endpoint; $moto->options; $moto->secrets;      # for agentvm.aws_endpoint_url and set_provider (Test's set_ec2)
 #	$moto->instances; $moto->running; $moto->for_session($uuid);   # lists of {id, state, market, subnet, zone, token, tags}
 package AgentVM::Moto;
@@ -17,10 +17,10 @@ my @started;
 
 sub new
 {
-	my ($class, $name) = @_;
+	my ($class, $name, @options) = @_;
 	my $self = bless { dir => PostgreSQL::Test::Utils::tempdir($name // 'moto') }, $class;
 	push @started, $self;
-	$self->{cloud} = $self->run('start');
+	$self->{cloud} = $self->run('start', @options);
 	return $self;
 }
 
@@ -58,6 +58,9 @@ sub user { my ($self, @actions) = @_; return $self->run('user', @actions); }
 
 # A role that may only do these; its ARN
 sub role { my ($self, $name, @actions) = @_; return $self->run('role', $name, @actions) =~ s/\s+$//r; }
+
+# Boto3 calls, [keys as user() returns them or undef for ours, service, method, arguments]; what they answer, or {error, message}
+sub calls { my ($self, @calls) = @_; return @{ $self->run('calls', encode_json(\@calls)) }; }
 
 # Forget all instances. The keys, subnets and groups are new ones: call set_ec2 again
 sub reset { my ($self) = @_; $self->{cloud} = $self->run('reset'); return; }

@@ -1,0 +1,139 @@
+/*-------------------------------------------------------------------------
+ *
+ * call.c
+ *		Calls that come over the channel, and their way back.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "call.h"
+
+#include <arpa/inet.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../common/log.h"
+#include "command.h"
+#include "transfer.h"
+
+#define MAX_CALLS (2 * PROTOCOL_CALLS_UNDER_WAY) /* no gateway has as many under way */
+
+static Link *channel;
+static lws_dll2_owner_t waiting;
+static lws_dll2_owner_t ready;
+
+static void
+forget(Call *call)
+{
+	lws_dll2_remove(&call->list);
+	command_let_go(call);
+	json_decref(call->answer);
+	json_decref(call->get);
+	free(call);
+}
+
+void
+call_answer(Call *call, json_t *answer)
+{
+	json_decref(call->answer);
+	call->answer = answer;
+	timer_stop(&call->wait);
+	lws_dll2_remove(&call->list);
+	lws_dll2_add_tail(&call->list, &ready);
+}
+
+void
+call_fail(Call *call, const char *error, const char *message)
+{
+	/* a message with a name of a file in it may be no UTF-8 */
+	json_t *text = json_string(message);
+
+	call_answer(call, json_pack("{s:s, s:o}", "error", error, "message",
+								text != NULL ? text : json_string("")));
+}
+
+/* Put the answer's frame together; false when there is no memory for it. */
+static bool
+send_answer(const Call *call, json_t *answer, const char *bytes, size_t len)
+{
+	char *header = json_dumps(answer, JSON_COMPACT);
+	size_t header_len = header != NULL ? strlen(header) : 0;
+	uint32_t words[2] = {htonl(call->number), htonl((uint32_t) header_len)};
+	char *frame = NULL;
+
+	if (header != NULL && header_len <= PROTOCOL_MAX_HEADER && len <= PROTOCOL_MAX_CHUNK)
+		frame = link_reserve(channel, sizeof(words) + header_len + len);
+	if (frame != NULL)
+	{
+		memcpy(frame, words, sizeof(words));
+		memcpy(frame + sizeof(words), header, header_len);
+		if (bytes != NULL)
+			memcpy(frame + sizeof(words) + header_len, bytes, len);
+		else if (len > 0)
+			command_copy(call, frame + sizeof(words) + header_len);
+	}
+	free(header);
+	return frame != NULL;
+}
+
+void
+call_send(void)
+{
+	while (ready.head != NULL && link_has_room(channel))
+	{
+		Call *call = lws_container_of(ready.head, Call, list);
+		char *bytes = NULL;
+		size_t len = 0;
+
+		if (call->get != NULL)
+			call->answer = transfer_get(call->get, &bytes, &len);
+		else if (call->answer == NULL)
+			call->answer = command_answer(call, &len);
+		if (!send_answer(call, call->answer, bytes, len))
+			log_line(LOG_LEVEL_ERROR, "a call cannot be answered", NULL);
+		free(bytes);
+		forget(call);
+	}
+}
+
+void
+call_take(Link *from, const char *frame, size_t len)
+{
+	CallFrame said;
+	const char *problem = answer_call(frame, len, &said);
+	Call *call;
+
+	channel = from;
+	if (len < 4 || waiting.count + ready.count >= MAX_CALLS ||
+		(call = calloc(1, sizeof(Call))) == NULL)
+	{
+		log_line(LOG_LEVEL_WARNING, "a call is ignored", "reason",
+				 problem != NULL ? problem : "there are too many", NULL);
+		json_decref(said.root);
+		return;
+	}
+	call->number = said.number;
+	lws_dll2_add_tail(&call->list, &waiting);
+	if (problem != NULL)
+		call_fail(call, CALL_INVALID, problem);
+	else if (said.op == OP_GET)
+	{
+		call->get = json_incref(said.root);
+		call_answer(call, NULL);
+	}
+	else if (said.op == OP_PUT)
+		call_answer(call, transfer_put(said.root, said.bytes, said.len));
+	else
+		command_call(call, &said);
+	json_decref(said.root);
+	call_send();
+}
+
+void
+call_forget_all(void)
+{
+	while (waiting.head != NULL)
+		forget(lws_container_of(waiting.head, Call, list));
+	while (ready.head != NULL)
+		forget(lws_container_of(ready.head, Call, list));
+	channel = NULL;
+}

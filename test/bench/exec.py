@@ -1,0 +1,177 @@
+"""Commands and files in real VMs, against floors of the same run: exec.py DSN CONTROL KEYFILE IMAGE DIR ACCEL ROUNDS MIB
+
+Prints the lines that test/bench/run reads: NAME VALUE...
+"""
+import base64
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import pathlib
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import psycopg
+
+DSN, CONTROL, KEYFILE, IMAGE, DIR, ACCEL, ROUNDS, MIB = sys.argv[1:]
+ROUNDS, SIZE = int(ROUNDS), int(MIB) * 1024 * 1024
+MASTER = base64.b64decode(pathlib.Path(KEYFILE).read_text(encoding="ascii").strip().split(":", 1)[1])
+KEY = hmac.new(MASTER, b"agentvm control:gw", hashlib.sha256).digest()
+
+
+def connect():
+    return psycopg.connect(DSN, autocommit=True)
+
+
+db = connect()
+
+
+def value(query, *values):
+    return db.execute(query, values).fetchone()[0]
+
+
+def timed(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+class Bare(http.client.HTTPConnection):
+    """HTTP to the runtime in a VM, without SQL, log or command: it is asked for a command that it does not know."""
+
+    def __init__(self, vm):
+        super().__init__("gateway")
+        self.vm = vm
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(CONTROL)
+
+    def ask(self):
+        command = str(uuid.uuid4())
+        header = json.dumps({"op": "output", "command": command, "stdout": 0, "stderr": 0, "wait_ms": 0}).encode()
+        message = struct.pack(">I", len(header)) + header
+        expires = int(time.time()) + 30
+        signed = f"agentvm call\n{self.vm}\n{command}\n{expires}\n{hashlib.sha256(message).hexdigest()}"
+        mac = hmac.new(KEY, signed.encode(), hashlib.sha256).hexdigest()
+        self.request("POST", f"/v1/sessions/{self.vm}/calls", message, {"Authorization": f"Ticket k1:{expires}:{mac}"})
+        response = self.getresponse()
+        body = response.read()
+        assert response.status == 200 and b"no_command" in body, (response.status, body)
+
+
+def percentiles(name, seconds):
+    cuts = statistics.quantiles(seconds, n=100)
+    print(name, f"{cuts[49] * 1000:.3f} {cuts[98] * 1000:.3f}")
+
+
+def round_trips(vm):
+    bare = Bare(vm)
+    run = {"exec": lambda: value("SELECT exit_code FROM agentvm.exec(%s, 'true')", vm), "bare": bare.ask}
+    seconds = {name: [] for name in run}
+    for turn in range(ROUNDS + 10):
+        for name, call in run.items():
+            took = timed(call)
+            if turn >= 10:
+                seconds[name].append(took)
+    for name in run:
+        percentiles(name, seconds[name])
+
+
+# the same link, a virtio port, with nothing on it but cat
+RAW_BOOT = f"""#!/bin/sh
+for port in /sys/class/virtio-ports/*; do
+	[ "$(cat $port/name)" != raw ] || device=/dev/${{port##*/}}
+done
+while :; do
+	head -c {SIZE} $device >/tmp/raw
+	[ "$(stat -c %s /tmp/raw)" != {SIZE} ] || break
+done
+echo raw in
+cat /tmp/raw >$device
+while :; do sleep 1000; done
+"""
+
+
+def raw_copy():
+    boot = pathlib.Path(DIR, "raw-boot")
+    boot.write_bytes(RAW_BOOT.encode().ljust(4096, b"\0"))
+    path = f"{DIR}/raw.sock"
+    command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", f"q35,accel={ACCEL}", "-cpu", "host" if ACCEL == "kvm" else "max", "-m", "1024",
+               "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", f"{IMAGE}/kernel", "-initrd", f"{IMAGE}/initrd", "-append", "console=ttyS0 quiet panic=-1",
+               "-drive", f"if=none,id=boot,file={boot},format=raw,readonly=on", "-device", "virtio-blk-pci,drive=boot,serial=agentvm-boot",
+               "-device", "virtio-serial-pci", "-chardev", f"socket,id=raw,path={path},server=on,wait=off", "-device", "virtserialport,chardev=raw,name=raw"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as machine:
+        while not os.path.exists(path):
+            time.sleep(0.01)
+        link = socket.socket(socket.AF_UNIX)
+        link.connect(path)
+        block = os.urandom(1024 * 1024)
+        # the first block waits for the guest, which is booting
+        link.sendall(block)
+        time_first = [0.0]
+
+        def send():
+            for _ in range(SIZE // len(block) - 1):
+                link.sendall(block)
+                time_first[0] = time_first[0] or time.perf_counter()
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        while b"raw in" not in (line := machine.stdout.readline()):
+            assert line
+        into = time.perf_counter() - time_first[0]
+        sender.join()
+        left = SIZE
+        began = 0.0
+        while left:
+            left -= len(link.recv(1024 * 1024))
+            began = began or time.perf_counter()
+        out = time.perf_counter() - began
+        machine.kill()
+    return into, out
+
+
+def transfers(vm):
+    content = os.urandom(SIZE)
+    for turn in range(3):
+        into, out = raw_copy()
+        up = timed(lambda: value("SELECT agentvm.upload(%s, '/tmp/copy', %b)", vm, content))
+        down = timed(lambda: value("SELECT agentvm.download(%s, '/tmp/copy')", vm))
+        print(f"upload {SIZE / up / 1048576:.1f} {SIZE / into / 1048576:.1f}")
+        print(f"download {SIZE / down / 1048576:.1f} {SIZE / out / 1048576:.1f}")
+    assert value("SELECT agentvm.download(%s, '/tmp/copy')", vm) == content
+
+
+def many(vms):
+    """50 statements at once, each with a command in each of four VMs"""
+    answers = []
+
+    def ask(number):
+        with connect() as own:
+            answers.extend(own.execute("SELECT session_id, exit_code, stdout FROM agentvm.exec_many(%s, %s)", (vms, f"sleep 1; echo {number}")).fetchall())
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(50)]
+    took = timed(lambda: ([t.start() for t in threads], [t.join() for t in threads]))
+    right = {(vm, 0, f"{n}\n") for vm in vms for n in range(50)}
+    assert len(answers) == 200 and set(answers) == right, f"{len(answers)} answers, {len(right - set(answers))} are missing"
+    print(f"many {len(answers)} {took:.1f}")
+
+
+sessions = [value("SELECT agentvm.provision('acme', profile => %s)", profile) for profile in ("big", "micro", "micro", "micro")]
+for session in sessions:
+    db.execute("CALL agentvm.await(%s)", (session,))
+round_trips(sessions[0])
+many(sessions)
+for session in sessions[1:]:
+    value("SELECT agentvm.terminate(%s)", session)
+transfers(sessions[0])
+value("SELECT agentvm.terminate(%s)", sessions[0])
+db.execute("CALL agentvm.await(%s, 'terminated')", (sessions[0],))
