@@ -43,6 +43,10 @@ CREATE POLICY admin ON agentvm.command FOR SELECT TO agentvm_admin USING (true);
 CREATE POLICY member ON agentvm.command FOR SELECT TO agentvm_user
 	USING (team_id = ANY ((SELECT agentvm.visible_teams())::text[]));
 
+-- for roles that a team's customers let us assume: made by us, so that no team can ask for another one's
+ALTER TABLE agentvm.team ADD COLUMN external_id text NOT NULL DEFAULT gen_random_uuid()::text;
+COMMENT ON COLUMN agentvm.team.external_id IS 'what the trust policy of a role of the team has to ask for (sts:ExternalId); not secret';
+
 -- ---------------------------------------------------------------------------
 -- Commands
 -- ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 
 #include "access/xact.h"
 #include "catalog/pg_database.h"
+#include "common/jsonapi.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
@@ -82,6 +83,23 @@
 #define AvmLocalTransactionId() (MyProc->vxid.lxid)
 #else
 #define AvmLocalTransactionId() (MyProc->lxid)
+#endif
+
+/* 16 lets the actions of the JSON parser fail. */
+#if PG_VERSION_NUM >= 160000
+typedef JsonParseErrorType JsonActionResult;
+#define JSON_ACTION_OK JSON_SUCCESS
+#else
+typedef void JsonActionResult;
+#define JSON_ACTION_OK
+#endif
+
+/* 17 lets the caller bring the lexer's struct. */
+#if PG_VERSION_NUM >= 170000
+#define AvmJsonLexer(json, len, encoding)                                                          \
+	makeJsonLexContextCstringLen(NULL, json, len, encoding, true)
+#else
+#define AvmJsonLexer(json, len, encoding) makeJsonLexContextCstringLen(json, len, encoding, true)
 #endif
 
 /* 18 puts the marker before a declaration; gcc's form of it, which the others know, can stand there too. */

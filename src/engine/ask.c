@@ -45,7 +45,78 @@ typedef struct Ask
 {
 	const Provider *provider;
 	ProviderContext context;
+	LoginContext login;
+	LoginRef signed_by;
+	bool again; /* a login has been found to be expired */
 } Ask;
+
+/* The calls of a login, whose answers hold keys. */
+static pg_noinline void
+call_for_login(Ask *asked, const LoginRef *ref)
+{
+	HttpRequest *request;
+	HttpReply *reply = NULL;
+
+	while ((request = login_step(ref, reply, asked)) != NULL)
+	{
+		if (request->timeout_ms <= 0)
+			request->timeout_ms = ASK_TIMEOUT_MS;
+		reply = http_perform(request);
+		secret_wipe_later((char *) reply->body, reply->body_len);
+	}
+}
+
+/* Fetch a login in this backend. */
+static pg_noinline void
+fetch_login(Ask *asked, const LoginRef *ref)
+{
+	PG_TRY();
+	{
+		call_for_login(asked, ref);
+	}
+	PG_CATCH();
+	{
+		login_abandon(asked);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+}
+
+/* Find what the question's calls are signed with; raises if that cannot be had. */
+static void
+log_in(Ask *asked)
+{
+	LoginFound found;
+
+	for (int i = 0; i < MAX_STEPS; i++)
+	{
+		login_find(asked->provider, &asked->login, &found);
+		if (found.secrets != NULL)
+		{
+			asked->context.secrets = found.secrets;
+			asked->signed_by = found.ref;
+			return;
+		}
+		if (found.failed)
+		{
+			/* whoever asks once more wants to know how it is now */
+			login_forget(&found.ref);
+			ereport(ERROR, (errcode(reason_sqlstate(class_end_reason(found.error_class))),
+							errmsg("provider \"%s\" refused: %s", asked->provider->name,
+								   found.error_code ? found.error_code
+													: error_class_name(found.error_class)),
+							found.error_message ? errdetail("%s", found.error_message) : 0,
+							found.error_hint ? errhint("%s", found.error_hint) : 0));
+		}
+		/* an engine further up in this backend is at it, which goes on only after us */
+		if (login_state(&found.ref) == LOGIN_UNDER_WAY)
+			login_forget(&found.ref);
+		else
+			fetch_login(asked, &found.ref);
+	}
+	ereport(ERROR, (errcode(AVM_PROVIDER_ERROR),
+					errmsg("provider \"%s\" does not log in", asked->provider->name)));
+}
 
 /*
  * Step until the provider has answered or failed.  Returns whether "step" is its
@@ -73,6 +144,15 @@ ask(Ask *asked, ProviderStep *step)
 				context->reply = asked->provider->perform != NULL
 									 ? question_ask(asked->provider->name, step->request)
 									 : http_perform(step->request);
+				if (asked->signed_by.id != 0 && !asked->again &&
+					asked->provider->login_expired(context->reply))
+				{
+					/* once more with a new one */
+					asked->again = true;
+					login_forget(&asked->signed_by);
+					log_in(asked);
+					context->reply = NULL;
+				}
 				break;
 			case STEP_WAIT:
 				(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
@@ -202,8 +282,10 @@ provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Json
 	MemoryContext caller = CurrentMemoryContext;
 	Ask asked = {provider_get(provider_name)};
 	List *hosts = NIL;
+	Credentials *credentials;
 	ProviderStep step;
 	DbScope scope;
+	bool answered;
 
 	db_enter(&scope);
 	if (row == NULL)
@@ -212,7 +294,7 @@ provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Json
 		asked.context.cluster = SPI_processed > 0 ? db_text(0, 1, caller) : NULL;
 		asked.context.profiles = load_profiles(team_id, provider_name, caller);
 	}
-	asked.context.secrets = credentials_load(team_id, provider_name, caller);
+	credentials = credentials_load(team_id, provider_name, caller);
 	MemoryContextSwitchTo(caller);
 	if (asked.provider->placed && row != NULL)
 		asked.context.host = placement_host(&row->session_id);
@@ -225,9 +307,22 @@ provider_ask(ProviderOp op, const char *team_id, const char *provider_name, Json
 	asked.context.session = row ? session_row_for_provider(row) : NULL;
 	asked.context.options = options;
 	asked.context.handle = row ? row->handle : NULL;
+	asked.context.external_id = credentials->external_id;
+	asked.login.op = op;
+	asked.login.session_id = row ? row->id_text : NULL;
+	asked.login.cluster = row ? row->cluster : asked.context.cluster;
+	asked.login.external_id = credentials->external_id;
+	asked.login.options = options;
+	asked.login.team_options = credentials->options;
+	asked.login.secrets = credentials->secrets;
+	login_tidy(&asked);
+	log_in(&asked);
 	if (asked.provider->placed && row == NULL)
 		return ask_hosts(&asked, hosts);
-	if (!ask(&asked, &step))
+	answered = ask(&asked, &step);
+	if (op == OP_CHECK)
+		login_forget(&asked.signed_by); /* the next check is to see how it is then */
+	if (!answered)
 		raise_refused(&asked, &step);
 	return result_of(&step);
 }

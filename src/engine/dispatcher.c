@@ -27,6 +27,7 @@
 #include "engine/audit.h"
 #include "engine/engine.h"
 #include "engine/identity.h"
+#include "engine/login.h"
 #include "engine/question.h"
 #include "engine/sweep.h"
 #include "engine/threads.h"
@@ -172,6 +173,7 @@ periodic(Engine *engine, int lane)
 
 	engine_look_at_everything(engine);
 	(void) engine_reclaim(engine);
+	login_tidy(engine);
 	if (lane != LANE_HTTP)
 		return;
 	begin();

@@ -59,19 +59,19 @@
 #define RAISED_PAUSE_S 60		 /* how long a session is passed by whose claim has raised */
 #define DEFAULT_TIMEOUT_MS 30000 /* of a call; never above two thirds of the lease */
 
-/* A session whose call is under way, or answered and not yet recorded. */
+/* A session whose call is under way, or answered and not yet recorded; or a call of a login. */
 typedef struct Act
 {
 	dlist_node node;
 	MemoryContext context;
+	LoginRef fetches; /* it is no session's call, but one of this login */
 	pg_uuid_t session_id;
 	int64 lease;
 	char *team_id;
 	char *provider;
-	ProviderOp op;
-	char *operation;
-	bool mutates;
-	HttpReply *reply;		/* NULL while under way */
+	TurnCall call;
+	LoginRef waits_for;		/* no call is under way, but this login is awaited */
+	HttpReply *reply;		/* NULL while under way, and after a login */
 	TimestampTz not_before; /* do not try to record earlier */
 	TimestampTz leased_until;
 	int failures; /* records that raised */
@@ -82,9 +82,8 @@ typedef struct Outgoing
 {
 	Act *act;
 	bool fresh; /* the act was made for this request: without it, it goes */
-	ProviderOp op;
-	const char *operation;
-	bool mutates;
+	TurnCall call;
+	LoginRef wait_for; /* without a request */
 	int64 lease;
 	TimestampTz leased_until;
 	HttpRequest *request;
@@ -136,6 +135,8 @@ struct Engine
 	HTAB *passed_by;
 	dlist_head under_way;
 	dlist_head answered;
+	dlist_head waiting;		   /* for logins */
+	dlist_head login_answered; /* calls of logins */
 	int in_flight;
 	TimestampTz low;	  /* low-water mark: nothing older is due that is not parked */
 	TimestampTz behind;	  /* a pass over all below it has come so far; DT_NOEND: there is none */
@@ -200,6 +201,7 @@ close_client(void *arg)
 	if (engine->client != NULL)
 		engine->transport->destroy(engine->client);
 	engine->client = NULL;
+	login_detach(engine);
 }
 
 Engine *
@@ -221,6 +223,8 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, int lane, EngineHost h
 	engine->next_due = DT_NOBEGIN;
 	dlist_init(&engine->under_way);
 	dlist_init(&engine->answered);
+	dlist_init(&engine->waiting);
+	dlist_init(&engine->login_answered);
 	ctl.keysize = AVM_MAX_ID + 1;
 	ctl.entrysize = sizeof(TeamLoad);
 	ctl.hcxt = context;
@@ -230,6 +234,7 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, int lane, EngineHost h
 	engine->passed_by =
 		hash_create("agentvm passed by", 64, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	engine->client = engine->transport->create();
+	login_attach(engine);
 	engine->on_delete.func = close_client;
 	engine->on_delete.arg = engine;
 	MemoryContextRegisterResetCallback(context, &engine->on_delete);
@@ -293,25 +298,17 @@ begin_batch(Engine *engine, DbScope *scope)
 
 static void release_act(Engine *engine, Act *act);
 
+/* Where an act whose call has been answered belongs. */
+static void
+push_answered(Engine *engine, Act *act)
+{
+	dlist_push_tail(act->fetches.id != 0 ? &engine->login_answered : &engine->answered, &act->node);
+}
+
 /* Hand a request to the transport; one that may not be sent (plain http, say) is answered by that. */
 static void
-send_request(Engine *engine, Outgoing *out)
+send_request(Engine *engine, Act *act, HttpRequest *request)
 {
-	HttpRequest *request = out->request;
-	Act *act = out->act;
-
-	if (!out->fresh)
-		dlist_delete(&act->node);
-	act->op = out->op;
-	act->operation = MemoryContextStrdup(act->context, out->operation);
-	act->mutates = out->mutates;
-	act->lease = out->lease;
-	act->leased_until = out->leased_until;
-	act->failures = 0;
-	act->reply = NULL;
-	act->not_before = 0;
-	out->act = NULL; /* from here on it is in one of our lists */
-
 	if (request->timeout_ms <= 0)
 		request->timeout_ms = DEFAULT_TIMEOUT_MS;
 	request->timeout_ms = Min(request->timeout_ms, avm_lease_ms * 2 / 3);
@@ -331,10 +328,35 @@ send_request(Engine *engine, Outgoing *out)
 		act->reply->error = error->message;
 		act->reply->body = "";
 		act->reply->retry_after_s = -1;
-		dlist_push_tail(&engine->answered, &act->node);
+		push_answered(engine, act);
 		MemoryContextSwitchTo(engine->batch);
 	}
 	PG_END_TRY();
+}
+
+/* A turn takes effect: its request is sent, or its session waits for a login. */
+static void
+send_out(Engine *engine, Outgoing *out)
+{
+	Act *act = out->act;
+
+	if (!out->fresh)
+		dlist_delete(&act->node);
+	act->call = out->call;
+	if (out->call.operation != NULL)
+		act->call.operation = MemoryContextStrdup(act->context, out->call.operation);
+	act->waits_for = out->wait_for;
+	act->lease = out->lease;
+	act->leased_until = out->leased_until;
+	act->failures = 0;
+	act->reply = NULL;
+	act->not_before = 0;
+	out->act = NULL; /* from here on it is in one of our lists */
+
+	if (out->request != NULL)
+		send_request(engine, act, out->request);
+	else
+		dlist_push_tail(&engine->waiting, &act->node);
 }
 
 /* Commit, then let the turns take effect: forget what is over, send what was waiting. */
@@ -359,7 +381,7 @@ commit_batch(Engine *engine, DbScope *scope)
 	}
 	engine->settled = NIL;
 	foreach (lc, engine->outgoing)
-		send_request(engine, lfirst(lc));
+		send_out(engine, lfirst(lc));
 	engine->outgoing = NIL;
 	MemoryContextSwitchTo(engine->context);
 	MemoryContextReset(engine->batch);
@@ -457,13 +479,11 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 {
 	TurnResult result;
 
-	session_turn(row, act ? act->reply : NULL, act ? act->op : OP_PROVISION,
-				 act ? act->operation : NULL, act ? act->mutates : false, &engine->configs,
-				 &result);
+	session_turn(row, act ? act->reply : NULL, act ? &act->call : NULL, &engine->configs, &result);
 	if (act != NULL)
 		note_throttling(engine, act->team_id, result.last_class);
 
-	if (result.request != NULL)
+	if (result.request != NULL || result.wait_for.id != 0)
 	{
 		Outgoing *out = palloc0(sizeof(Outgoing));
 
@@ -471,9 +491,10 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 		if (act == NULL)
 			act = make_act(engine, row);
 		out->act = act;
-		out->op = result.op;
-		out->operation = result.operation ? result.operation : "call";
-		out->mutates = result.mutates;
+		out->call = result.call;
+		if (result.request != NULL && out->call.operation == NULL)
+			out->call.operation = "call";
+		out->wait_for = result.wait_for;
 		out->request = result.request;
 		engine->outgoing = lappend(engine->outgoing, out);
 		/* its own: if what follows the commit raises, the last reply is none to this request */
@@ -596,6 +617,69 @@ take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 				DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&jobs[0].session_id))),
 				error->message),
 		 error->context ? errcontext("%s", error->context) : 0));
+}
+
+/* ---- logins ---- */
+
+/* Take a login further: begin it ("act" is NULL), or with the answer to its last call. */
+static void
+step_login(Engine *engine, LoginRef ref, Act *act)
+{
+	DbScope scope;
+	HttpRequest *request;
+
+	begin_batch(engine, &scope);
+	request = login_step(&ref, act != NULL ? act->reply : NULL, engine);
+	commit_batch(engine, &scope);
+	if (act != NULL)
+	{
+		dlist_delete(&act->node);
+		MemoryContextDelete(act->context);
+	}
+	if (request != NULL)
+	{
+		MemoryContext context =
+			AllocSetContextCreate(engine->context, "agentvm login call", ALLOCSET_SMALL_SIZES);
+
+		act = MemoryContextAllocZero(context, sizeof(Act));
+		act->context = context;
+		act->fetches = ref;
+		act->provider = "";
+		send_request(engine, act, request);
+	}
+}
+
+/*
+ * Begin the logins that somebody waits for, move those on whose call has been
+ * answered, and give the sessions whose login is over another turn.
+ */
+static void
+run_logins(Engine *engine)
+{
+	dlist_mutable_iter iter;
+
+	dlist_foreach_modify(iter, &engine->waiting)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (login_state(&act->waits_for) == LOGIN_WANTED)
+			step_login(engine, act->waits_for, NULL);
+	}
+	while (!dlist_is_empty(&engine->login_answered))
+	{
+		Act *act = dlist_head_element(Act, node, &engine->login_answered);
+
+		step_login(engine, act->fetches, act);
+	}
+	dlist_foreach_modify(iter, &engine->waiting)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (login_state(&act->waits_for) != LOGIN_OVER)
+			continue;
+		dlist_delete(&act->node);
+		dlist_push_tail(&engine->answered, &act->node);
+	}
 }
 
 /* ---- claim ---- */
@@ -954,6 +1038,7 @@ engine_claim(Engine *engine, int limit)
 	if (engine->next_due <= now)
 		look_ahead(engine, now);
 	commit_batch(engine, &scope);
+	run_logins(engine);
 	return claimed;
 }
 
@@ -1032,9 +1117,15 @@ engine_run(Engine *engine)
 		act->reply->body = pnstrdup(reply->body, reply->body_len);
 		act->reply->error = reply->error ? pstrdup(reply->error) : NULL;
 		act->reply->request_id = reply->request_id ? pstrdup(reply->request_id) : NULL;
+		if (act->fetches.id != 0)
+		{
+			/* it holds keys */
+			secret_wipe_later((char *) act->reply->body, reply->body_len);
+			secret_wipe((char *) reply->body, reply->body_len);
+		}
 		MemoryContextSwitchTo(old);
 		dlist_delete(&act->node);
-		dlist_push_tail(&engine->answered, &act->node);
+		push_answered(engine, act);
 	}
 
 	for (;;)
@@ -1042,9 +1133,11 @@ engine_run(Engine *engine)
 		Job batch[RECORD_BATCH];
 		int limit = engine->one_at_a_time > 0 ? 1 : RECORD_BATCH;
 		int count = 0;
-		TimestampTz now = GetCurrentTimestamp();
+		TimestampTz now;
 		dlist_iter iter;
 
+		run_logins(engine);
+		now = GetCurrentTimestamp();
 		dlist_foreach(iter, &engine->answered)
 		{
 			Act *act = dlist_container(Act, node, iter.cur);
@@ -1142,8 +1235,9 @@ engine_after_error(Engine *engine)
 	bool suspect = engine->have_suspect;
 	Job *job = &engine->suspect;
 
-	/* nothing of the transaction has taken effect */
+	/* nothing of the transaction has taken effect, and a login may have lost its call */
 	forget_turns(engine, 0, 0, 0);
+	login_abandon(engine);
 	MemoryContextSwitchTo(engine->context);
 	MemoryContextReset(engine->batch);
 

@@ -34,7 +34,7 @@ typedef struct ConfigEntry
 {
 	char *team_id;
 	char *provider;
-	SecretSet *secrets;
+	Credentials *credentials;
 	char *error;
 } ConfigEntry;
 
@@ -63,8 +63,9 @@ abort_subtransaction(MemoryContext context, ResourceOwner owner)
 	return error;
 }
 
-const SecretSet *
-config_secrets(ConfigCache *configs, const char *team_id, const char *provider, const char **error)
+const Credentials *
+config_credentials(ConfigCache *configs, const char *team_id, const char *provider,
+				   const char **error)
 {
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
@@ -78,7 +79,7 @@ config_secrets(ConfigCache *configs, const char *team_id, const char *provider, 
 		if (strcmp(entry->team_id, team_id) == 0 && strcmp(entry->provider, provider) == 0)
 		{
 			*error = entry->error;
-			return entry->secrets;
+			return entry->credentials;
 		}
 	}
 
@@ -93,7 +94,7 @@ config_secrets(ConfigCache *configs, const char *team_id, const char *provider, 
 	MemoryContextSwitchTo(context);
 	PG_TRY();
 	{
-		entry->secrets = credentials_load(team_id, provider, configs->context);
+		entry->credentials = credentials_load(team_id, provider, configs->context);
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(context);
 		CurrentResourceOwner = owner;
@@ -102,14 +103,14 @@ config_secrets(ConfigCache *configs, const char *team_id, const char *provider, 
 	{
 		ErrorData *caught = abort_subtransaction(context, owner);
 
-		entry->secrets = NULL;
+		entry->credentials = NULL;
 		entry->error = MemoryContextStrdup(
 			configs->context,
 			caught->detail ? psprintf("%s: %s", caught->message, caught->detail) : caught->message);
 	}
 	PG_END_TRY();
 	*error = entry->error;
-	return entry->secrets;
+	return entry->credentials;
 }
 
 void
@@ -263,19 +264,73 @@ learn(SessionRow *row, const ProviderStep *step, TimestampTz now)
 		row->running = true;
 }
 
+/* A step that would need a login that has failed. */
+static void
+fail_without_login(ProviderStep *step, const LoginFound *login)
+{
+	memset(step, 0, sizeof(*step));
+	step->kind = STEP_FAILED;
+	step->operation = login->operation;
+	step->error_class = login->error_class;
+	step->error_code = login->error_code;
+	step->error_message = login->error_message;
+}
+
+/* What the calls of an operation are signed with. */
+static void
+find_login(const SessionRow *row, const Provider *provider, ProviderOp op,
+		   const Credentials *credentials, TimestampTz now, LoginFound *found)
+{
+	LoginContext context = {0};
+
+	memset(found, 0, sizeof(*found));
+	if (provider == NULL || credentials == NULL)
+		return;
+	context.op = op;
+	context.session_id = row->id_text;
+	context.cluster = row->cluster;
+	context.external_id = credentials->external_id;
+	context.options = row->options;
+	context.team_options = credentials->options;
+	context.secrets = credentials->secrets;
+	context.now = now;
+	login_find(provider, &context, found);
+}
+
+/* Whether a reply says that the call's login has expired, and the call is worth another try with a new one. */
+static bool
+login_has_expired(const Provider *provider, const HttpReply *reply, const TurnCall *call)
+{
+	return provider != NULL && reply != NULL && call->login.id != 0 && !call->again &&
+		   provider->login_expired(reply);
+}
+
+/* Whether something of the boot is left that is to be taken away. */
+static bool
+boot_is_left(const SessionRow *row)
+{
+	return row->state == STATE_READY && row->handle != NULL &&
+		   option_value(row->handle, AVM_BOOT_LEFT) != NULL;
+}
+
 void
-session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char *operation,
-			 bool mutates, ConfigCache *configs, TurnResult *result)
+session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, ConfigCache *configs,
+			 TurnResult *result)
 {
 	const Provider *provider = provider_find(row->provider);
 	const char *config_error = NULL;
 	const char *missing = NULL;
-	const SecretSet *secrets = config_secrets(configs, row->team_id, row->provider, &config_error);
+	const Credentials *credentials =
+		config_credentials(configs, row->team_id, row->provider, &config_error);
+	ProviderOp op = call != NULL ? call->op : OP_PROVISION;
+	const char *operation = reply != NULL ? call->operation : NULL;
+	bool mutates = reply != NULL && call->mutates;
 	TimestampTz retry_at = DT_NOEND;
 	TimestampTz now;
 	int round;
 
 	memset(result, 0, sizeof(*result));
+	result->call.again = call != NULL && reply == NULL && call->again;
 	/* a row of other tooling, older than the constraint that would refuse to write it back */
 	if (row->state == STATE_TERMINATING && row->end_reason == NULL)
 		row->end_reason = pstrdup("requested");
@@ -284,7 +339,10 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		ProviderContext context = {0};
 		ProviderStep step;
 		ProviderHost *host = NULL;
+		LoginFound login;
 		char *error = NULL;
+		bool needs_login = false;
+		bool expired = login_has_expired(provider, reply, call);
 		bool launched;
 		bool unavailable;
 		bool placed = true;
@@ -299,6 +357,8 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 				op = OP_TERMINATE;
 			else if (!row->running)
 				op = OP_PROVISION;
+			else if (boot_is_left(row))
+				op = OP_TIDY;
 			else
 				break;
 		}
@@ -306,7 +366,10 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		context.op = op;
 		context.session = session_row_for_provider(row);
 		context.options = row->options;
-		context.secrets = secrets;
+		find_login(row, provider, op, credentials, now, &login);
+		context.secrets = login.secrets;
+		context.login_pending = credentials != NULL && login.secrets == NULL;
+		context.external_id = credentials != NULL ? credentials->external_id : NULL;
 		context.handle = row->handle;
 		context.reply = reply;
 		context.now = now;
@@ -333,6 +396,20 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		{
 			provider_step(provider, &context, &step);
 			unavailable = unavailable && step.kind == STEP_FAILED;
+			needs_login = context.login_pending && step.kind == STEP_REQUEST;
+			if (needs_login && !login.failed && reply == NULL)
+			{
+				/* the step is taken again once there is something to sign with */
+				result->wait_for = login.ref;
+				return;
+			}
+			if (needs_login && login.failed)
+			{
+				/* after an answer it counts as sent, which it was not: that is on the safe side */
+				if (reply != NULL)
+					learn(row, &step, now);
+				fail_without_login(&step, &login);
+			}
 		}
 		if (provider == NULL || (placed && unavailable) || round >= MAX_ROUNDS)
 		{
@@ -351,7 +428,7 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 			step.error_class = CLASS_PERMANENT;
 		result->last_class = step.error_class;
 		if (step.error_class != CLASS_NONE)
-			error = step_error(&step, secrets);
+			error = step_error(&step, login.secrets);
 		if (reply != NULL)
 			shared_count_call(row->provider, operation, step.error_class, reply->millis);
 		if (step.error_class != CLASS_NONE || (reply != NULL && mutates))
@@ -362,15 +439,30 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 		operation = NULL;
 		mutates = false;
 
-		if (op == OP_PROVISION && row->state == STATE_TERMINATING)
+		if (expired)
+		{
+			login_forget(&call->login);
+			result->call.again = true;
+		}
+
+		if ((op == OP_PROVISION || op == OP_TIDY) && row->state == STATE_TERMINATING)
 			continue; /* the reply has been taken in; now end it */
 
+		if (expired && step.kind == STEP_FAILED)
+			continue; /* the step has taken in the refusal; now once more, with a new login */
+
+		if (step.kind == STEP_REQUEST && needs_login)
+		{
+			result->wait_for = login.ref;
+			return;
+		}
 		if (step.kind == STEP_REQUEST)
 		{
 			result->request = step.request;
-			result->op = op;
-			result->operation = step.operation;
-			result->mutates = step.mutates;
+			result->call.op = op;
+			result->call.operation = step.operation;
+			result->call.mutates = step.mutates;
+			result->call.login = login.ref;
 			return;
 		}
 		if (step.kind == STEP_WAIT)
@@ -378,6 +470,16 @@ session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op, const char 
 			retry_at = now + step.wait_ms * INT64CONST(1000);
 			if (step.error_class == CLASS_NONE)
 				row->retries = 0;
+			break;
+		}
+		if (op == OP_TIDY)
+		{
+			/* nor does it give up, but nothing else depends on it */
+			row->retries = step.kind == STEP_FAILED ? row->retries + 1 : 0;
+			if (step.kind == STEP_DONE && !boot_is_left(row))
+				break;
+			retry_at = now + retry_delay_ms(Max(row->retries, 1), RETRY_CAP_TERMINATE_MS) *
+								 INT64CONST(1000);
 			break;
 		}
 		if (step.kind == STEP_DONE)

@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "engine/login.h"
 #include "engine/session_row.h"
 #include "providers/provider.h"
 #include "utils/resowner.h"
@@ -21,25 +22,34 @@ typedef struct ConfigCache
 	List *entries;
 } ConfigCache;
 
+/* A call that a turn asks for, and the next one has the answer of. */
+typedef struct TurnCall
+{
+	ProviderOp op;
+	const char *operation;
+	bool mutates;
+	LoginRef login; /* what it is signed with */
+	bool again;		/* it repeats one whose login had expired */
+} TurnCall;
+
 /* What a turn found to do. */
 typedef struct TurnResult
 {
-	HttpRequest *request;  /* to be sent after commit, or NULL */
-	ProviderOp op;		   /* with request */
-	const char *operation; /* with request */
-	bool mutates;		   /* with request */
+	HttpRequest *request; /* to be sent after commit, or NULL */
+	TurnCall call;		  /* with request */
+	LoginRef wait_for; /* without: the next turn is to come when this login is over; id 0: none */
 	ErrorClass last_class; /* how the last answer was, for throttling */
 } TurnResult;
 
 /*
  * Take the locked row as far as it goes without the network: first "reply" (to
- * a request of "op", NULL: none), then whatever is due.  Changes the row in
+ * "call"; NULL: none), then whatever is due.  Changes the row in
  * memory, writes events and tokens, but does not save the row: the caller sets
- * the lease if there is a request, and saves.  Inside a db scope.
+ * the lease if there is a request or a login to wait for, and saves.  "call" may be
+ * NULL without a reply.  Inside a db scope.
  */
-extern void session_turn(SessionRow *row, const HttpReply *reply, ProviderOp op,
-						 const char *operation, bool mutates, ConfigCache *configs,
-						 TurnResult *result);
+extern void session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call,
+						 ConfigCache *configs, TurnResult *result);
 
 /*
  * Begin the end of a live session; "detail" may be NULL.  No effect on one that is ending or has ended.
@@ -50,8 +60,8 @@ extern void session_begin_end(SessionRow *row, const char *end_reason, const cha
  * The credentials of a team for a provider, decrypted at most once per cache.
  * On failure returns NULL and sets *error to a palloc'd text.
  */
-extern const SecretSet *config_secrets(ConfigCache *configs, const char *team_id,
-									   const char *provider, const char **error);
+extern const Credentials *config_credentials(ConfigCache *configs, const char *team_id,
+											 const char *provider, const char **error);
 
 /*
  * Run one step of a provider in a subtransaction: an error that it raises

@@ -4,7 +4,7 @@
  *		AWS over HTTP: endpoints, form bodies, signed requests, error classes.
  *
  * EC2 and STS speak AWS's "Query" protocol: a form is POSTed to "/", the answer
- * is XML.  libcurl signs (Signature Version 4); this file keeps to the subset
+ * is XML; SSM is POSTed JSON, and answers with it.  libcurl signs (Signature Version 4); this file keeps to the subset
  * in which every libcurl since 7.88 signs correctly: a POST to "/" without a
  * query, no header that is empty, repeated or a prefix of another, and the user
  * agent set apart from the headers.  The form is escaped the way in which AWS
@@ -20,6 +20,7 @@
 #include "mb/pg_wchar.h"
 
 #include "net/aws.h"
+#include "net/json.h"
 #include "net/xml.h"
 
 #define MAX_MESSAGE 500 /* bytes of AWS's message that are kept */
@@ -75,6 +76,8 @@ static const struct
 	{"PendingVerification", CLASS_CREDENTIALS},
 	{"RequestExpired", CLASS_CREDENTIALS},
 	{"ExpiredToken*", CLASS_CREDENTIALS},
+	{"NotAuthorized", CLASS_CREDENTIALS},
+	{"RegionDisabledException", CLASS_CREDENTIALS},
 
 	{"VcpuLimitExceeded", CLASS_QUOTA},
 	{"InstanceLimitExceeded", CLASS_QUOTA},
@@ -164,6 +167,12 @@ aws_region_is_valid(const char *region)
 	return *p == '\0';
 }
 
+const char *
+aws_domain(const char *region)
+{
+	return strncmp(region, "cn-", 3) == 0 ? "amazonaws.com.cn" : "amazonaws.com";
+}
+
 /* Where a service of a region is called. */
 static char *
 service_url(const char *service, const char *region)
@@ -176,12 +185,12 @@ service_url(const char *service, const char *region)
 			len--;
 		return psprintf("%.*s/", (int) len, avm_aws_endpoint_url);
 	}
-	return psprintf("https://%s.%s.amazonaws.com%s/", service, region,
-					strncmp(region, "cn-", 3) == 0 ? ".cn" : "");
+	return psprintf("https://%s.%s.%s/", service, region, aws_domain(region));
 }
 
-HttpRequest *
-aws_form_request(const char *service, const char *region, AwsForm *form, const SecretSet *secrets)
+static HttpRequest *
+make_request(const char *service, const char *region, const char *content_type,
+			 const SecretSet *secrets)
 {
 	HttpRequest *request = palloc0(sizeof(HttpRequest));
 
@@ -193,17 +202,38 @@ aws_form_request(const char *service, const char *region, AwsForm *form, const S
 	request->access_key = secret_set_get(secrets, "access_key_id");
 	request->secret_key = secret_set_get(secrets, "secret_access_key");
 	request->session_token = secret_set_get(secrets, "session_token");
-	if (request->access_key == NULL || request->secret_key == NULL)
+	if (secrets != NULL && (request->access_key == NULL || request->secret_key == NULL))
 		ereport(ERROR, (errcode(AVM_INVALID_CREDENTIALS), errmsg("AWS credentials are incomplete"),
 						errhint("Set the secrets \"access_key_id\" and \"secret_access_key\" with "
 								"agentvm.set_provider().")));
 
 	request->method = "POST";
 	request->url = service_url(service, region);
-	request->headers = list_make1("Content-Type: application/x-www-form-urlencoded; charset=utf-8");
+	request->headers = list_make1(psprintf("Content-Type: %s", content_type));
+	request->sigv4 = psprintf("aws:amz:%s:%s", region, service);
+	return request;
+}
+
+HttpRequest *
+aws_form_request(const char *service, const char *region, AwsForm *form, const SecretSet *secrets)
+{
+	HttpRequest *request =
+		make_request(service, region, "application/x-www-form-urlencoded; charset=utf-8", secrets);
+
 	request->body = form->body.data;
 	request->body_len = form->body.len;
-	request->sigv4 = psprintf("aws:amz:%s:%s", region, service);
+	return request;
+}
+
+HttpRequest *
+aws_json_request(const char *service, const char *region, const char *target, const char *json,
+				 const SecretSet *secrets)
+{
+	HttpRequest *request = make_request(service, region, "application/x-amz-json-1.1", secrets);
+
+	request->headers = lappend(request->headers, psprintf("X-Amz-Target: %s", target));
+	request->body = json;
+	request->body_len = strlen(json);
 	return request;
 }
 
@@ -235,6 +265,12 @@ class_of_status(int status, bool anonymous)
 	return CLASS_PERMANENT;
 }
 
+bool
+aws_code_is_expired(const char *code)
+{
+	return strcmp(code, "RequestExpired") == 0 || strncmp(code, "ExpiredToken", 12) == 0;
+}
+
 AwsError
 aws_judge(const HttpReply *reply)
 {
@@ -259,6 +295,15 @@ aws_judge(const HttpReply *reply)
 		code = xml_text(doc, "//Error/Code");
 		message = xml_text(doc, "//Error/Message");
 		xml_free(doc);
+	}
+	else if ((code = json_text(reply->body, reply->body_len, "__type")) != NULL)
+	{
+		/* "com.amazonaws.ssm#ParameterNotFound" */
+		if (strchr(code, '#') != NULL)
+			code = strrchr(code, '#') + 1;
+		message = json_text(reply->body, reply->body_len, "message");
+		if (message == NULL)
+			message = json_text(reply->body, reply->body_len, "Message");
 	}
 
 	if (code == NULL || code[0] == '\0')

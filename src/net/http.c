@@ -21,7 +21,8 @@
  *	 resolved does not hold up a cancelled call (CURLOPT_QUICK_EXIT).
  * - libcurl is initialized in the process that uses it, never in the postmaster.
  * - It keeps copies of keys and tokens, and of what it derives from them.  It is
- *	 given an allocator that wipes what is freed.
+ *	 given an allocator that wipes what is freed; replies, which may be keys, are
+ *	 kept in memory of the same kind.
  * - No redirects (credentials would follow), no other protocols than HTTP.
  * - Nothing that libcurl reports about the content of a reply becomes an error
  *	 text, only what it reports about the connection.
@@ -40,7 +41,6 @@
 #include "agentvm.h"
 
 #include <curl/curl.h>
-#include <malloc.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
@@ -215,7 +215,9 @@ on_body(char *data, size_t size, size_t nmemb, void *arg)
 			want = announced;
 		while (want < call->reply_len + len)
 			want *= 2;
-		grown = realloc(call->reply, want);
+		/* keys come in small replies; a file of a VM's may be large */
+		grown = call->max_reply == HTTP_MAX_REPLY ? secret_realloc(call->reply, want)
+												  : realloc(call->reply, want);
 		if (grown == NULL)
 		{
 			call->problem = "out of memory";
@@ -279,33 +281,6 @@ on_header(char *data, size_t size, size_t nmemb, void *arg)
 	return len;
 }
 
-/* ---- libcurl's memory: wiped as it is freed ---- */
-
-static void
-wiping_free(void *p)
-{
-	if (p != NULL)
-		secret_wipe(p, malloc_usable_size(p));
-	free(p);
-}
-
-/* realloc() would leave a copy behind where it moves something. */
-static void *
-wiping_realloc(void *p, size_t size)
-{
-	size_t old_size = p != NULL ? malloc_usable_size(p) : 0;
-	void *new;
-
-	if (p != NULL && size <= old_size && size >= old_size / 2)
-		return p;
-	new = malloc(size);
-	if (new == NULL || p == NULL)
-		return new;
-	memcpy(new, p, Min(old_size, size));
-	wiping_free(p);
-	return new;
-}
-
 /* ---- clients ---- */
 
 /* Prepare libcurl in this process. */
@@ -320,7 +295,7 @@ init_curl(void)
 	if (IsPostmasterEnvironment && !IsUnderPostmaster)
 		elog(ERROR, "HTTP is not to be used in the postmaster");
 	signals_block(&saved);
-	rc = curl_global_init_mem(CURL_GLOBAL_DEFAULT, malloc, wiping_free, wiping_realloc, strdup,
+	rc = curl_global_init_mem(CURL_GLOBAL_DEFAULT, malloc, secret_free, secret_realloc, strdup,
 							  calloc);
 	signals_restore(&saved);
 	if (rc != CURLE_OK)
@@ -433,7 +408,10 @@ free_call(HttpCall *call)
 	if (call->body != NULL)
 		secret_wipe(call->body, call->body_len);
 	free(call->body);
-	free(call->reply);
+	if (call->max_reply == HTTP_MAX_REPLY)
+		secret_free(call->reply);
+	else
+		free(call->reply);
 	dlist_delete(&call->node);
 	free(call);
 }
@@ -514,7 +492,7 @@ check_request(const HttpRequest *request)
 
 	if (pg_strncasecmp(request->url, "http://", 7) == 0)
 	{
-		if (!avm_allow_insecure_endpoints && request->unix_socket == NULL)
+		if (!avm_allow_insecure_endpoints && !request->metadata && request->unix_socket == NULL)
 			ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 							errmsg("refusing to call an endpoint without TLS"),
 							errhint("Use an https URL, or set agentvm.allow_insecure_endpoints.")));
@@ -545,6 +523,7 @@ check_request(const HttpRequest *request)
 	check_secret(request->access_key, "access key");
 	check_secret(request->secret_key, "secret key");
 	check_secret(request->session_token, "session token");
+	check_secret(request->metadata_token, "metadata token");
 }
 
 /* Append a copy of a header; false when out of memory. */
@@ -557,6 +536,23 @@ add_header(HttpCall *call, const char *header)
 		return false;
 	call->headers = longer;
 	return true;
+}
+
+/* Append a header whose value is a secret; false when out of memory. */
+static bool
+add_secret_header(HttpCall *call, const char *name, const Secret *value)
+{
+	size_t size = strlen(name) + strlen(": ") + secret_len(value) + 1;
+	char *header = malloc(size);
+	bool added = false;
+
+	if (header != NULL)
+	{
+		snprintf(header, size, "%s: %s", name, secret_bytes(value));
+		added = add_header(call, header);
+	}
+	secret_free(header);
+	return added;
 }
 
 /* Hand the request to the easy handle; what libcurl does not copy, the call keeps. */
@@ -579,12 +575,13 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	SETOPT(CURLOPT_URL, request->url);
 	SETOPT(CURLOPT_DISALLOW_USERNAME_IN_URL, 1L);
 	SETOPT(CURLOPT_PROTOCOLS_STR,
-		   avm_allow_insecure_endpoints || request->unix_socket != NULL ? "http,https" : "https");
+		   avm_allow_insecure_endpoints || request->metadata || request->unix_socket != NULL
+			   ? "http,https"
+			   : "https");
 	if (request->unix_socket != NULL)
-	{
 		SETOPT(CURLOPT_UNIX_SOCKET_PATH, request->unix_socket);
+	if (request->unix_socket != NULL || request->metadata)
 		SETOPT(CURLOPT_PROXY, "");
-	}
 	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
 	SETOPT(CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
@@ -651,23 +648,12 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 		SETOPT(CURLOPT_USERNAME, secret_bytes(request->access_key));
 		SETOPT(CURLOPT_PASSWORD, secret_bytes(request->secret_key));
 	}
-	if (request->session_token != NULL)
-	{
-		static const char name[] = "X-Amz-Security-Token: ";
-		size_t size = sizeof(name) + secret_len(request->session_token);
-		char *header = malloc(size);
-		bool added = false;
-
-		if (header != NULL)
-		{
-			snprintf(header, size, "%s%s", name, secret_bytes(request->session_token));
-			added = add_header(call, header);
-			secret_wipe(header, size);
-			free(header);
-		}
-		if (!added)
-			return CURLE_OUT_OF_MEMORY;
-	}
+	if (request->session_token != NULL &&
+		!add_secret_header(call, "X-Amz-Security-Token", request->session_token))
+		return CURLE_OUT_OF_MEMORY;
+	if (request->metadata_token != NULL &&
+		!add_secret_header(call, "X-aws-ec2-metadata-token", request->metadata_token))
+		return CURLE_OUT_OF_MEMORY;
 	SETOPT(CURLOPT_HTTPHEADER, call->headers);
 #undef SETOPT
 

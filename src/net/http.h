@@ -31,8 +31,8 @@ typedef struct HttpCall HttpCall;
 typedef struct HttpRequest
 {
 	const char *method; /* "GET", "POST" */
-	const char *url;	/* http:// only through a Unix socket, or with
-							   * agentvm.allow_insecure_endpoints; checked here */
+	const char *url;	/* http:// only through a Unix socket, to the metadata service, or with
+						   * agentvm.allow_insecure_endpoints; checked here */
 	List *headers;		/* of char *, "Name: value"; no secret */
 	const char *body;	/* NULL: none */
 	size_t body_len;	/* bytes */
@@ -42,7 +42,9 @@ typedef struct HttpRequest
 	const Secret *access_key;	 /* with sigv4 */
 	const Secret *secret_key;	 /* with sigv4 */
 	const Secret *session_token; /* X-Amz-Security-Token, or NULL */
-	const char *ca_file;		 /* NULL: the system's authorities */
+	bool metadata; /* the machine's own metadata service: without TLS by nature, past any proxy */
+	const Secret *metadata_token; /* X-aws-ec2-metadata-token, or NULL */
+	const char *ca_file;		  /* NULL: the system's authorities */
 	const char *unix_socket; /* path of a socket to talk to in place of the URL's host, or NULL */
 	size_t max_reply;		 /* bytes of the reply's body; 0: HTTP_MAX_REPLY */
 	bool large_reply;		 /* one of many kB is to be expected */

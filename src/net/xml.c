@@ -40,6 +40,7 @@
 #define MAX_TAGS 20000		/* a few hundred are usual */
 #define MAX_ATTRIBUTES 4000 /* one is usual, but "=" may be in texts, too */
 #define MAX_TEXT 4096		/* bytes of an element's text that are kept */
+#define MAX_LONG_TEXT 32768 /* of one that is asked for as a long one */
 
 struct XmlDoc
 {
@@ -100,6 +101,27 @@ is_tame(const char *text, size_t len)
 		   attributes <= MAX_ATTRIBUTES && strstr(text, "<!DOCTYPE") == NULL;
 }
 
+/*
+ * An answer may hold keys, of which libxml2 keeps copies here and there: have what
+ * it frees overwritten, unless somebody else has given it an allocator.
+ */
+static void
+wipe_what_is_freed(void)
+{
+	static bool done = false;
+	xmlFreeFunc free_function;
+	xmlMallocFunc malloc_function;
+	xmlReallocFunc realloc_function;
+	xmlStrdupFunc strdup_function;
+
+	if (done)
+		return;
+	done = true;
+	if (xmlMemGet(&free_function, &malloc_function, &realloc_function, &strdup_function) == 0 &&
+		free_function == free && malloc_function == malloc)
+		(void) xmlMemSetup(secret_free, malloc, secret_realloc, strdup_function);
+}
+
 XmlDoc *
 xml_parse(const char *text, size_t len)
 {
@@ -110,6 +132,7 @@ xml_parse(const char *text, size_t len)
 	if (len == 0 || len > INT_MAX || !is_tame(text, len))
 		return NULL;
 
+	wipe_what_is_freed();
 	/* Allocate first, so that nothing can fail once libxml2 holds memory. */
 	doc = palloc0(sizeof(XmlDoc));
 
@@ -196,28 +219,27 @@ next_node(xmlNodePtr node)
 }
 
 /*
- * The first MAX_TEXT bytes of the element's own text, in the server's encoding.
+ * The first "max" bytes of the element's own text, in the server's encoding.
  * Where that is not UTF-8, other characters than ASCII become "?": a message must
  * never fail to be kept.
  */
 static char *
-node_text(xmlNodePtr node)
+node_text(xmlNodePtr node, int max)
 {
 	StringInfoData text;
 	bool utf8 = GetDatabaseEncoding() == PG_UTF8;
 	char *start;
 
 	initStringInfo(&text);
-	for (xmlNodePtr child = node->children; child != NULL && text.len <= MAX_TEXT;
-		 child = child->next)
+	for (xmlNodePtr child = node->children; child != NULL && text.len <= max; child = child->next)
 	{
 		if ((child->type == XML_TEXT_NODE || child->type == XML_CDATA_SECTION_NODE) &&
 			child->content != NULL)
 			appendBinaryStringInfo(
 				&text, (const char *) child->content,
-				strnlen((const char *) child->content, MAX_TEXT + MAX_MULTIBYTE_CHAR_LEN));
+				strnlen((const char *) child->content, max + MAX_MULTIBYTE_CHAR_LEN));
 	}
-	text.len = pg_encoding_mbcliplen(PG_UTF8, text.data, text.len, MAX_TEXT);
+	text.len = pg_encoding_mbcliplen(PG_UTF8, text.data, text.len, max);
 	text.data[text.len] = '\0';
 
 	for (int i = 0; i < text.len; i++)
@@ -237,11 +259,12 @@ node_text(xmlNodePtr node)
 	start = text.data;
 	while (*start == ' ')
 		start++;
-	return pstrdup(start);
+	return memmove(text.data, start, strlen(start) + 1);
 }
 
-char *
-xml_text(XmlDoc *doc, const char *path)
+/* The first node that the path names, or NULL. */
+static xmlNodePtr
+find_node(XmlDoc *doc, const char *path)
 {
 	XmlPath parsed;
 	xmlNodePtr node;
@@ -252,9 +275,42 @@ xml_text(XmlDoc *doc, const char *path)
 	for (node = xmlDocGetRootElement(doc->tree); node != NULL; node = next_node(node))
 	{
 		if (node_matches(node, &parsed))
-			return node_text(node);
+			return node;
 	}
 	return NULL;
+}
+
+char *
+xml_text(XmlDoc *doc, const char *path)
+{
+	xmlNodePtr node = find_node(doc, path);
+
+	return node != NULL ? node_text(node, MAX_TEXT) : NULL;
+}
+
+char *
+xml_long_text(XmlDoc *doc, const char *path)
+{
+	xmlNodePtr node = find_node(doc, path);
+
+	return node != NULL ? node_text(node, MAX_LONG_TEXT) : NULL;
+}
+
+/* Keys are short lines of ASCII, which libxml2 has as one piece of text. */
+Secret *
+xml_secret(XmlDoc *doc, const char *path)
+{
+	xmlNodePtr node = find_node(doc, path);
+	const char *text;
+	size_t len;
+
+	if (node == NULL || node->children == NULL || node->children->next != NULL ||
+		node->children->type != XML_TEXT_NODE || node->children->content == NULL)
+		return NULL;
+	text = (const char *) node->children->content;
+	text += strspn(text, " \t\r\n");
+	len = strcspn(text, " \t\r\n");
+	return len > 0 && len <= MAX_LONG_TEXT ? secret_make(text, len) : NULL;
 }
 
 int

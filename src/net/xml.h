@@ -10,6 +10,8 @@
 
 #include "postgres.h"
 
+#include "secret/secret.h"
+
 typedef struct XmlDoc XmlDoc;
 
 /*
@@ -31,6 +33,15 @@ extern void xml_free(XmlDoc *doc);
  * long text only the first 4 kB are there.
  */
 extern char *xml_text(XmlDoc *doc, const char *path);
+
+/* The same, with the first 32 kB of a long text. */
+extern char *xml_long_text(XmlDoc *doc, const char *path);
+
+/*
+ * The same as a secret in CurrentMemoryContext: one word without white space, as keys
+ * are; NULL when there is none, or it is empty, in pieces, or longer than 32 kB.
+ */
+extern Secret *xml_secret(XmlDoc *doc, const char *path);
 
 /* Number of nodes that the path names. */
 extern int xml_count(XmlDoc *doc, const char *path);

@@ -36,7 +36,7 @@
 /* Stands for the bootstrap token in what the handle keeps. */
 #define TOKEN_MARK "@bootstrap-token@"
 
-/* The script: what comes before the numbers and the payload, and after. */
+/* The script: what comes before the numbers and the payload, after, and last. */
 static const char boot_script_head[] = "#!/bin/sh\n"
 									   "# Written by agentvm. All that varies is in the next three "
 									   "lines.\n";
@@ -64,14 +64,89 @@ static const char boot_script_tail[] =
 	"\tcp /etc/agentvm/hard-stop.sh /var/lib/cloud/scripts/per-boot/agentvm-hard-stop\n"
 	"sh /etc/agentvm/hard-stop.sh\n"
 	"\n"
-	"# The payload: for each file a line \"MODE PATH LINES\", then its lines.\n"
-	"printf %s \"$payload\" | base64 -d | while read -r mode path lines; do\n"
-	"\twhile [ \"$lines\" -gt 0 ]; do\n"
-	"\t\tIFS= read -r line || break\n"
-	"\t\tprintf '%s\\n' \"$line\"\n"
-	"\t\tlines=$((lines - 1))\n"
-	"\tdone > \"$path.new\" && chmod \"$mode\" \"$path.new\" && mv -f \"$path.new\" \"$path\"\n"
-	"done\n"
+	"# A payload: for each file a line \"MODE PATH LINES\", then its lines.\n"
+	"unpack() {\n"
+	"\tprintf %s \"$1\" | base64 -d | while read -r mode path lines; do\n"
+	"\t\twhile [ \"$lines\" -gt 0 ]; do\n"
+	"\t\t\tIFS= read -r line || break\n"
+	"\t\t\tprintf '%s\\n' \"$line\"\n"
+	"\t\t\tlines=$((lines - 1))\n"
+	"\t\tdone > \"$path.new\" && chmod \"$mode\" \"$path.new\" && mv -f \"$path.new\" \"$path\"\n"
+	"\tdone\n"
+	"}\n"
+	"unpack \"$payload\"\n";
+
+/*
+ * The payload is elsewhere: what has been unpacked is the region and the name of
+ * the parameter that has it.  Python is there wherever cloud-init is, which runs
+ * this.  The variables are those of AWS's own tools, for tests.
+ */
+static const char boot_script_fetch[] =
+	"\n"
+	"unpack \"$(python3 - <<'END'\n"
+	"import hashlib, hmac, json, os, sys, time, urllib.request\n"
+	"\n"
+	"region, name = open(\"/etc/agentvm/parameter\").read().split()\n"
+	"machine = os.environ.get(\"AWS_EC2_METADATA_SERVICE_ENDPOINT\", \"http://169.254.169.254\")\n"
+	"domain = \"amazonaws.com.cn\" if region.startswith(\"cn-\") else \"amazonaws.com\"\n"
+	"ssm = os.environ.get(\"AWS_ENDPOINT_URL_SSM\", \"https://ssm.%s.%s\" % (region, domain))\n"
+	"near = urllib.request.build_opener(urllib.request.ProxyHandler({}))\n"
+	"far = urllib.request.build_opener()\n"
+	"\n"
+	"\n"
+	"def call(opener, method, url, headers, body=None):\n"
+	"    request = urllib.request.Request(url, data=body, headers=headers, method=method)\n"
+	"    with opener.open(request, timeout=10) as reply:\n"
+	"        return reply.read(1 << 20).decode()\n"
+	"\n"
+	"\n"
+	"def digest(text):\n"
+	"    return hashlib.sha256(text).hexdigest()\n"
+	"\n"
+	"\n"
+	"def fetch():\n"
+	"    token = call(near, \"PUT\", machine + \"/latest/api/token\",\n"
+	"                 {\"X-aws-ec2-metadata-token-ttl-seconds\": \"60\"})\n"
+	"    roles = machine + \"/latest/meta-data/iam/security-credentials/\"\n"
+	"    token = {\"X-aws-ec2-metadata-token\": token}\n"
+	"    role = call(near, \"GET\", roles, token).split()[0]\n"
+	"    keys = json.loads(call(near, \"GET\", roles + role, token))\n"
+	"\n"
+	"    body = json.dumps({\"Name\": name, \"WithDecryption\": True}).encode()\n"
+	"    now = time.strftime(\"%Y%m%dT%H%M%SZ\", time.gmtime())\n"
+	"    scope = \"%s/%s/ssm/aws4_request\" % (now[:8], region)\n"
+	"    headers = {\"content-type\": \"application/x-amz-json-1.1\", \"host\": "
+	"ssm.split(\"//\")[1],\n"
+	"               \"x-amz-date\": now, \"x-amz-security-token\": keys[\"Token\"],\n"
+	"               \"x-amz-target\": \"AmazonSSM.GetParameter\"}\n"
+	"    names = \";\".join(sorted(headers))\n"
+	"    lines = \"\".join(\"%s:%s\\n\" % header for header in sorted(headers.items()))\n"
+	"    request = \"POST\\n/\\n\\n%s\\n%s\\n%s\" % (lines, names, digest(body))\n"
+	"    text = \"AWS4-HMAC-SHA256\\n%s\\n%s\\n%s\" % (now, scope, digest(request.encode()))\n"
+	"    key = (\"AWS4\" + keys[\"SecretAccessKey\"]).encode()\n"
+	"    for part in scope.split(\"/\") + [text]:\n"
+	"        key = hmac.new(key, part.encode(), hashlib.sha256).digest()\n"
+	"    headers[\"authorization\"] = (\"AWS4-HMAC-SHA256 Credential=%s/%s, SignedHeaders=%s, "
+	"Signature=%s\"\n"
+	"                                % (keys[\"AccessKeyId\"], scope, names, key.hex()))\n"
+	"    return json.loads(call(far, \"POST\", ssm + \"/\", headers, "
+	"body))[\"Parameter\"][\"Value\"]\n"
+	"\n"
+	"\n"
+	"# the machine's role may come a while after the machine\n"
+	"for again in range(60):\n"
+	"    try:\n"
+	"        print(fetch())\n"
+	"        break\n"
+	"    except Exception as error:\n"
+	"        print(\"agentvm: could not read parameter %s: %s\" % (name, type(error).__name__), "
+	"file=sys.stderr)\n"
+	"        time.sleep(min(again + 1, 10))\n"
+	"END\n"
+	")\"\n"
+	"rm -f /etc/agentvm/parameter\n";
+
+static const char boot_script_end[] =
 	"if systemctl cat agentvm-runtime.service > /dev/null 2>&1; then\n"
 	"\tsystemctl restart --no-block agentvm-runtime.service\n"
 	"fi\n"
@@ -209,10 +284,9 @@ boot_base64(const char *bytes, int len)
 }
 
 char *
-boot_script(const BootPlan *plan, const char *session_id, int attempt, int *len)
+boot_payload(const BootPlan *plan, const char *session_id, int attempt, int *len)
 {
 	StringInfoData payload;
-	StringInfoData script;
 	char *encoded;
 
 	/* Room for all of it at once: a buffer that grows leaves its former self behind. */
@@ -241,37 +315,89 @@ boot_script(const BootPlan *plan, const char *session_id, int attempt, int *len)
 
 	encoded = boot_base64(payload.data, payload.len);
 	secret_wipe(payload.data, payload.len);
+	*len = strlen(encoded);
+	return encoded;
+}
+
+/* The script with a payload in it, which is wiped; with "fetch", that tells where the payload is. */
+static char *
+make_script(const BootPlan *plan, char *payload, bool fetch, int *len)
+{
+	StringInfoData script;
+
 	initStringInfo(&script);
-	enlargeStringInfo(&script,
-					  sizeof(boot_script_head) + sizeof(boot_script_tail) + strlen(encoded) + 1024);
+	enlargeStringInfo(&script, sizeof(boot_script_head) + sizeof(boot_script_tail) +
+								   sizeof(boot_script_fetch) + sizeof(boot_script_end) +
+								   strlen(payload) + 1024);
 	appendStringInfoString(&script, boot_script_head);
 	appendStringInfo(&script,
 					 "hard_stop=" INT64_FORMAT "\nlongest=" INT64_FORMAT "\npayload='%s'\n",
-					 plan->hard_stop, plan->longest, encoded);
+					 plan->hard_stop, plan->longest, payload);
 	appendStringInfoString(&script, boot_script_tail);
-	secret_wipe(encoded, strlen(encoded));
+	if (fetch)
+		appendStringInfoString(&script, boot_script_fetch);
+	appendStringInfoString(&script, boot_script_end);
+	secret_wipe(payload, strlen(payload));
 	*len = script.len;
 	return script.data;
 }
 
-int
-boot_script_size(const char *device)
+char *
+boot_script(const BootPlan *plan, const char *session_id, int attempt, int *len)
 {
-	ProviderSession session = {0};
-	BootPlan plan;
-	char *script;
-	int len;
+	return make_script(plan, boot_payload(plan, session_id, attempt, len), false, len);
+}
 
+char *
+boot_script_of_parameter(const BootPlan *plan, const char *region, const char *name, int *len)
+{
+	StringInfoData payload;
+
+	initStringInfo(&payload);
+	add_file(&payload, "/etc/agentvm/parameter", psprintf("%s\n%s\n", region, name));
+	return make_script(plan, boot_base64(payload.data, payload.len), true, len);
+}
+
+/* Settle the plan of a session that could be; raises for what would keep it from being made. */
+static void
+plan_for_size(BootPlan *plan, ProviderSession *session, const char *device)
+{
 	/* env and repositories would travel in clear, and whoever is on the way could answer; a port has no way */
 	if (device == NULL && avm_gateway_url != NULL &&
 		pg_strncasecmp(avm_gateway_url, "http://", 7) == 0 && !avm_allow_insecure_endpoints)
 		ereport(
 			ERROR, errcode(AVM_INVALID_CONFIGURATION), errmsg("agentvm.gateway_url is without TLS"),
 			errhint("Use an https URL, or set agentvm.allow_insecure_endpoints."), hide_caller());
-	session.session_id = "00000000-0000-0000-0000-000000000000";
-	session.runtime = true;
-	session.boot_key_id = keyring_current_id();
-	boot_plan(&plan, &session, boot_epoch_ms(GetCurrentTimestamp()), device);
+	memset(session, 0, sizeof(*session));
+	session->session_id = "00000000-0000-0000-0000-000000000000";
+	session->runtime = true;
+	session->boot_key_id = keyring_current_id();
+	boot_plan(plan, session, boot_epoch_ms(GetCurrentTimestamp()), device);
+}
+
+int
+boot_payload_size(void)
+{
+	ProviderSession session;
+	BootPlan plan;
+	char *payload;
+	int len;
+
+	plan_for_size(&plan, &session, NULL);
+	payload = boot_payload(&plan, session.session_id, 1, &len);
+	secret_wipe(payload, len);
+	return len;
+}
+
+int
+boot_script_size(const char *device)
+{
+	ProviderSession session;
+	BootPlan plan;
+	char *script;
+	int len;
+
+	plan_for_size(&plan, &session, device);
 	script = boot_script(&plan, session.session_id, 1, &len);
 	secret_wipe(script, len);
 	return len;

@@ -47,6 +47,19 @@ extern PGDLLEXPORT char *boot_script(const BootPlan *plan, const char *session_i
 									 int *len);
 
 /*
+ * The script for a VM that is to fetch its payload from a parameter of SSM, with
+ * what it finds there in place of the payload.  Sets *len.  It holds no secret.
+ */
+extern char *boot_script_of_parameter(const BootPlan *plan, const char *region, const char *name,
+									  int *len);
+
+/* That payload, in base64; sets *len.  It holds the bootstrap token: wipe it after use. */
+extern char *boot_payload(const BootPlan *plan, const char *session_id, int attempt, int *len);
+
+/* How long it would be now: as boot_script_size(). */
+extern int boot_payload_size(void);
+
+/*
  * How long the script of a session with a runtime would be now, in bytes: all
  * that varies in size between sessions is known before there is one.  Raises
  * AV010 or AV012 for what would keep it from being made.

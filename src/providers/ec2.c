@@ -36,10 +36,13 @@
 #include "utils/jsonb.h"
 
 #include "db.h"
+#include "providers/aws_login.h"
 #include "providers/ec2.h"
 
 #define MAX_LIST 16			 /* subnets, security groups */
 #define MAX_VOLUME_GIB 16384 /* of gp3 */
+
+#define DROP_PHASE "parameter" /* Ec2Progress.phase when there is no VM any more */
 
 #define LOOK_FIRST_MS 2000
 #define LOOK_LAST_MS 30000
@@ -49,11 +52,13 @@
 
 static const ProviderOption ec2_options[] = {
 	{"region", 's', false, "AWS region, such as us-east-1"},
+	{"role_arn", 's', false, "IAM role to assume, in set_provider() only"},
 	{"image_id", 's', false, "AMI to boot"},
 	{"instance_type", 's', true, "instance type; default t3.large"},
 	{"subnet_ids", 'l', false, "subnets to try in this order; default: the default VPC's"},
 	{"security_group_ids", 'l', false, "security groups of the instance"},
 	{"instance_profile", 's', false, "name or ARN of the instance's IAM instance profile"},
+	{"secret_delivery", 's', false, "how the VM gets its bootstrap token: user_data or ssm"},
 	{"spot", 'b', true, "whether to try the spot market first; default true"},
 	{"spot_max_price", 's', false, "highest spot price in USD an hour; default: on-demand price"},
 	{"volume_size_gib", 'i', false, "size of the root volume; default: disk_gib, else the AMI's"},
@@ -85,13 +90,21 @@ static const ProgressMember integers[] = {
 	{"sent_at", offsetof(Ec2Progress, sent_at)},
 	{"hard_stop", offsetof(Ec2Progress, boot.hard_stop)},
 	{"longest", offsetof(Ec2Progress, boot.longest)},
+	{"put", offsetof(Ec2Progress, put)},
+	{"puts", offsetof(Ec2Progress, puts)},
+	{"put_at", offsetof(Ec2Progress, put_at)},
 };
 
 static const ProgressMember texts[] = {
-	{"phase", offsetof(Ec2Progress, phase)},   {"vm_id", offsetof(Ec2Progress, vm_id)},
-	{"region", offsetof(Ec2Progress, region)}, {"market", offsetof(Ec2Progress, market)},
-	{"key", offsetof(Ec2Progress, boot.key)},  {"env", offsetof(Ec2Progress, boot.env)},
-	{"ca", offsetof(Ec2Progress, boot.ca)},	   {"form", offsetof(Ec2Progress, form)},
+	{"phase", offsetof(Ec2Progress, phase)},
+	{"vm_id", offsetof(Ec2Progress, vm_id)},
+	{"region", offsetof(Ec2Progress, region)},
+	{"market", offsetof(Ec2Progress, market)},
+	{"key", offsetof(Ec2Progress, boot.key)},
+	{"env", offsetof(Ec2Progress, boot.env)},
+	{"ca", offsetof(Ec2Progress, boot.ca)},
+	{"form", offsetof(Ec2Progress, form)},
+	{AVM_BOOT_LEFT, offsetof(Ec2Progress, parameter)},
 };
 
 #define INTEGER_AT(progress, i) (*(int64 *) ((char *) (progress) + integers[i].offset))
@@ -189,12 +202,19 @@ ec2_region(Ec2Step *step)
 	return region;
 }
 
+/* What calls are signed with; NULL as long as that is not known. */
+const SecretSet *
+ec2_signer(const Ec2Step *step)
+{
+	return step->context->login_pending ? NULL : step->context->secrets;
+}
+
 void
 ec2_send(Ec2Step *step, const char *service, const char *action, AwsForm *form)
 {
 	step->out->kind = STEP_REQUEST;
 	step->out->operation = action;
-	step->out->request = aws_form_request(service, ec2_region(step), form, step->context->secrets);
+	step->out->request = aws_form_request(service, ec2_region(step), form, ec2_signer(step));
 }
 
 void
@@ -245,8 +265,8 @@ ec2_learn_instance(Ec2Step *step, XmlDoc *doc)
 
 /* ---- checking options ---- */
 
-static void
-bad_option(const char *name, const char *value, const char *hint)
+void
+ec2_bad_option(const char *name, const char *value, const char *hint)
 {
 	ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
 			errmsg("invalid value \"%s\" for option \"%s\" of provider \"ec2\"",
@@ -287,7 +307,7 @@ check_id_list(Jsonb *options, const char *name, const char *prefix, const char *
 	foreach (lc, ids)
 	{
 		if (!ec2_is_id(lfirst(lc), prefix))
-			bad_option(name, lfirst(lc), hint);
+			ec2_bad_option(name, lfirst(lc), hint);
 	}
 }
 
@@ -298,34 +318,48 @@ ec2_validate(OptionScope scope, Jsonb *options)
 	int size;
 
 	if ((value = option_text(options, "region")) != NULL && !aws_region_is_valid(value))
-		bad_option("region", value, "A region looks like \"us-east-1\".");
+		ec2_bad_option("region", value, "A region looks like \"us-east-1\".");
+	if ((value = option_text(options, "role_arn")) != NULL)
+	{
+		if (!aws_is_role_arn(value))
+			ec2_bad_option("role_arn", value,
+						   "A role's ARN looks like \"arn:aws:iam::123456789012:role/name\".");
+		if (scope == OPTIONS_PROFILE)
+			ec2_bad_option("role_arn", value,
+						   "It is a team's: set it with agentvm.set_provider().");
+	}
 	if ((value = option_text(options, "image_id")) != NULL && !ec2_is_id(value, "ami-"))
-		bad_option("image_id", value, "An image id looks like \"ami-0123456789abcdef0\".");
+		ec2_bad_option("image_id", value, "An image id looks like \"ami-0123456789abcdef0\".");
 	if ((value = option_text(options, "instance_type")) != NULL &&
 		!ec2_is_made_of(value, LOWER DIGITS ".-", 64))
-		bad_option("instance_type", value, "An instance type looks like \"t3.large\".");
+		ec2_bad_option("instance_type", value, "An instance type looks like \"t3.large\".");
 	check_id_list(options, "subnet_ids", "subnet-",
 				  "A subnet id looks like \"subnet-0123456789abcdef0\".");
 	check_id_list(options, "security_group_ids", "sg-",
 				  "A security group id looks like \"sg-0123456789abcdef0\".");
 	if ((value = option_text(options, "instance_profile")) != NULL &&
 		(!boot_is_printable(value, 512) || strchr(value, ' ') != NULL))
-		bad_option("instance_profile", value, "Give the name or the ARN of an instance profile.");
+		ec2_bad_option("instance_profile", value,
+					   "Give the name or the ARN of an instance profile.");
+	if ((value = option_text(options, "secret_delivery")) != NULL &&
+		strcmp(value, "user_data") != 0 && strcmp(value, SSM) != 0)
+		ec2_bad_option("secret_delivery", value, "It is \"user_data\" or \"ssm\".");
 	if ((value = option_text(options, "spot_max_price")) != NULL &&
 		(!ec2_is_made_of(value, DIGITS ".", 16) || strtod(value, NULL) <= 0 ||
 		 strchr(value, '.') != strrchr(value, '.')))
-		bad_option("spot_max_price", value, "A price is a positive decimal number, such as 0.05.");
+		ec2_bad_option("spot_max_price", value,
+					   "A price is a positive decimal number, such as 0.05.");
 	if ((value = option_text(options, "volume_device")) != NULL &&
 		(strncmp(value, "/dev/", 5) != 0 || !ec2_is_made_of(value + 5, LOWER DIGITS, 32)))
-		bad_option("volume_device", value, "A device name looks like \"/dev/sda1\".");
+		ec2_bad_option("volume_device", value, "A device name looks like \"/dev/sda1\".");
 	if ((value = option_text(options, "key_name")) != NULL && !boot_is_printable(value, 255))
-		bad_option("key_name", value, "Give the name of an EC2 key pair.");
+		ec2_bad_option("key_name", value, "Give the name of an EC2 key pair.");
 	if ((value = option_text(options, "volume_size_gib")) != NULL)
 	{
 		size = option_int(options, "volume_size_gib", 0);
 		if (size < 1 || size > MAX_VOLUME_GIB)
-			bad_option("volume_size_gib", value,
-					   "A volume has from 1 to " CppAsString2(MAX_VOLUME_GIB) " GiB.");
+			ec2_bad_option("volume_size_gib", value,
+						   "A volume has from 1 to " CppAsString2(MAX_VOLUME_GIB) " GiB.");
 	}
 
 	if (scope == OPTIONS_LAUNCH)
@@ -400,21 +434,31 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 	Ec2Progress *progress = &step->progress;
 	const HttpReply *reply = step->reply;
 	bool confirming = progress->phase != NULL && strcmp(progress->phase, "confirm") == 0;
+	bool refused = progress->phase != NULL && strcmp(progress->phase, "refused") == 0;
 	AwsError error;
 	XmlDoc *doc;
 	char *state;
 
 	if (reply == NULL)
 	{
-		if (confirming)
+		if (confirming || refused)
 			ec2_send_describe(step, vm_id);
 		else
 			send_terminate(step, vm_id);
 		return;
 	}
 
-	step->out->operation = confirming ? DESCRIBE : TERMINATE;
+	step->out->operation = confirming || refused ? DESCRIBE : TERMINATE;
 	error = aws_judge(reply);
+	if (!confirming && !refused && error.class != CLASS_NONE &&
+		strcmp(error.code, "UnauthorizedOperation") == 0)
+	{
+		/* one that has ended loses its tags, by which a policy tells which are ours */
+		ec2_note_error(step, &error);
+		enter_phase(progress, "refused");
+		ec2_send_describe(step, vm_id);
+		return;
+	}
 	if (error.class != CLASS_NONE && strcmp(error.code, NOT_FOUND_CODE) != 0)
 	{
 		progress->looks = 0; /* not-found looks count in a row only */
@@ -423,7 +467,7 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 	}
 	doc = error.class == CLASS_NONE ? ec2_parse(step) : NULL;
 
-	if (!confirming)
+	if (!confirming && !refused)
 	{
 		state = xml_text(doc, "//instancesSet/item/currentState/name");
 		if (error.class == CLASS_NONE && state == NULL)
@@ -446,6 +490,13 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 		look_failed(step);
 	else if (strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0)
 		step->out->kind = STEP_DONE;
+	else if (refused)
+	{
+		progress->phase = NULL;
+		step->out->operation = TERMINATE;
+		ec2_fail(step, CLASS_CREDENTIALS, "UnauthorizedOperation",
+				 "the instance lives, but ending it is not allowed");
+	}
 	else
 		send_terminate(step, vm_id);
 }
@@ -510,6 +561,12 @@ ec2_terminate(Ec2Step *step)
 	Ec2Progress *progress = &step->progress;
 	const char *vm_id = step->session->vm_id != NULL ? step->session->vm_id : progress->vm_id;
 
+	/* the VM is gone, and the parameter of its boot is left */
+	if (progress->phase != NULL && strcmp(progress->phase, DROP_PHASE) == 0)
+	{
+		ec2_drop_parameter(step);
+		return;
+	}
 	if (vm_id != NULL)
 		terminate_vm(step, vm_id);
 	else if (progress->sent_at != 0)
@@ -519,12 +576,19 @@ ec2_terminate(Ec2Step *step)
 		step->out->operation = TERMINATE;
 		step->out->kind = STEP_DONE;
 	}
+
+	if (step->out->kind == STEP_DONE && progress->parameter != NULL)
+	{
+		progress->phase = DROP_PHASE;
+		step->reply = NULL;
+		ec2_drop_parameter(step);
+	}
 }
 
-/* ---- the read-only operations ---- */
+/* ---- what EC2 says ---- */
 
-static void
-add_result(Ec2Step *step, XmlDoc *doc, const char *name, const char *path)
+void
+ec2_add_result(Ec2Step *step, XmlDoc *doc, const char *name, const char *path)
 {
 	char *value = xml_text(doc, path);
 
@@ -571,51 +635,15 @@ ec2_inspect(Ec2Step *step)
 	step->out->result = handle_set_text(NULL, "state", "not_found");
 	if (xml_count(doc, "//instancesSet/item/instanceId") == 0)
 		return;
-	add_result(step, doc, "state", "//instancesSet/item/instanceState/name");
-	add_result(step, doc, "instance_id", "//instancesSet/item/instanceId");
-	add_result(step, doc, "instance_type", "//instancesSet/item/instanceType");
-	add_result(step, doc, "address", "//instancesSet/item/privateIpAddress");
-	add_result(step, doc, "address", "//instancesSet/item/ipAddress");
-	add_result(step, doc, "launch_time", "//instancesSet/item/launchTime");
+	ec2_add_result(step, doc, "state", "//instancesSet/item/instanceState/name");
+	ec2_add_result(step, doc, "instance_id", "//instancesSet/item/instanceId");
+	ec2_add_result(step, doc, "instance_type", "//instancesSet/item/instanceType");
+	ec2_add_result(step, doc, "address", "//instancesSet/item/privateIpAddress");
+	ec2_add_result(step, doc, "address", "//instancesSet/item/ipAddress");
+	ec2_add_result(step, doc, "launch_time", "//instancesSet/item/launchTime");
 	step->out->result = handle_set_text(step->out->result, "lifecycle", ON_DEMAND);
-	add_result(step, doc, "lifecycle", "//instancesSet/item/instanceLifecycle");
-	add_result(step, doc, "state_reason", "//instancesSet/item/stateReason/message");
-}
-
-/* Whose credentials are these? */
-static void
-ec2_check(Ec2Step *step)
-{
-	const HttpReply *reply = step->reply;
-	AwsError error;
-	XmlDoc *doc;
-	AwsForm form;
-
-	step->out->operation = "GetCallerIdentity";
-	if (reply == NULL)
-	{
-		aws_form_init(&form, "GetCallerIdentity", STS_VERSION);
-		ec2_send(step, "sts", "GetCallerIdentity", &form);
-		return;
-	}
-
-	error = aws_judge(reply);
-	if (error.class != CLASS_NONE)
-	{
-		ec2_fail(step, error.class, error.code, error.message);
-		return;
-	}
-	doc = ec2_parse(step);
-	if (xml_count(doc, "//GetCallerIdentityResult/Account") == 0)
-	{
-		ec2_fail_malformed(step);
-		return;
-	}
-	step->out->kind = STEP_DONE;
-	step->out->result =
-		DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum("{\"ok\": true}")));
-	add_result(step, doc, "account", "//GetCallerIdentityResult/Account");
-	add_result(step, doc, "arn", "//GetCallerIdentityResult/Arn");
+	ec2_add_result(step, doc, "lifecycle", "//instancesSet/item/instanceLifecycle");
+	ec2_add_result(step, doc, "state_reason", "//instancesSet/item/stateReason/message");
 }
 
 /* Whether there are keys to sign with. */
@@ -640,7 +668,7 @@ ec2_step(const ProviderContext *context, ProviderStep *out)
 
 	/* An end may need no call; all else does, and is refused like a call with bad keys. */
 	if (context->op != OP_TERMINATE && context->reply == NULL && !context->ending &&
-		!has_keys(context->secrets))
+		!context->login_pending && !has_keys(context->secrets))
 	{
 		ec2_fail(&step, CLASS_CREDENTIALS, "MissingCredentials",
 				 "the team has no access_key_id and secret_access_key");
@@ -655,6 +683,10 @@ ec2_step(const ProviderContext *context, ProviderStep *out)
 			break;
 		case OP_TERMINATE:
 			ec2_terminate(&step);
+			out->handle = write_progress(&step.progress);
+			break;
+		case OP_TIDY:
+			ec2_drop_parameter(&step);
 			out->handle = write_progress(&step.progress);
 			break;
 		case OP_INSPECT:
@@ -676,5 +708,8 @@ const Provider ec2_provider = {
 	.needs_secrets = true,
 	.validate = ec2_validate,
 	.check_launch = ec2_check_launch,
+	.login_needed = aws_login_needed,
+	.login_step = aws_login_step,
+	.login_expired = aws_login_expired,
 	.step = ec2_step,
 };

@@ -62,6 +62,62 @@ client_token(const ProviderSession *session, const Ec2Progress *progress, const 
 	return token;
 }
 
+void
+ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, const char *market,
+			 const char *subnet, const char *token)
+{
+	char *value;
+	int volume_gib;
+	int n = 0;
+	ListCell *lc;
+
+	aws_form_init(form, RUN, EC2_VERSION);
+	if (token != NULL)
+		aws_form_add(form, "ClientToken", token);
+	aws_form_add(form, "MinCount", "1");
+	aws_form_add(form, "MaxCount", "1");
+	aws_form_add(form, "ImageId", option_text(options, "image_id"));
+	value = option_text(options, "instance_type");
+	aws_form_add(form, "InstanceType", value != NULL ? value : DEFAULT_INSTANCE_TYPE);
+	aws_form_add(form, "InstanceInitiatedShutdownBehavior", "terminate");
+	aws_form_add(form, "MetadataOptions.HttpEndpoint", "enabled");
+	aws_form_add(form, "MetadataOptions.HttpTokens", "required");
+	aws_form_add(form, "MetadataOptions.HttpPutResponseHopLimit", "1");
+	if (subnet[0] != '\0')
+		aws_form_add(form, "SubnetId", subnet);
+	foreach (lc, option_list(options, "security_group_ids"))
+		aws_form_add(form, psprintf("SecurityGroupId.%d", ++n), lfirst(lc));
+	if ((value = option_text(options, "instance_profile")) != NULL)
+		aws_form_add(form,
+					 strncmp(value, "arn:", 4) == 0 ? "IamInstanceProfile.Arn"
+													: "IamInstanceProfile.Name",
+					 value);
+	if ((value = option_text(options, "key_name")) != NULL)
+		aws_form_add(form, "KeyName", value);
+	if (strcmp(market, SPOT) == 0)
+	{
+		aws_form_add(form, "InstanceMarketOptions.MarketType", "spot");
+		aws_form_add(form, "InstanceMarketOptions.SpotOptions.SpotInstanceType", "one-time");
+		aws_form_add(form, "InstanceMarketOptions.SpotOptions.InstanceInterruptionBehavior",
+					 "terminate");
+		if ((value = option_text(options, "spot_max_price")) != NULL)
+			aws_form_add(form, "InstanceMarketOptions.SpotOptions.MaxPrice", value);
+	}
+	volume_gib = option_int(options, "volume_size_gib", session->disk_gib);
+	if (volume_gib > 0)
+	{
+		value = option_text(options, "volume_device");
+		aws_form_add(form, "BlockDeviceMapping.1.DeviceName",
+					 value != NULL ? value : DEFAULT_VOLUME_DEVICE);
+		aws_form_add(form, "BlockDeviceMapping.1.Ebs.VolumeSize", psprintf("%d", volume_gib));
+		aws_form_add(form, "BlockDeviceMapping.1.Ebs.VolumeType", "gp3");
+		aws_form_add(form, "BlockDeviceMapping.1.Ebs.DeleteOnTermination", "true");
+		aws_form_add(form, "BlockDeviceMapping.1.Ebs.Encrypted", "true");
+	}
+	add_tags(form, 1, "instance", session);
+	add_tags(form, 2, "volume", session);
+}
+
 /* Begin an attempt in the progress's market and subnet: settle every byte of its request. */
 static void
 begin_attempt(Ec2Step *step)
@@ -71,10 +127,6 @@ begin_attempt(Ec2Step *step)
 	Ec2Progress *progress = &step->progress;
 	List *subnets = option_list(options, "subnet_ids");
 	const char *subnet = "";
-	char *value;
-	int volume_gib;
-	int n = 0;
-	ListCell *lc;
 	AwsForm form;
 
 	ec2_validate(OPTIONS_LAUNCH, options);
@@ -84,53 +136,9 @@ begin_attempt(Ec2Step *step)
 	progress->region = option_text(options, "region");
 	if (progress->subnet < list_length(subnets))
 		subnet = list_nth(subnets, (int) progress->subnet);
-
-	aws_form_init(&form, RUN, EC2_VERSION);
-	aws_form_add(&form, "ClientToken", client_token(session, progress, subnet));
-	aws_form_add(&form, "MinCount", "1");
-	aws_form_add(&form, "MaxCount", "1");
-	aws_form_add(&form, "ImageId", option_text(options, "image_id"));
-	value = option_text(options, "instance_type");
-	aws_form_add(&form, "InstanceType", value != NULL ? value : DEFAULT_INSTANCE_TYPE);
-	aws_form_add(&form, "InstanceInitiatedShutdownBehavior", "terminate");
-	aws_form_add(&form, "MetadataOptions.HttpEndpoint", "enabled");
-	aws_form_add(&form, "MetadataOptions.HttpTokens", "required");
-	aws_form_add(&form, "MetadataOptions.HttpPutResponseHopLimit", "1");
-	if (subnet[0] != '\0')
-		aws_form_add(&form, "SubnetId", subnet);
-	foreach (lc, option_list(options, "security_group_ids"))
-		aws_form_add(&form, psprintf("SecurityGroupId.%d", ++n), lfirst(lc));
-	if ((value = option_text(options, "instance_profile")) != NULL)
-		aws_form_add(&form,
-					 strncmp(value, "arn:", 4) == 0 ? "IamInstanceProfile.Arn"
-													: "IamInstanceProfile.Name",
-					 value);
-	if ((value = option_text(options, "key_name")) != NULL)
-		aws_form_add(&form, "KeyName", value);
-	if (strcmp(progress->market, SPOT) == 0)
-	{
-		aws_form_add(&form, "InstanceMarketOptions.MarketType", "spot");
-		aws_form_add(&form, "InstanceMarketOptions.SpotOptions.SpotInstanceType", "one-time");
-		aws_form_add(&form, "InstanceMarketOptions.SpotOptions.InstanceInterruptionBehavior",
-					 "terminate");
-		if ((value = option_text(options, "spot_max_price")) != NULL)
-			aws_form_add(&form, "InstanceMarketOptions.SpotOptions.MaxPrice", value);
-	}
-	volume_gib = option_int(options, "volume_size_gib", session->disk_gib);
-	if (volume_gib > 0)
-	{
-		value = option_text(options, "volume_device");
-		aws_form_add(&form, "BlockDeviceMapping.1.DeviceName",
-					 value != NULL ? value : DEFAULT_VOLUME_DEVICE);
-		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.VolumeSize", psprintf("%d", volume_gib));
-		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.VolumeType", "gp3");
-		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.DeleteOnTermination", "true");
-		aws_form_add(&form, "BlockDeviceMapping.1.Ebs.Encrypted", "true");
-	}
-	add_tags(&form, 1, "instance", session);
-	add_tags(&form, 2, "volume", session);
+	ec2_run_form(&form, session, options, progress->market, subnet,
+				 client_token(session, progress, subnet));
 	progress->form = form.body.data;
-
 	boot_plan(&progress->boot, session, step->now, NULL);
 }
 
@@ -144,7 +152,19 @@ send_launch(Ec2Step *step)
 	char *encoded;
 	int len;
 
-	script = boot_script(&progress->boot, step->session->session_id, (int) progress->attempt, &len);
+	if (ec2_uses_parameter(step->context->options, step->session->runtime))
+	{
+		if (progress->put != progress->attempt)
+		{
+			ec2_put_parameter(step);
+			return;
+		}
+		script = boot_script_of_parameter(&progress->boot, progress->region,
+										  ec2_parameter_name(step->session), &len);
+	}
+	else
+		script =
+			boot_script(&progress->boot, step->session->session_id, (int) progress->attempt, &len);
 	if (len > MAX_USER_DATA)
 	{
 		secret_wipe(script, len);
@@ -339,6 +359,14 @@ ec2_provision(Ec2Step *step)
 
 	if (vm_id != NULL)
 		poll_launch(step, vm_id);
+	else if (step->reply != NULL && progress->phase != NULL &&
+			 strcmp(progress->phase, PUT_PHASE) == 0)
+	{
+		if (!ec2_parameter_is_put(step))
+			return;
+		step->reply = NULL;
+		ec2_provision(step);
+	}
 	else if (step->reply != NULL)
 		take_launch_reply(step);
 	else if (step->context->ending)
@@ -364,7 +392,9 @@ ec2_check_launch(Jsonb *options, bool runtime)
 {
 	int len = runtime ? boot_script_size(NULL) : 0;
 
-	if (len > MAX_USER_DATA)
+	if (ec2_uses_parameter(options, runtime))
+		ec2_check_parameter(options);
+	else if (len > MAX_USER_DATA)
 		ereport(
 			ERROR, errcode(AVM_OVER_LIMIT),
 			errmsg("user data of %d bytes, more than the %d that EC2 takes", len, MAX_USER_DATA),

@@ -591,6 +591,9 @@ libvirt_step(const ProviderContext *context, ProviderStep *out)
 		case OP_TERMINATE:
 			libvirt_terminate(&step);
 			break;
+		case OP_TIDY: /* it leaves nothing of a boot */
+			out->kind = STEP_DONE;
+			break;
 		case OP_INSPECT:
 			ask(&step, LV_INSPECT);
 			break;

@@ -252,6 +252,9 @@ noop_step(const ProviderContext *context, ProviderStep *step)
 		case OP_TERMINATE:
 			noop_terminate(context, step);
 			break;
+		case OP_TIDY: /* it leaves nothing of a boot */
+			step->kind = STEP_DONE;
+			break;
 		case OP_INSPECT:
 			noop_inspect(context, step);
 			break;

@@ -30,7 +30,7 @@
 #include "secret/secret.h"
 #include "utils/jsonb.h"
 
-#define AVM_PROVIDER_ABI 2
+#define AVM_PROVIDER_ABI 3
 
 /*
  * Member of the handle of a placed provider, of any value: something of the
@@ -40,12 +40,20 @@
  */
 #define AVM_HOST_USED "host_used"
 
+/*
+ * Member of the handle, of any value: there is something that only the VM's boot
+ * needed.  Once its runtime has reported OP_TIDY takes it away, and with it the
+ * member; if the session ends before, OP_TERMINATE does.
+ */
+#define AVM_BOOT_LEFT "boot_left"
+
 typedef enum ProviderOp
 {
 	OP_PROVISION, /* make the VM and see it running */
 	OP_TERMINATE, /* end it; a VM that is gone already is success */
 	OP_INSPECT,	  /* what the provider says now; result is jsonb */
-	OP_CHECK	  /* are the credentials good? read-only; result is jsonb; no session */
+	OP_CHECK,	  /* are the credentials good? read-only; result is jsonb; no session */
+	OP_TIDY		  /* take away what AVM_BOOT_LEFT tells of; never ends a session */
 } ProviderOp;
 
 /* The session as a provider sees it. Strings are NULL where not known. */
@@ -97,8 +105,11 @@ typedef struct ProviderContext
 		*host;			 /* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
 	const char *cluster; /* installation uuid, for OP_CHECK; else it is the session's */
 	Jsonb *options;		 /* merged: team, then profile, then caller; frozen at provision() */
-	const SecretSet *secrets; /* decrypted credentials of the team for this provider */
-	Jsonb *handle;			  /* progress that the last step kept, or NULL */
+	const SecretSet *secrets; /* what calls are signed with: of the team, or of its login */
+	bool
+		login_pending; /* a login has yet to bring them: a request is not sent, but asked for again */
+	const char *external_id; /* of the team */
+	Jsonb *handle;			 /* progress that the last step kept, or NULL */
 	const HttpReply *reply; /* answer to the last step's request; NULL: (re)start from the handle */
 	TimestampTz now;
 	bool
@@ -139,6 +150,37 @@ typedef struct ProviderStep
 	int host_kvm; /* learned of the host: 1 guests run under KVM there, -1 they do not, 0 nothing */
 	Jsonb *result; /* OP_INSPECT, OP_CHECK when done */
 } ProviderStep;
+
+/*
+ * A login: temporary credentials that a provider gives for what a team has, such as
+ * an assumed role.  The engine makes it by HTTP, once for all sessions that need the
+ * same one, and keeps it in memory until shortly before it expires (engine/login.h).
+ */
+typedef struct LoginContext
+{
+	ProviderOp op;			  /* what it is for */
+	const char *session_id;	  /* the session that has asked first, or NULL */
+	const char *cluster;	  /* installation uuid */
+	const char *external_id;  /* of the team */
+	Jsonb *options;			  /* merged options of the session; of the team for OP_CHECK */
+	Jsonb *team_options;	  /* the team's own, as they are now; may be NULL */
+	const SecretSet *secrets; /* the team's own or the server's; or what login "via" has brought */
+	const char *via;		  /* key of that login, NULL: none yet */
+	TimestampTz now;
+} LoginContext;
+
+typedef struct LoginStep
+{
+	StepKind kind;			/* not STEP_WAIT */
+	HttpRequest *request;	/* STEP_REQUEST */
+	const char *operation;	/* of the call answered, or to be made */
+	SecretSet *secrets;		/* STEP_DONE */
+	TimestampTz good_until; /* STEP_DONE: not to be used for new calls after that */
+	ErrorClass error_class; /* STEP_FAILED */
+	const char *error_code;
+	const char *error_message;
+	const char *error_hint; /* or NULL */
+} LoginStep;
 
 /* Where options are about to be used; decides which are known and required. */
 typedef enum OptionScope
@@ -184,6 +226,22 @@ typedef struct Provider
 	 * and can be told without a call (AV010, AV012), at provision(); may be NULL.
 	 */
 	void (*check_launch)(Jsonb *options, bool runtime);
+	/*
+	 * Of a provider whose credentials may have to be fetched first; else all three are
+	 * NULL.  The login that is needed beyond context->secrets, as a palloc'd text that is the
+	 * same only for logins that may stand for each other (it may hold a hash of the
+	 * secrets, but no secret); NULL: context->secrets are what signs.  Makes no call.
+	 */
+	char *(*login_needed)(const LoginContext *context);
+	/*
+	 * Take that login one step further; fills *step, which comes zeroed.  "reply"
+	 * answers the last step's request, NULL: begin.  "kept" keeps what later steps need:
+	 * it and what is allocated live until the login has come or failed.
+	 */
+	void (*login_step)(const LoginContext *context, const HttpReply *reply, SecretSet *kept,
+					   LoginStep *step);
+	/* Whether a reply says that what the call was signed with has expired. */
+	bool (*login_expired)(const HttpReply *reply);
 	/* Take the operation one step further; fills *step, which comes zeroed. */
 	void (*step)(const ProviderContext *context, ProviderStep *step);
 } Provider;

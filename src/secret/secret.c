@@ -13,6 +13,7 @@
  */
 #include "postgres.h"
 
+#include <malloc.h>
 #include <openssl/evp.h>
 #include <string.h>
 
@@ -89,6 +90,30 @@ secret_wipe(void *bytes, size_t len)
 	explicit_bzero(bytes, len);
 }
 
+void
+secret_free(void *bytes)
+{
+	if (bytes != NULL)
+		secret_wipe(bytes, malloc_usable_size(bytes));
+	free(bytes);
+}
+
+void *
+secret_realloc(void *bytes, size_t size)
+{
+	size_t old_size = bytes != NULL ? malloc_usable_size(bytes) : 0;
+	void *new;
+
+	if (bytes != NULL && size <= old_size && size >= old_size / 2)
+		return bytes;
+	new = malloc(size);
+	if (new == NULL || bytes == NULL)
+		return new;
+	memcpy(new, bytes, Min(old_size, size));
+	secret_free(bytes);
+	return new;
+}
+
 typedef struct LaterWipe
 {
 	MemoryContextCallback callback;
@@ -154,6 +179,50 @@ secret_set_get(const SecretSet *set, const char *field)
 			return member->secret;
 	}
 	return NULL;
+}
+
+bool
+secret_set_is_empty(const SecretSet *set)
+{
+	return set == NULL || set->members == NIL;
+}
+
+SecretSet *
+secret_set_copy(const SecretSet *set)
+{
+	SecretSet *copy = secret_set_make();
+	ListCell *cell;
+
+	if (set == NULL)
+		return copy;
+	foreach (cell, set->members)
+	{
+		NamedSecret *member = (NamedSecret *) lfirst(cell);
+
+		secret_set_add(copy, member->field,
+					   secret_make(member->secret->bytes, member->secret->len));
+	}
+	return copy;
+}
+
+/* Hash of hashes: the length of no member can shift what the next one means. */
+char *
+secret_set_digest(const SecretSet *set)
+{
+	uint8 digest[SHA256_LEN] = {0};
+	ListCell *cell;
+
+	foreach (cell, set != NULL ? set->members : NIL)
+	{
+		NamedSecret *member = (NamedSecret *) lfirst(cell);
+		uint8 parts[3 * SHA256_LEN];
+
+		memcpy(parts, digest, SHA256_LEN);
+		sha256_bytes(member->field, strlen(member->field), parts + SHA256_LEN);
+		secret_sha256(member->secret, parts + 2 * SHA256_LEN);
+		sha256_bytes(parts, sizeof(parts), digest);
+	}
+	return sha256_text(digest);
 }
 
 /*
@@ -224,6 +293,16 @@ sha256_bytes(const void *bytes, size_t len, uint8 digest[SHA256_LEN])
 	if (EVP_Digest(bytes, len, digest, &digest_len, EVP_sha256(), NULL) != 1 ||
 		digest_len != SHA256_LEN)
 		ereport(ERROR, errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not compute a SHA-256 hash"));
+}
+
+char *
+sha256_text(const uint8 digest[SHA256_LEN])
+{
+	char *text = palloc(2 * SHA256_LEN + 1);
+
+	for (int i = 0; i < SHA256_LEN; i++)
+		snprintf(text + 2 * i, 3, "%02x", digest[i]);
+	return text;
 }
 
 void

@@ -37,6 +37,13 @@ extern PGDLLEXPORT void secret_wipe(void *bytes, size_t len);
 /* The same when CurrentMemoryContext, in which the bytes are, is reset or deleted; until then they stay where they are. */
 extern PGDLLEXPORT void secret_wipe_later(void *bytes, size_t len);
 
+/*
+ * free() and realloc() for a C library that holds secrets in memory of malloc():
+ * what is given back is overwritten, also where it only moves.
+ */
+extern void secret_free(void *bytes);
+extern void *secret_realloc(void *bytes, size_t size);
+
 /* ---- named secrets of one (team, provider) (secret.c) ---- */
 
 /* An empty set in CurrentMemoryContext. */
@@ -47,6 +54,18 @@ extern void secret_set_add(SecretSet *set, const char *field, Secret *secret);
 
 /* The secret of that name, or NULL. A NULL set is empty. */
 extern const Secret *secret_set_get(const SecretSet *set, const char *field);
+
+/* Whether there is none in it. */
+extern bool secret_set_is_empty(const SecretSet *set);
+
+/* A copy, with secrets of its own, in CurrentMemoryContext. */
+extern SecretSet *secret_set_copy(const SecretSet *set);
+
+/*
+ * 64 hexadecimal digits, palloc'd, that are the same for two sets only if they
+ * have the same secrets under the same names in the same order.
+ */
+extern char *secret_set_digest(const SecretSet *set);
 
 /*
  * Copy of "text" with every occurrence of every secret of 4 bytes or more
@@ -91,6 +110,9 @@ extern Secret *keyring_control_key(const char *key_id, const char *gateway_id);
 /* SHA-256 of a text secret, as the gateway computes it from the bearer token. */
 #define SHA256_LEN 32
 extern void secret_sha256(const Secret *secret, uint8 digest[SHA256_LEN]);
+
+/* Lower-case hexadecimal text of a hash, palloc'd. */
+extern char *sha256_text(const uint8 digest[SHA256_LEN]);
 
 /* SHA-256 of any bytes. */
 extern void sha256_bytes(const void *bytes, size_t len, uint8 digest[SHA256_LEN]);

@@ -866,8 +866,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 		provider_check_options(provider, OPTIONS_CALLER, request.options);
 	options = merge_options(&resolved, &request);
 	provider_check_options(provider, OPTIONS_LAUNCH, options);
-	if (provider->needs_secrets && !resolved.has_secrets &&
-		!credentials_in_environment(provider->name))
+	if (provider->needs_secrets && !resolved.has_secrets && !credentials_of_server(provider->name))
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 						errmsg("team \"%s\" has no credentials for provider \"%s\"",
 							   request.team_id, provider->name),

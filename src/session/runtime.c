@@ -22,6 +22,7 @@
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "procedure.h"
+#include "providers/provider.h"
 #include "secret/secret.h"
 #include "session/session.h"
 #include "utils/builtins.h"
@@ -66,7 +67,9 @@ static DbQuery own_token_query = {
 static DbQuery boot_query = {
 	"UPDATE agentvm.session SET state = 'ready', ready_at = clock_timestamp(), boot_id = $2, "
 	"boot_info = $3, detail = NULL, "
-	"next_check_at = CASE WHEN lease IS NULL AND running THEN deadline_at "
+	"next_check_at = CASE "
+	"WHEN lease IS NULL AND running AND NOT coalesce(handle ? '" AVM_BOOT_LEFT "', false) "
+	"THEN deadline_at "
 	"WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "
 	"WHERE session_id = $1 RETURNING next_check_at, lane",
 	3,

@@ -4,6 +4,7 @@
 --        the next N calls (default: all to come) of action A (default: any) fail as M says, the first S of them excepted;
 --        the first rule that fits decides; a rule with market fits RunInstances of that market only, one with match (&match=V)
 --        calls that have a parameter of that value, such as a team's tag
+--        the action of a service that speaks JSON is the last part of its X-Amz-Target: PutParameter
 --   /_faults/clear      no more rules            /_faults/reset      nor counts, tokens and canned instances
 --   /_faults/counts     {"received": {"RunInstances": 3, ...}, "cloud": {...}, "faulted": {...}, "replayed": {...}}
 --
@@ -227,8 +228,9 @@ end
 
 function M.serve()
     ngx.req.read_body()
-    local args = ngx.req.get_post_args(0)
-    local action = args.Action or "?"
+    local target = ngx.var.http_x_amz_target
+    local args = target and {} or ngx.req.get_post_args(0)
+    local action = args.Action or target and target:match("%.(%w+)$") or "?"
     ngx.var.action = action
     count("received", action)
 

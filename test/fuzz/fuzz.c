@@ -38,6 +38,7 @@
 #include "net/aws.h"
 #include "net/http.h"
 #include "net/xml.h"
+#include "providers/aws_login.h"
 #include "providers/ec2.h"
 #include "providers/options.h"
 #include "providers/provider.h"
@@ -167,6 +168,9 @@ run_ec2(const char *data, size_t size)
 								  "\"subnet_ids\": [\"subnet-0\", \"subnet-1\"]}")));
 	if (how & 4)
 		session.vm_id = "i-0123456789abcdef0";
+	step_context.cluster = session.cluster;
+	if (how & 32)
+		step_context.handle = handle_set_text(NULL, AVM_BOOT_LEFT, "/agentvm/0/0");
 	if (how & 8)
 		step_context.handle = handle_set_int(NULL, "sent_at", boot_epoch_ms(session.created_at));
 
@@ -207,6 +211,60 @@ run_ec2(const char *data, size_t size)
 		}
 		else if (step.kind != STEP_WAIT)
 			break;
+	}
+}
+
+/* A login, each request answered with the next piece of the data, as above: the machine's, or a role. */
+static void
+run_login(const char *data, size_t size)
+{
+	static const int statuses[] = {200, 400, 403, 429, 500, 503, 0, 302};
+	const char *end = data + size;
+	LoginContext login = {0};
+	SecretSet *kept = secret_set_make();
+	SecretSet *secrets = secret_set_make();
+	const HttpReply *reply = NULL;
+	unsigned char how = size > 0 ? *data++ : 0;
+
+	login.op = OP_PROVISION;
+	login.session_id = "0198c0de-0000-7000-8000-000000000000";
+	login.cluster = login.external_id = "0198c0de-0000-7000-8000-000000000001";
+	login.options = login.team_options = DatumGetJsonbP(DirectFunctionCall1(
+		jsonb_in, CStringGetDatum("{\"region\": \"us-east-1\", "
+								  "\"role_arn\": \"arn:aws:iam::123456789012:role/x\"}")));
+	login.secrets = secrets;
+	avm_environment_credentials = true;
+	setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1", 1);
+	if (how & 1)
+	{
+		secret_set_add(secrets, "access_key_id", secret_make("AKIAIOSFODNN7EXAMPLE", 20));
+		secret_set_add(secrets, "secret_access_key", secret_make("secret", 6));
+	}
+	check(aws_login_needed(&login) != NULL);
+
+	for (;;)
+	{
+		LoginStep step = {0};
+		const char *body;
+		size_t len;
+
+		login.now = GetCurrentTimestamp();
+		aws_login_step(&login, reply, kept, &step);
+		check(step.kind != STEP_WAIT);
+		check(step.kind != STEP_FAILED || step.error_class != CLASS_NONE);
+		check(step.kind != STEP_DONE ||
+			  (secret_set_get(step.secrets, "secret_access_key") != NULL &&
+			   secret_set_get(step.secrets, "session_token") != NULL &&
+			   step.good_until > login.now && step.good_until < login.now + USECS_PER_DAY));
+		check_text(step.error_code);
+		check_text(step.error_message);
+		if (step.kind != STEP_REQUEST || data >= end)
+			break;
+		check(step.request != NULL && step.operation != NULL);
+		body = data + 1;
+		len = strlen(body);
+		reply = make_reply(statuses[*data & 7], body, len);
+		data = body + len + 1;
 	}
 }
 
@@ -342,8 +400,9 @@ run_keyring(const char *data, size_t size)
 }
 
 static const Target targets[] = {
-	{"xml", run_xml, false},   {"aws", run_aws, false},		   {"ec2", run_ec2, false},
-	{"http", run_http, false}, {"options", run_options, true}, {"keyring", run_keyring, false},
+	{"xml", run_xml, false},		 {"aws", run_aws, false},	{"ec2", run_ec2, false},
+	{"login", run_login, false},	 {"http", run_http, false}, {"options", run_options, true},
+	{"keyring", run_keyring, false},
 };
 
 static int

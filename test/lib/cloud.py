@@ -10,6 +10,7 @@
     cloud.py files DIR ID             the files that user data carries, as {path: content}
     cloud.py terminate|stop-instance DIR ID...   behind agentvm's back
     cloud.py user DIR ACTION...       keys of another user, who may do only these (ec2:DescribeInstances, ...)
+    cloud.py role DIR NAME ACTION...             a role that may do these, for anybody to assume; its ARN
     cloud.py call DIR SERVICE METHOD JSON        any boto3 call
     cloud.py calls DIR JSON           a list of [KEYS or null, SERVICE, METHOD, ARGUMENTS]; their answers, or {"error", "message"}
 """
@@ -60,6 +61,16 @@ def user(cloud, name, actions):
     iam.put_user_policy(UserName=name, PolicyName="allow", PolicyDocument=json.dumps(policy))
     key = iam.create_access_key(UserName=name)["AccessKey"]
     return {"access_key_id": key["AccessKeyId"], "secret_access_key": key["SecretAccessKey"]}
+
+
+def role(cloud, name, actions):
+    """A new role that may do the actions; moto does not look at who assumes it."""
+    iam = client(cloud, "iam")
+    trust = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"}]}
+    policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": actions, "Resource": "*"}]}
+    arn = iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps(trust))["Role"]["Arn"]
+    iam.put_role_policy(RoleName=name, PolicyName="allow", PolicyDocument=json.dumps(policy))
+    return arn
 
 
 def furnish(endpoint):
@@ -177,6 +188,8 @@ def main(command, directory, *rest):
         client(cloud, "ec2").stop_instances(InstanceIds=list(rest))
     elif command == "user":
         return user(cloud, f"user-{time.time_ns()}", list(rest))
+    elif command == "role":
+        return role(cloud, rest[0], list(rest[1:]))
     elif command == "call":
         return getattr(client(cloud, rest[0]), rest[1])(**json.loads(rest[2] if len(rest) > 2 else "{}"))
     elif command == "calls":

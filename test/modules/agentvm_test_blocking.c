@@ -242,6 +242,7 @@ blocking_step(const ProviderContext *context, ProviderStep *step)
 			step->vm_id = psprintf("vm-%s", context->session->session_id);
 			step->host_kvm = option_int(context->options, "kvm", 0);
 			break;
+		case OP_TIDY:
 		case OP_TERMINATE:
 			break;
 		case OP_CHECK:

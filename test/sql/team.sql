@@ -38,7 +38,7 @@ SELECT agentvm.create_team('regress_two', provider => 'noop', limits => '{"max_s
 	"min_lifetime": "1 minute", "max_lifetime": 7200, "bootstrap_timeout": "90s", "heartbeat_timeout": null}');
 SELECT agentvm.create_team('regress_three', NULL, NULL);
 SELECT agentvm.create_team('regress "four" o''clock');
-SELECT to_jsonb(t) - '{channel,created_at,updated_at}'::text[] FROM agentvm.team t WHERE team_id LIKE 'regress%' ORDER BY team_id COLLATE "C";
+SELECT to_jsonb(t) - '{channel,created_at,external_id,updated_at}'::text[] FROM agentvm.team t WHERE team_id LIKE 'regress%' ORDER BY team_id COLLATE "C";
 SELECT current_user, current_setting('search_path');
 
 SELECT public.regress_team_error(format('SELECT agentvm.create_team(%s)', arguments)) FROM (VALUES
@@ -59,7 +59,7 @@ SELECT count(*) FROM agentvm.team WHERE team_id = 'regress_x';
 SELECT agentvm.alter_team('regress_two', limits => '{"max_sessions": 20, "bootstrap_timeout": null, "min_lifetime": "90s"}');
 SELECT agentvm.alter_team('regress_one', 'ec2');
 SELECT agentvm.alter_team('regress_one');
-SELECT to_jsonb(t) - '{channel,created_at,updated_at}'::text[], updated_at > created_at FROM agentvm.team t WHERE team_id IN ('regress_one', 'regress_two') ORDER BY team_id;
+SELECT to_jsonb(t) - '{channel,created_at,external_id,updated_at}'::text[], updated_at > created_at FROM agentvm.team t WHERE team_id IN ('regress_one', 'regress_two') ORDER BY team_id;
 SELECT public.regress_team_error(format('SELECT agentvm.alter_team(%s)', arguments)) FROM (VALUES
 	($$NULL$$), ($$'nobody'$$), ($$'regress_two', 'nowhere'$$), ($$'regress_two', ''$$), ($$'regress_two', limits => '{"max_lifetime": 60}'$$),
 	($$'regress_two', limits => '{"min_lifetime": "3 hours"}'$$), ($$'regress_two', limits => '{"max_lifetime": "2 days"}'$$),

@@ -79,9 +79,10 @@ $faults->clear;
 
 # ---- launches, too, follow no redirect, and go nowhere without TLS unless told so ----
 $faults->set(action => 'RunInstances', mode => 'body', status => 307, location => $faults->endpoint . '/');
+my $launches = $faults->count('RunInstances');
 my $redirected = launch($node, 'acme', 'failed');
 like(state_of($node, $redirected), qr/^failed provider_error HTTP 307: /, 'a redirected launch fails');
-is($faults->count('RunInstances'), 2, 'with one call');
+is($faults->count('RunInstances'), $launches + 1, 'with one call');
 $faults->clear;
 
 my $received = $faults->counts->{received};

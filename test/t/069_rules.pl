@@ -58,11 +58,12 @@ is(join(' ', grep { $code{$_} =~ /\bWaitLatch/ && $code{$_} !~ /\bCHECK_FOR_INTE
 nowhere('no process is killed', qr/\bSIGKILL\b/);
 
 # ---- libraries ----
-my $callbacks = join('|', qw(on_socket on_timer on_open on_send on_body on_header wiping_free wiping_realloc));
+my $callbacks = join('|', qw(on_socket on_timer on_open on_send on_body on_header secret_free secret_realloc));
 foreach my $callback (split /\|/, $callbacks)
 {
-	my ($body) = $code{'src/net/http.c'} =~ /^$callback\(.*?^\{(.*?)^\}/ms;
-	isnt($body // '', '', "http.c has $callback()");
+	my $file = $callback =~ /^secret/ ? 'src/secret/secret.c' : 'src/net/http.c';
+	my ($body) = $code{$file} =~ /^$callback\(.*?^\{(.*?)^\}/ms;
+	isnt($body // '', '', "$file has $callback()");
 	unlike($body // '', qr/\b(?:ereport|elog|palloc\w*|pfree|CHECK_FOR_INTERRUPTS|MemoryContext\w*)\b/, 'in which nothing raises');
 }
 my @set = $code{'src/net/http.c'} =~ /CURL(?:M?OPT_\w*FUNCTION), (\w+)\)/g;

@@ -93,8 +93,12 @@ harmless('bytes that are no text', 'transient', $malformed, piece => "$xml<RunIn
 
 # ---- HTTP ----
 harmless('deep JSON', 'transient', $malformed, head => "${ok}Content-Type: application/json\r\n\r\n", piece => '[', repeat => 1_000_000);
-harmless('a refusal in JSON', 'permanent', 'HTTP 400: the endpoint answered with HTTP status 400 and no AWS error',
-	piece => "HTTP/1.1 400 Bad\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n{\"__type\": \"AuthFailure\"}");
+my $refusal = "HTTP/1.1 400 Bad\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n";
+harmless('a refusal in JSON', 'credentials', 'AuthFailure: ', piece => qq($refusal\{"__type": "com.amazonaws#AuthFailure"}));
+harmless('a refusal in deep JSON', 'permanent', 'HTTP 400: the endpoint answered with HTTP status 400 and no AWS error', head => qq($refusal\{"__type": ), piece => '[', repeat => 500_000);
+harmless('a refusal in long JSON', 'credentials', 'AuthFailure: x{400,490}\.\.\.', head => qq($refusal\{"__type": "AuthFailure", "message": "), piece => 'x', repeat => 900_000, tail => '"}');
+harmless('a refusal in JSON that is no text', 'credentials', 'AuthFailure: [ ?]+', piece => qq($refusal\{"__type": "AuthFailure", "message": "\xc0\xaf\xff\\u0001"}));
+harmless('a refusal in JSON that is none', 'permanent', 'HTTP 400: the endpoint answered with HTTP status 400 and no AWS error', piece => qq($refusal\{"__type": "AuthFailure", "message": "\\u0000", }));
 harmless('a picture', 'transient', $malformed, piece => "${ok}Content-Type: image/png\r\n\r\n\x89PNG\r\n\x1a\n\0\0\0\rIHDR");
 harmless('no HTTP at all', 'transient', 'NoReply: (Unsupported protocol|Received HTTP/0.9 when not allowed)', piece => "SSH-2.0-OpenSSH_9.2\r\n");
 harmless('an impossible status', 'transient', 'NoReply: (reply has no status|Unsupported .*|Weird server reply)', piece => "HTTP/21703\r\nConnection: close\r\n\r\n");

@@ -4,6 +4,7 @@ use strict;
 use warnings;
 use AgentVM::Client;
 use AgentVM::EC2;
+use AgentVM::Process;
 use AgentVM::Test;
 use Digest::SHA qw(hmac_sha256);
 use File::Find;
@@ -284,30 +285,9 @@ for my $what (qw(cmdline environ))
 	is(found($all), $what eq 'environ' ? '' : 'decoy', "$what of the server's processes");
 }
 
-# The private memory of a process, or what it shares; undef where the kernel does not let us see it
-sub memory_of
-{
-	my ($pid, $how) = @_;
-	my $text = '';
-	open(my $maps, '<', "/proc/$pid/maps") or return;
-	open(my $memory, '<:raw', "/proc/$pid/mem") or return;
-	while (<$maps>)
-	{
-		my ($from, $to) = /^([0-9a-f]+)-([0-9a-f]+) rw.$how / or next;
-		return if hex($to) - hex($from) > 1 << 40;    # the shadow of AddressSanitizer: nobody reads terabytes
-		sysseek($memory, hex $from, 0) or next;
-		for (my $left = hex($to) - hex($from); $left > 0;)
-		{
-			my $got = sysread($memory, my $chunk, $left > 1 << 20 ? 1 << 20 : $left) or last;
-			$text .= $chunk if $chunk =~ /[^\0]/;
-			$left -= $got;
-		}
-	}
-	return $text eq '' ? undef : $text;
-}
 SKIP:
 {
-	skip 'this kernel does not show the memory of other processes', 3 unless defined memory_of($postmaster, 'p');
+	skip 'this kernel does not show the memory of other processes', 3 unless defined AgentVM::Process::memory_of($postmaster, 'p');
 	my %workers = reverse map { split /\|/ } split /\n/, $node->safe_psql('postgres', q{SELECT pid, backend_type FROM pg_stat_activity WHERE backend_type ~ '^agentvm'});
 	is(scalar keys %workers, 2, 'a launcher and a dispatcher');
 	for my $worker (sort keys %workers)
@@ -315,10 +295,10 @@ SKIP:
 		# connections that are not used hold keys for some seconds
 		my $end = time + $PostgreSQL::Test::Utils::timeout_default;
 		my $found;
-		while (($found = found(memory_of($workers{$worker}, 'p'))) ne 'decoy' && time < $end) { sleep 1; }
+		while (($found = found(AgentVM::Process::memory_of($workers{$worker}, 'p'))) ne 'decoy' && time < $end) { sleep 1; }
 		is($found, 'decoy', "memory of the idle $worker: nothing but the decoy");
 	}
-	only_decoy(memory_of($postmaster, 's'), 'shared memory');
+	only_decoy(AgentVM::Process::memory_of($postmaster, 's'), 'shared memory');
 }
 
 # ---- in the log ----

@@ -77,7 +77,8 @@ sub requests
 	my @requests = map { decode_json($_) } split /\n/, PostgreSQL::Test::Utils::slurp_file("$self->{dir}/requests.log");
 	foreach my $request (@requests)
 	{
-		$request->{args} = { map { map { s/\+/ /gr =~ s/%([0-9A-Fa-f]{2})/chr hex $1/ger } split(/=/, $_, 2) } split(/&/, delete $request->{body}) };
+		my $body = delete $request->{body};
+		$request->{args} = $body =~ /^\{/ ? decode_json($body) : { map { map { s/\+/ /gr =~ s/%([0-9A-Fa-f]{2})/chr hex $1/ger } split(/=/, $_, 2) } split(/&/, $body) };
 	}
 	return grep { !$action || $_->{action} eq $action } @requests;
 }

@@ -56,6 +56,9 @@ sub terminate { my ($self, @ids) = @_; return $self->run('terminate', @ids); }
 # Keys of a user who may only do these: $moto->user('ec2:DescribeInstances')
 sub user { my ($self, @actions) = @_; return $self->run('user', @actions); }
 
+# A role that may only do these; its ARN
+sub role { my ($self, $name, @actions) = @_; return $self->run('role', $name, @actions) =~ s/\s+$//r; }
+
 # Boto3 calls, [keys as user() returns them or undef for ours, service, method, arguments]; what they answer, or {error, message}
 sub calls { my ($self, @calls) = @_; return @{ $self->run('calls', encode_json(\@calls)) }; }
 

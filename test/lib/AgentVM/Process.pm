@@ -5,6 +5,7 @@
 #	$process->signal('TERM');
 #	$process->exits(0, 'what it shows');   # a check: waits until it has ended, with this exit code
 #	$process->says(qr/ready/, 'what it shows');   # a check: waits until its output has that
+#	AgentVM::Process::memory_of($pid, 'p');       # what it has in memory of its own; 's': shared
 #	AgentVM::Process::pids(cmdline => qr/x/);     # of all processes whose file of that name in /proc is like this
 package AgentVM::Process;
 
@@ -37,6 +38,28 @@ sub pids
 	return @pids;
 }
 
+# The private memory of a process, or what it shares; undef where the kernel does not let us see it
+sub memory_of
+{
+	my ($pid, $how) = @_;
+	my $text = '';
+	open(my $maps, '<', "/proc/$pid/maps") or return;
+	open(my $memory, '<:raw', "/proc/$pid/mem") or return;
+	while (my $line = <$maps>)
+	{
+		no warnings 'portable';
+		my ($from, $to) = $line =~ /^([0-9a-f]+)-([0-9a-f]+) rw.$how / or next;
+		return if hex($to) - hex($from) > 1 << 40;    # the shadow of AddressSanitizer: nobody reads terabytes
+		sysseek($memory, hex $from, 0) or next;
+		for (my $left = hex($to) - hex($from); $left > 0;)
+		{
+			my $got = sysread($memory, my $chunk, $left > 1 << 20 ? 1 << 20 : $left) or last;
+			$text .= $chunk if $chunk =~ /[^\0]/;
+			$left -= $got;
+		}
+	}
+	return $text eq '' ? undef : $text;
+}
 sub timeout { return $PostgreSQL::Test::Utils::timeout_default // 180; }
 
 sub start
