@@ -69,8 +69,7 @@ my $command = $node->safe_psql('postgres', "SELECT agentvm.exec_start('$session'
 fails_with($node, "SELECT agentvm.exec_wait('$session', '$command', '1 s')", 'AV009', qr/^(?!.*outcome unknown).*gateway "gw1" cannot be reached/s, 'one that never answers');
 $control->faults;
 fails_with($node, "UPDATE agentvm.gateway SET control_address = '$_->[0]'; SELECT agentvm.exec('$session', 'true', timeout => '1 s')", $_->[1], $_->[2], "address $_->[0]")
-  for [ "unix:$dir/nowhere", 'AV009', qr/gateway "gw1" cannot be reached.*DETAIL/s ], [ 'https://127.0.0.1:1', 'AV009', qr/gateway "gw1" cannot be reached/ ], [ 'tcp:here', 'AV010', qr/control address of gateway "gw1" cannot be used.*DETAIL.*neither/s ],
-  [ 'unix:/' . 'x' x 120, 'AV010', qr/too long/ ], [ "https://a b", 'AV010', qr/blanks/ ], [ 'https://' . 'x' x 2000, 'AV010', qr/too long/ ];
+  for [ "unix:$dir/nowhere", 'AV009', qr/gateway "gw1" cannot be reached.*DETAIL/s ], [ 'https://127.0.0.1:1', 'AV009', qr/gateway "gw1" cannot be reached/ ], map { [ $_, '23514', qr/control_address_is_sound/ ] } 'tcp:here', 'unix:/' . 'x' x 120, 'https://a b', 'https://' . 'x' x 2000;
 fails_with($node, "UPDATE agentvm.gateway SET control_address = NULL; SELECT agentvm.exec('$session', 'true')", 'AV009', qr/gateway "gw1" passes no commands on.*HINT/s, 'a gateway without control listener');
 $node->safe_psql('postgres', "UPDATE agentvm.gateway SET control_address = 'http://127.0.0.1:1'; ALTER SYSTEM SET agentvm.allow_insecure_endpoints = off; SELECT pg_reload_conf()");
 await($node, 'SHOW agentvm.allow_insecure_endpoints', 'off');
