@@ -172,8 +172,8 @@ foreach my $i (1 .. 4)
 	my ($image) = $moto->calls([ undef, 'ec2', 'create_image', { InstanceId => $other, Name => "agentvm-$i", ($i < 4 ? tags('image', @ours) : ()) } ]);
 	push @images, $image->{ImageId};
 	# moto counts in seconds
-	my $then = time;
-	1 while time == $then && select undef, undef, undef, 0.05;
+	my $then = int(time);
+	select undef, undef, undef, 0.05 while int(time) == $then;
 }
 my ($described) = $moto->calls([ undef, 'ec2', 'describe_images', { ImageIds => \@images } ]);
 my %snapshot = map { $_->{ImageId} => $_->{BlockDeviceMappings}[0]{Ebs}{SnapshotId} } @{ $described->{Images} };
