@@ -104,9 +104,12 @@ for my $when ('before it is ready', 'while the command runs')
 		$how{$how}->($victim);
 		await($node, "SELECT state <> 'ready' AND state <> 'provisioning' FROM agentvm.session WHERE session_id = '$session'", 't', name => "$how $when: the session ends");
 		cmp_ok(time - $since, '<', 3, "$how $when: soon");
-		my $patience = time + 10;
-		1 until $when =~ /before/ || (grep { $_->{event} eq 'close' } $control->logged($mark)) || time > $patience;
-		cmp_ok(time, '<=', $patience, "$how $when: the gateway hears of it");
+		if ($when !~ /before/)
+		{
+			my $patience = time + 10;
+			sleep 0.02 until (grep { $_->{event} eq 'close' } $control->logged($mark)) || time > $patience;
+			ok(scalar(grep { $_->{event} eq 'close' } $control->logged($mark)), "$how $when: the gateway hears of it");
+		}
 		ended($session, $how eq 'cancel' ? qr/requested agentvm.run\(\) has failed/ : qr/requested the backend that it was for needs it no more/, "$how $when: the log says why");
 		next unless $how eq 'cancel';
 		$victim->answer;
