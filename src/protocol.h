@@ -121,11 +121,11 @@
 #define PROTOCOL_CLOSE_AWAY 4503	 /* the database is away, or the gateway ends: come again */
 
 /* The cable between a VM's virtio port and a gateway: see common/mux.h */
-#define PROTOCOL_CABLE_VERSION 1
+#define PROTOCOL_CABLE_VERSION 2
 #define PROTOCOL_CABLE_STREAMS 16 /* of one VM at once, numbered from 0 */
 #define PROTOCOL_CABLE_WINDOW                                                                      \
-	(16 * 1024)						/* bytes of a stream under way or not yet taken, each way */
-#define PROTOCOL_CABLE_PAYLOAD 4096 /* bytes of a stream in one frame */
+	(256 * 1024)					 /* bytes of a stream under way or not yet taken, each way */
+#define PROTOCOL_CABLE_PAYLOAD 16384 /* bytes of a stream in one frame */
 
 #define PROTOCOL_CABLE_END 0xc0		  /* ends a frame */
 #define PROTOCOL_CABLE_ESCAPE 0xdb	  /* in a frame: these two in place of END */
@@ -136,7 +136,7 @@
 	1 /* version, nonce of the sender (8), of the receiver as last heard or 0 (8) */
 #define PROTOCOL_CABLE_OPEN 2	/* stream; the guest only */
 #define PROTOCOL_CABLE_DATA 3	/* stream, bytes */
-#define PROTOCOL_CABLE_CREDIT 4 /* stream, bytes that may be sent in addition (2) */
+#define PROTOCOL_CABLE_CREDIT 4 /* stream, bytes that may be sent in addition (4) */
 #define PROTOCOL_CABLE_CLOSE 5	/* stream */
 
 #endif /* AGENTVM_PROTOCOL_H */

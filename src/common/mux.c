@@ -290,7 +290,7 @@ take_frame(Mux *mux)
 
 		case PROTOCOL_CABLE_CREDIT:
 		{
-			uint32_t more = len == 2 ? (uint32_t) get_number(mux->frame + HEAD, 2) : 0;
+			uint32_t more = len == 4 ? (uint32_t) get_number(mux->frame + HEAD, 4) : 0;
 
 			if (more == 0 || more > WINDOW - stream->credit)
 				return "a wrong credit";
@@ -314,45 +314,90 @@ take_frame(Mux *mux)
 	}
 }
 
+/* How many bytes there are before the next END or ESCAPE; eight at a time, since most are neither. */
+static size_t
+plain_len(const uint8_t *bytes, size_t len)
+{
+	const uint64_t ones = UINT64_C(0x0101010101010101);
+	const uint64_t high = UINT64_C(0x8080808080808080);
+	size_t n = 0;
+
+	while (len - n >= sizeof(uint64_t))
+	{
+		uint64_t word, end, escape;
+
+		memcpy(&word, bytes + n, sizeof(word));
+		end = word ^ (ones * PROTOCOL_CABLE_END);
+		escape = word ^ (ones * PROTOCOL_CABLE_ESCAPE);
+		/* whether one of its bytes is 0: "Bit Twiddling Hacks", S. E. Anderson */
+		if (((end - ones) & ~end & high) != 0 || ((escape - ones) & ~escape & high) != 0)
+			break;
+		n += sizeof(word);
+	}
+	while (n < len && bytes[n] != PROTOCOL_CABLE_END && bytes[n] != PROTOCOL_CABLE_ESCAPE)
+		n++;
+	return n;
+}
+
+/* Bytes of a frame. */
+static void
+add_to_frame(Mux *mux, const uint8_t *bytes, size_t len)
+{
+	if (len > sizeof(mux->frame) - mux->frame_len)
+	{
+		mux->is_broken = true;
+		return;
+	}
+	memcpy(mux->frame + mux->frame_len, bytes, len);
+	mux->frame_len += len;
+}
+
+static const char *
+end_frame(Mux *mux)
+{
+	const char *problem = NULL;
+
+	mux->frames++;
+	if (mux->is_broken || mux->is_escaped || mux->frame_len == 1)
+		problem = mux->synced ? "not a frame" : NULL;
+	else if (mux->frame_len > 0)
+		problem = take_frame(mux);
+	mux->frame_len = 0;
+	mux->is_escaped = mux->is_broken = false;
+	return problem;
+}
+
 const char *
 mux_input(Mux *mux, const uint8_t *bytes, size_t len)
 {
 	const char *problem = NULL;
 
-	for (; len > 0 && problem == NULL; bytes++, len--)
+	while (len > 0 && problem == NULL)
 	{
-		uint8_t byte = *bytes;
+		size_t n = mux->is_escaped ? 0 : plain_len(bytes, len);
 
-		if (byte == PROTOCOL_CABLE_END)
-		{
-			mux->frames++;
-			if (mux->is_broken || mux->is_escaped || mux->frame_len == 1)
-				problem = mux->synced ? "not a frame" : NULL;
-			else if (mux->frame_len > 0)
-				problem = take_frame(mux);
-			mux->frame_len = 0;
-			mux->is_escaped = mux->is_broken = false;
-			continue;
-		}
-		if (byte == PROTOCOL_CABLE_ESCAPE && !mux->is_escaped)
-		{
-			mux->is_escaped = true;
-			continue;
-		}
-		if (mux->is_escaped)
-		{
-			mux->is_escaped = false;
-			if (byte == PROTOCOL_CABLE_IS_END)
-				byte = PROTOCOL_CABLE_END;
-			else if (byte == PROTOCOL_CABLE_IS_ESCAPE)
-				byte = PROTOCOL_CABLE_ESCAPE;
-			else
-				mux->is_broken = true;
-		}
-		if (mux->frame_len == sizeof(mux->frame))
-			mux->is_broken = true;
+		if (n > 0)
+			add_to_frame(mux, bytes, n);
 		else
-			mux->frame[mux->frame_len++] = byte;
+		{
+			uint8_t byte = *bytes;
+
+			n = 1;
+			if (byte == PROTOCOL_CABLE_END)
+				problem = end_frame(mux);
+			else if (!mux->is_escaped)
+				mux->is_escaped = true;
+			else
+			{
+				mux->is_escaped = false;
+				mux->is_broken = mux->is_broken || (byte != PROTOCOL_CABLE_IS_END &&
+													byte != PROTOCOL_CABLE_IS_ESCAPE);
+				byte = byte == PROTOCOL_CABLE_IS_END ? PROTOCOL_CABLE_END : PROTOCOL_CABLE_ESCAPE;
+				add_to_frame(mux, &byte, 1);
+			}
+		}
+		bytes += n;
+		len -= n;
 	}
 	return problem;
 }
@@ -362,15 +407,21 @@ mux_input(Mux *mux, const uint8_t *bytes, size_t len)
 static uint8_t *
 encode(uint8_t *at, const uint8_t *bytes, size_t len)
 {
-	for (; len > 0; bytes++, len--)
+	while (len > 0)
 	{
-		if (*bytes == PROTOCOL_CABLE_END || *bytes == PROTOCOL_CABLE_ESCAPE)
+		size_t n = plain_len(bytes, len);
+
+		memcpy(at, bytes, n);
+		at += n;
+		if (n < len)
 		{
 			*at++ = PROTOCOL_CABLE_ESCAPE;
-			*at++ = *bytes == PROTOCOL_CABLE_END ? PROTOCOL_CABLE_IS_END : PROTOCOL_CABLE_IS_ESCAPE;
+			*at++ =
+				bytes[n] == PROTOCOL_CABLE_END ? PROTOCOL_CABLE_IS_END : PROTOCOL_CABLE_IS_ESCAPE;
+			n++;
 		}
-		else
-			*at++ = *bytes;
+		bytes += n;
+		len -= n;
 	}
 	return at;
 }
@@ -430,11 +481,11 @@ put_next(Mux *mux, int i, uint8_t *at, size_t room)
 	}
 	if (stream->taken >= WINDOW / 2 && stream->has_owner && !stream->close_received)
 	{
-		bytes[0] = (uint8_t) (stream->taken >> 8);
-		bytes[1] = (uint8_t) stream->taken;
+		for (n = 0; n < 4; n++)
+			bytes[n] = (uint8_t) (stream->taken >> (24 - 8 * n));
 		stream->granted += stream->taken;
 		stream->taken = 0;
-		return put_frame(at, PROTOCOL_CABLE_CREDIT, i, bytes, 2);
+		return put_frame(at, PROTOCOL_CABLE_CREDIT, i, bytes, 4);
 	}
 	if (!stream->is_ready || stream->credit == 0)
 		return at;

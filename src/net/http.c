@@ -60,6 +60,8 @@
 #define MAX_IDLE_CONNECTION_S 15	   /* AWS drops idle connections after about 20 s */
 #define CLOSE_WHEN_IDLE_MS 5000		   /* without any call, all kept connections go */
 #define LARGE_BODY (64 * 1024) /* bytes; libcurl's own buffer would send it in several pieces */
+#define SMALL_BUFFER                                                                               \
+	(8 * 1024) /* bytes: libcurl's own is twice that, for each of 256 calls in flight */
 #define LARGE_BUFFER (512 * 1024)
 #define MAX_ROUNDS 16 /* of epoll_wait in one http_run */
 
@@ -599,8 +601,7 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	if (request->ca_file != NULL)
 		SETOPT(CURLOPT_CAINFO, request->ca_file);
 
-	if (request->large_reply)
-		SETOPT(CURLOPT_BUFFERSIZE, (long) LARGE_BUFFER);
+	SETOPT(CURLOPT_BUFFERSIZE, request->large_reply ? (long) LARGE_BUFFER : (long) SMALL_BUFFER);
 	SETOPT(CURLOPT_PRIVATE, (char *) call);
 	SETOPT(CURLOPT_ERRORBUFFER, call->error);
 	SETOPT(CURLOPT_WRITEFUNCTION, on_body);

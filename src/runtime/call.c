@@ -8,6 +8,7 @@
 #include "call.h"
 
 #include <arpa/inet.h>
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,10 +17,22 @@
 #include "transfer.h"
 
 #define MAX_CALLS (2 * PROTOCOL_CALLS_UNDER_WAY) /* no gateway has as many under way */
+#define TRIM_MS 2000							 /* after a call */
 
 static Link *channel;
 static lws_dll2_owner_t waiting;
 static lws_dll2_owner_t ready;
+static Timer trim_timer;
+
+/*
+ * Give back to the system what has been freed: not with each call, since the next
+ * one is likely to need it, and new pages are dear.
+ */
+static void
+trim(void *arg)
+{
+	(void) malloc_trim(0);
+}
 
 static void
 forget(Call *call)
@@ -93,6 +106,8 @@ call_send(void)
 		free(bytes);
 		forget(call);
 	}
+	if (!timer_is_set(&trim_timer))
+		timer_set(&trim_timer, TRIM_MS, trim, NULL);
 }
 
 void

@@ -175,8 +175,7 @@ cgroup_make(const char *name)
 	snprintf(path, sizeof(path), "%s/%s", root, name);
 	if (!make(path))
 		return -1;
-	strcat(path, "/cgroup.procs");
-	return open(path, O_WRONLY | O_CLOEXEC);
+	return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
 /* Do something with each process of a group; returns how many there are. */

@@ -20,7 +20,7 @@
  */
 extern void cgroup_setup(int pids_limit);
 
-/* Make a group; returns its cgroup.procs open for writing, or -1. */
+/* Make a group; returns its directory, open, or -1. */
 extern int cgroup_make(const char *name);
 
 /* Send a signal to all in it; returns how many there were, at least. */

@@ -32,7 +32,7 @@ typedef struct ChildSpec
 	char *const *envp; /* NULL: our environment */
 	const char *cwd;   /* NULL: ours */
 	int files[3];	   /* its standard files; -1: /dev/null */
-	int cgroup;		   /* an open cgroup.procs: where it is to be; -1: where we are */
+	int cgroup;		   /* directory of a control group: where it is to be; -1: where we are */
 	bool is_command;   /* somebody else's: ends before us when memory is short, has an ordinary
 							 * umask, and says on stderr why it cannot be started (126, or 127) */
 } ChildSpec;

@@ -35,7 +35,7 @@
 #define AGENTVM_VERSION "unknown"
 #endif
 
-#define BIG (60 * 1024) /* allocations of so much go back to the system when they are freed */
+#define BIG (1024 * 1024) /* allocations of so much go back to the system when they are freed */
 #define DEFAULT_CONFIG "/etc/agentvm/runtime.env"
 
 static void
@@ -141,7 +141,9 @@ main(int argc, char **argv)
 		return refuse("there are no arguments but options; try --help");
 
 	(void) setrlimit(RLIMIT_CORE, &no_core); /* it would hold the tokens */
-	(void) mallopt(M_MMAP_THRESHOLD, BIG);	 /* it would grow with what is freed */
+	/* they would grow with what is freed; what is smaller goes back a while later: call.c */
+	(void) mallopt(M_MMAP_THRESHOLD, BIG);
+	(void) mallopt(M_TRIM_THRESHOLD, 4 * BIG);
 	if (getpid() == 1)
 		power_setup_init();
 	problem = settings_read(&settings, config);

@@ -30,6 +30,7 @@
 #define PORTS "/sys/class/virtio-ports"
 #define LOOK_MS 200	   /* for the port, or for somebody at its other end */
 #define REPAIR_MS 1000 /* before the next try, when what came made no sense */
+#define READS 32	   /* in a row: a port gives a page at a time */
 
 static const Settings *settings;
 static char address[64];
@@ -142,10 +143,13 @@ static void
 on_port(void *arg, uint32_t events)
 {
 	const char *problem;
+	long n = events & (EPOLLIN | EPOLLHUP | EPOLLERR) ? 1 : 0;
+	int reads = 0;
 
-	if (events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+	while (n > 0 && reads++ < READS)
 	{
-		if (cable_read(&cable, &problem) < 0)
+		n = cable_read(&cable, &problem);
+		if (n < 0)
 		{
 			if (problem != NULL)
 				go_down(problem, REPAIR_MS);

@@ -3,6 +3,7 @@
 Prints the lines that test/bench/run reads: NAME VALUE...
 """
 import base64
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -104,11 +105,13 @@ def raw_copy():
     boot = pathlib.Path(DIR, "raw-boot")
     boot.write_bytes(RAW_BOOT.encode().ljust(4096, b"\0"))
     path = f"{DIR}/raw.sock"
+    pathlib.Path(path).unlink(missing_ok=True)
     command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", f"q35,accel={ACCEL}", "-cpu", "host" if ACCEL == "kvm" else "max", "-m", "1024",
                "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", f"{IMAGE}/kernel", "-initrd", f"{IMAGE}/initrd", "-append", "console=ttyS0 quiet panic=-1",
                "-drive", f"if=none,id=boot,file={boot},format=raw,readonly=on", "-device", "virtio-blk-pci,drive=boot,serial=agentvm-boot",
                "-device", "virtio-serial-pci", "-chardev", f"socket,id=raw,path={path},server=on,wait=off", "-device", "virtserialport,chardev=raw,name=raw"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as machine:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as machine, contextlib.ExitStack() as at_end:
+        at_end.callback(machine.kill)
         while not os.path.exists(path):
             time.sleep(0.01)
         link = socket.socket(socket.AF_UNIX)
@@ -135,7 +138,6 @@ def raw_copy():
             left -= len(link.recv(1024 * 1024))
             began = began or time.perf_counter()
         out = time.perf_counter() - began
-        machine.kill()
     return into, out
 
 

@@ -586,25 +586,25 @@ said(End *end, int kind, int number, const uint8_t *bytes, size_t len, size_t mo
 static void
 check_nonsense(void)
 {
-	const uint8_t zeros[16] = {0}, one[2] = {0, 1}, much[2] = {0x40, 1};
+	const uint8_t zeros[16] = {0}, one[4] = {0, 0, 0, 1}, much[4] = {0, 4, 0, 1};
+	const int whole = PROTOCOL_CABLE_WINDOW / 4096;
 	End *guest = &guest_end, *gateway = &gateway_end;
 
 	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 0, NULL, 0, 1000, 1) == NULL);
-	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, 4) !=
-		  NULL); /* 16384, of which 100 are gone */
-	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, 3) == NULL);
-	CHECK(said(guest, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, 4) == NULL);
-	CHECK(said(guest, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, 5) != NULL);
+	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, whole) != NULL); /* 100 are gone */
+	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, whole - 1) == NULL);
+	CHECK(said(guest, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, whole) == NULL);
+	CHECK(said(guest, PROTOCOL_CABLE_DATA, 0, NULL, 0, 4096, whole + 1) != NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 0, NULL, 0, 0, 1) != NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 1, NULL, 0, 1, 1) != NULL); /* not open */
 	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 16, NULL, 0, 1, 1) != NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_DATA, 255, NULL, 0, 1, 1) != NULL);
-	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, one, 2, 0, 1) == NULL);
-	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, one, 2, 0, 101) != NULL); /* more than was used */
-	CHECK(said(gateway, PROTOCOL_CABLE_CREDIT, 0, one, 2, 0, 1) != NULL);
-	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, much, 2, 0, 1) != NULL);
-	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, zeros, 2, 0, 1) != NULL);
-	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, one, 1, 0, 1) != NULL);
+	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, one, 4, 0, 1) == NULL);
+	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, one, 4, 0, 101) != NULL); /* more than was used */
+	CHECK(said(gateway, PROTOCOL_CABLE_CREDIT, 0, one, 4, 0, 1) != NULL);
+	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, much, 4, 0, 1) != NULL);
+	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, zeros, 4, 0, 1) != NULL);
+	CHECK(said(guest, PROTOCOL_CABLE_CREDIT, 0, one, 3, 0, 1) != NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_OPEN, 0, NULL, 0, 0, 1) != NULL); /* it is open */
 	CHECK(said(gateway, PROTOCOL_CABLE_OPEN, 1, NULL, 0, 0, 1) == NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_OPEN, 1, NULL, 0, 1, 1) != NULL);
@@ -616,7 +616,7 @@ check_nonsense(void)
 	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, zeros, 16, 0, 1) != NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION + 1, zeros, 8, 8, 1) != NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, zeros, 8, 7, 1) != NULL);
-	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, one, 2, 14, 1) ==
+	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, one, 4, 12, 1) ==
 		  NULL); /* it begins anew */
 }
 
