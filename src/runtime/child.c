@@ -119,6 +119,7 @@ child_setup(void (*terminate)(void))
 {
 	struct rlimit limit;
 	sigset_t set;
+	int i;
 
 	on_terminate = terminate;
 	if (getrlimit(RLIMIT_NOFILE, &files_limit) == 0)
@@ -137,6 +138,9 @@ child_setup(void (*terminate)(void))
 				  : -1;
 	if (signals < 0)
 		return false;
+	/* what whoever started us ignores is not to be ignored by commands */
+	for (i = 1; i < NSIG; i++)
+		signal(i, SIG_DFL);
 	signal(SIGPIPE, SIG_IGN);
 	return loop_watch(signals, EPOLLIN, on_signal, NULL);
 }
@@ -201,8 +205,7 @@ run(const ChildSpec *spec)
 			close(fd);
 	}
 	(void) setrlimit(RLIMIT_NOFILE, &files_limit);
-	for (i = 1; i < NSIG; i++)
-		signal(i, SIG_DFL);
+	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	if (spec->cwd != NULL && chdir(spec->cwd) != 0)

@@ -84,6 +84,9 @@ def round_trips(vm):
                 seconds[name].append(took)
     for name in run:
         percentiles(name, seconds[name])
+    # what the command itself takes there
+    alone = db.execute("SELECT extract(epoch FROM duration) FROM agentvm.exec(%s, 'n=0; while [ $n -lt 100 ]; do sh -lc true; n=$((n+1)); done')", (vm,)).fetchone()[0]
+    print(f"shell {float(alone) * 10:.3f}")
 
 
 # the same link, a virtio port, with nothing on it but cat
