@@ -110,6 +110,7 @@ agentvm.lease = '4s'
 agentvm.launch_settle = '2s'
 agentvm.sweep_interval = '500ms'
 wal_retrieve_retry_interval = '100ms'
+restart_after_crash = on
 CONF
 	@$self{qw(node faults moto)} = ($node, $faults, $moto);
 	my @subnets = @{ $moto->options->{subnet_ids} };
@@ -200,7 +201,7 @@ sub storm
 
 	for (my $made = 0; $made < $n || @troubles;)
 	{
-		for (1 .. 1 + int(rand(4))) { $self->provision_one($made++) if $made < $n; }
+		for (1 .. 1 + int(rand(3))) { $self->provision_one($made++) if $made < $n; }
 		my @users = shuffle grep { $_->{kind}{user} && !$_->{ended} } @{ $self->{made} };
 		$self->end_one($_) for grep { rand() < 0.25 } @users;
 		$self->hurry if rand() < 0.5;
@@ -211,7 +212,7 @@ sub storm
 			$self->{troubles}{ $trouble->{name} }++;
 			$troubles{ $trouble->{name} }->($self);
 		}
-		sleep rand(0.5);
+		sleep rand(0.8);
 	}
 	return;
 }
