@@ -4,6 +4,6 @@ use warnings;
 use AgentVM::FaultsSoak;
 use Test::More;
 
-faults_soak(sessions => 60, seed => $ENV{AGENTVM_SEED} // 1);
+faults_soak(sessions => 60, seed => $ENV{AGENTVM_SEED} // 1, rounds => 2);
 
 done_testing();
