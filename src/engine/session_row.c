@@ -328,6 +328,7 @@ session_row_for_provider(const SessionRow *row)
 	session->boot_key_id = row->key_id;
 	session->created_at = row->created_at;
 	session->launched_at = row->launched_at;
+	session->ready_at = row->ready_at;
 	session->deadline_at = row->deadline_at;
 	session->ceiling_at = row->ceiling_at;
 	return session;

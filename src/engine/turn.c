@@ -181,6 +181,8 @@ log_call(const SessionRow *row, const char *operation, const HttpReply *reply,
 			detail = handle_set_text(detail, "request_id", reply->request_id);
 		detail = handle_set_int(detail, "ms", reply->millis);
 	}
+	if (step->tried != NULL)
+		detail = handle_set_document(detail, "tried", step->tried);
 	if (step->error_class != CLASS_NONE)
 	{
 		detail = handle_set_text(detail, "error_class", error_class_name(step->error_class));

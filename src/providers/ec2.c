@@ -3,11 +3,12 @@
  * ec2.c
  *		VMs as EC2 instances in a team's own AWS account.
  *
- * One session is one instance, launched with RunInstances.  Markets and subnets
- * are tried in order: spot in every subnet, then on-demand in every subnet,
- * moving on only when AWS says that there is no capacity (or that the account's
- * spot quota is used up).  Each try is a launch attempt with a client token of
- * its own, derived from session, attempt, market and subnet.
+ * One session is one instance, launched with RunInstances.  Places are tried in
+ * order: spot before on-demand, of a market the instance types as they are listed,
+ * of a type the subnets.  (Who lists types likes the first one best, wherever it
+ * is; subnets are much the same.)  It moves on only when AWS says that there is no
+ * capacity, or that the account's spot quota is used up.  Each try is a launch
+ * attempt with a client token of its own, derived from session, attempt and place.
  *
  * EC2 launches at most one instance per token, as long as every repeat of a
  * request is the same to the byte.  So the handle keeps all that the request
@@ -21,7 +22,16 @@
  * An answer settles the matter if it is a success, or a refusal of a request
  * that was sent but once.  A refused repeat says nothing about the first one
  * (keys may have been revoked in between), save for lack of capacity: a token
- * that had launched would have been answered with its instance.
+ * that had launched would have been answered with its instance.  But one that
+ * is still on its way may launch later; so, for the time of a lease after the last
+ * send that was not answered, a refused token is asked for once more rather than left.
+ *
+ * A token may be of no use.  IdempotentParameterMismatch: it came before, with other
+ * parameters, as when the database has been set back to before the launch; then
+ * there may be an instance, which is looked for by its tag and taken over, and only
+ * once none can appear any more there is a new attempt.  IdempotentInstanceTerminated:
+ * its instance has ended already, so that there is a new attempt at once.  Where the VM
+ * has reported by itself it has run, and there is none.
  *
  * This file has what all operations share, and all operations but the launch,
  * which is in ec2_launch.c; boot.c makes the user data.
@@ -39,7 +49,7 @@
 #include "providers/aws_login.h"
 #include "providers/ec2.h"
 
-#define MAX_LIST 16			 /* subnets, security groups */
+#define MAX_LIST 16			 /* subnets, security groups, instance types */
 #define MAX_VOLUME_GIB 16384 /* of gp3 */
 
 #define DROP_PHASE "parameter" /* Ec2Progress.phase when there is no VM any more */
@@ -55,6 +65,7 @@ static const ProviderOption ec2_options[] = {
 	{"role_arn", 's', false, "IAM role to assume, in set_provider() only"},
 	{"image_id", 's', false, "AMI to boot"},
 	{"instance_type", 's', true, "instance type; default t3.large"},
+	{"instance_types", 'l', true, "instance types to try in this order"},
 	{"subnet_ids", 'l', false, "subnets to try in this order; default: the default VPC's"},
 	{"security_group_ids", 'l', false, "security groups of the instance"},
 	{"instance_profile", 's', false, "name or ARN of the instance's IAM instance profile"},
@@ -65,6 +76,9 @@ static const ProviderOption ec2_options[] = {
 	{"volume_device", 's', false, "device name of the root volume; default /dev/sda1"},
 	{"key_name", 's', false, "EC2 key pair for SSH"},
 	{NULL, 0, false, NULL}};
+
+static const char *const ec2_alternatives[][2] = {{"instance_type", "instance_types"},
+												  {NULL, NULL}};
 
 static const ProviderOption ec2_secrets[] = {
 	{"access_key_id", 's', false, "AWS access key id"},
@@ -85,9 +99,12 @@ static const ProgressMember integers[] = {
 	{"wait", offsetof(Ec2Progress, wait)},
 	{"looks", offsetof(Ec2Progress, looks)},
 	{"look_at", offsetof(Ec2Progress, look_at)},
+	{"type", offsetof(Ec2Progress, type)},
 	{"subnet", offsetof(Ec2Progress, subnet)},
 	{"sends", offsetof(Ec2Progress, sends)},
 	{"sent_at", offsetof(Ec2Progress, sent_at)},
+	{"open_at", offsetof(Ec2Progress, open_at)},
+	{"again", offsetof(Ec2Progress, again)},
 	{"hard_stop", offsetof(Ec2Progress, boot.hard_stop)},
 	{"longest", offsetof(Ec2Progress, boot.longest)},
 	{"put", offsetof(Ec2Progress, put)},
@@ -144,7 +161,8 @@ write_progress(Ec2Progress *progress)
 void
 ec2_settle_launch(Ec2Progress *progress)
 {
-	progress->subnet = progress->sends = progress->sent_at = 0;
+	progress->type = progress->subnet = 0;
+	progress->sends = progress->sent_at = progress->open_at = 0;
 	progress->market = progress->form = NULL;
 	memset(&progress->boot, 0, sizeof(progress->boot));
 }
@@ -293,17 +311,26 @@ ec2_is_made_of(const char *text, const char *characters, size_t max_len)
 	return len > 0 && len <= max_len && strspn(text, characters) == len;
 }
 
-static void
-check_id_list(Jsonb *options, const char *name, const char *prefix, const char *hint)
+/* A list that is not too long. */
+static List *
+checked_list(Jsonb *options, const char *name)
 {
-	List *ids = option_list(options, name);
-	ListCell *lc;
+	List *members = option_list(options, name);
 
-	if (list_length(ids) > MAX_LIST)
+	if (list_length(members) > MAX_LIST)
 		ereport(
 			ERROR, errcode(AVM_INVALID_CONFIGURATION),
 			errmsg("option \"%s\" of provider \"ec2\" has more than %d members", name, MAX_LIST),
 			hide_caller());
+	return members;
+}
+
+static void
+check_id_list(Jsonb *options, const char *name, const char *prefix, const char *hint)
+{
+	List *ids = checked_list(options, name);
+	ListCell *lc;
+
 	foreach (lc, ids)
 	{
 		if (!ec2_is_id(lfirst(lc), prefix))
@@ -311,9 +338,18 @@ check_id_list(Jsonb *options, const char *name, const char *prefix, const char *
 	}
 }
 
+static void
+check_instance_type(const char *name, const char *value)
+{
+	if (!ec2_is_made_of(value, LOWER DIGITS ".-", 64))
+		ec2_bad_option(name, value, "An instance type looks like \"t3.large\".");
+}
+
 void
 ec2_validate(OptionScope scope, Jsonb *options)
 {
+	List *types = checked_list(options, "instance_types");
+	ListCell *lc;
 	char *value;
 	int size;
 
@@ -330,9 +366,16 @@ ec2_validate(OptionScope scope, Jsonb *options)
 	}
 	if ((value = option_text(options, "image_id")) != NULL && !ec2_is_id(value, "ami-"))
 		ec2_bad_option("image_id", value, "An image id looks like \"ami-0123456789abcdef0\".");
-	if ((value = option_text(options, "instance_type")) != NULL &&
-		!ec2_is_made_of(value, LOWER DIGITS ".-", 64))
-		ec2_bad_option("instance_type", value, "An instance type looks like \"t3.large\".");
+	if ((value = option_text(options, "instance_type")) != NULL)
+		check_instance_type("instance_type", value);
+	foreach (lc, types)
+		check_instance_type("instance_types", lfirst(lc));
+	if (value != NULL && option_value(options, "instance_types") != NULL)
+		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+				errmsg("options \"instance_type\" and \"instance_types\" of provider \"ec2\" "
+					   "are both set"),
+				errhint("Set one of them: \"instance_type\" stands for a list of one."),
+				hide_caller());
 	check_id_list(options, "subnet_ids", "subnet-",
 				  "A subnet id looks like \"subnet-0123456789abcdef0\".");
 	check_id_list(options, "security_group_ids", "sg-",
@@ -501,15 +544,13 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 		send_terminate(step, vm_id);
 }
 
-/* A launch was sent and never answered: find its instance, or make sure that there is none. */
-static void
-terminate_unanswered(Ec2Step *step)
+Ec2Search
+ec2_search(Ec2Step *step, const char *phase)
 {
 	Ec2Progress *progress = &step->progress;
 	const HttpReply *reply = step->reply;
 	int64 settled = progress->sent_at + avm_lease_ms + avm_launch_settle_s * INT64CONST(1000);
 	AwsError error;
-	XmlDoc *doc;
 	char *vm_id;
 
 	step->out->operation = DESCRIBE;
@@ -517,42 +558,64 @@ terminate_unanswered(Ec2Step *step)
 	{
 		progress->look_at = step->now;
 		send_lookup(step);
-		return;
+		return SEARCH_GOES_ON;
 	}
 
 	error = aws_judge(reply);
 	if (error.class != CLASS_NONE)
 	{
 		ec2_fail(step, error.class, error.code, error.message);
-		return;
+		return SEARCH_GOES_ON;
 	}
-	doc = ec2_parse(step);
-	if (xml_count(doc, "/DescribeInstancesResponse") == 0)
+	ec2_parse(step);
+	if (xml_count(step->doc, "/DescribeInstancesResponse") == 0)
 	{
 		ec2_fail_malformed(step);
-		return;
+		return SEARCH_GOES_ON;
 	}
 
-	vm_id = xml_text(doc, "//instancesSet/item/instanceId");
+	vm_id = xml_text(step->doc, "//instancesSet/item/instanceId");
 	if (vm_id != NULL && ec2_is_id(vm_id, "i-"))
-	{
-		ec2_learn_instance(step, doc);
-		step->out->vm_id = progress->vm_id = vm_id;
-		step->out->purchase = progress->market;
-		step->out->region = ec2_region(step);
-		ec2_settle_launch(progress);
-		send_terminate(step, vm_id);
-		return;
-	}
-
-	enter_phase(progress, "lookup");
+		return SEARCH_FOUND;
+	enter_phase(progress, phase);
 	if (++progress->looks >= LOOKS && progress->look_at >= settled)
+		return SEARCH_IN_VAIN;
+	look_later(step, phase, settled);
+	return SEARCH_GOES_ON;
+}
+
+void
+ec2_learn_id(Ec2Step *step, XmlDoc *doc)
+{
+	Ec2Progress *progress = &step->progress;
+	char *lifecycle = xml_text(doc, "//instancesSet/item/instanceLifecycle");
+
+	step->out->vm_id = progress->vm_id = xml_text(doc, "//instancesSet/item/instanceId");
+	step->out->region = ec2_region(step);
+	step->out->purchase = progress->market;
+	if (lifecycle != NULL && strcmp(lifecycle, SPOT) == 0)
+		step->out->purchase = SPOT;
+}
+
+/* A launch was sent and never answered: find its instance, or make sure that there is none. */
+static void
+terminate_unanswered(Ec2Step *step)
+{
+	switch (ec2_search(step, "lookup"))
 	{
-		ec2_settle_launch(progress);
-		step->out->kind = STEP_DONE;
+		case SEARCH_GOES_ON:
+			break;
+		case SEARCH_FOUND:
+			ec2_learn_instance(step, step->doc);
+			ec2_learn_id(step, step->doc);
+			ec2_settle_launch(&step->progress);
+			send_terminate(step, step->progress.vm_id);
+			break;
+		case SEARCH_IN_VAIN:
+			ec2_settle_launch(&step->progress);
+			step->out->kind = STEP_DONE;
+			break;
 	}
-	else
-		look_later(step, "lookup", settled);
 }
 
 static void
@@ -708,6 +771,7 @@ const Provider ec2_provider = {
 	.needs_secrets = true,
 	.validate = ec2_validate,
 	.check_launch = ec2_check_launch,
+	.alternatives = ec2_alternatives,
 	.login_needed = aws_login_needed,
 	.login_step = aws_login_step,
 	.login_expired = aws_login_expired,

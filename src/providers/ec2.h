@@ -29,6 +29,8 @@
 #define ON_DEMAND "on-demand"
 #define SSM "ssm" /* a way of secret_delivery */
 #define NOT_FOUND_CODE "InvalidInstanceID.NotFound"
+#define MISMATCH_CODE "IdempotentParameterMismatch"
+#define ENDED_CODE "IdempotentInstanceTerminated"
 
 #define LOWER "abcdefghijklmnopqrstuvwxyz"
 #define DIGITS "0123456789"
@@ -42,14 +44,17 @@ typedef struct Ec2Progress
 	int64 looks;	/* fruitless looks for an instance */
 	int64 look_at;	/* epoch ms at which the last look-up by tag was sent */
 	const char *
-		phase; /* of OP_TERMINATE: NULL, "confirm", "refused", "lookup", "parameter"; of OP_PROVISION: NULL, PUT_PHASE */
+		phase; /* of OP_TERMINATE: NULL, "confirm", "refused", "lookup", "parameter"; of OP_PROVISION: NULL, PUT_PHASE, FIND_PHASE */
 	const char *vm_id;
 	const char *region;
 
 	/* the launch attempt that is under way */
+	int64 type;	   /* index into the instance types */
 	int64 subnet;  /* index into subnet_ids */
-	int64 sends;   /* how often it may have been sent */
+	int64 sends;   /* how often it may have been sent and not been answered */
 	int64 sent_at; /* epoch ms of the last time, 0: settled */
+	int64 open_at; /* the same without the send that is under way, if one is */
+	int64 again;   /* attempts begun because a token was of no use */
 	const char *market;
 	const char *form; /* the encoded form, without UserData */
 	BootPlan boot;	  /* what its user data is made of */
@@ -72,6 +77,22 @@ typedef struct Ec2Step
 	Ec2Progress progress;
 	int64 now; /* epoch ms */
 } Ec2Step;
+
+/* Where a launch is asked for. */
+typedef struct Ec2Place
+{
+	const char *market; /* SPOT or ON_DEMAND */
+	const char *type;	/* of instance */
+	const char *subnet; /* "": one of the default VPC's */
+} Ec2Place;
+
+/* What a search for the instance of a launch has come to. */
+typedef enum Ec2Search
+{
+	SEARCH_GOES_ON, /* or has failed: the step has ended */
+	SEARCH_FOUND,	/* the answer, step->doc, has it */
+	SEARCH_IN_VAIN	/* there is none, and none can appear any more */
+} Ec2Search;
 
 /* ---- ec2.c: shared by all operations ---- */
 
@@ -99,6 +120,15 @@ extern XmlDoc *ec2_parse(Ec2Step *step);
 /* Hand the address of the first instance in an answer to the engine; returns its state or NULL. */
 extern char *ec2_learn_instance(Ec2Step *step, XmlDoc *doc);
 
+/*
+ * Look, by the session's tag, for a live instance of a launch that may have happened: a
+ * step of that, as often as it takes, for as long as the handle's phase is "phase".
+ */
+extern Ec2Search ec2_search(Ec2Step *step, const char *phase);
+
+/* Take over the id of the first instance in an answer, and what market it is of. */
+extern void ec2_learn_id(Ec2Step *step, XmlDoc *doc);
+
 /* Forget the launch attempt: it is settled. */
 extern void ec2_settle_launch(Ec2Progress *progress);
 
@@ -116,9 +146,15 @@ extern void ec2_validate(OptionScope scope, Jsonb *options);
 
 /* ---- ec2_launch.c ---- */
 
-/* A form for RunInstances in a market and a subnet ("": none), for a client token (NULL: none). */
+#define FIND_PHASE                                                                                 \
+	"find" /* Ec2Progress.phase as long as it is not known what a token has launched */
+
+/* The first place in which a launch with these options is tried; points into them. */
+extern Ec2Place ec2_first_place(Jsonb *options);
+
+/* A form for RunInstances in a place, for a client token (NULL: none). */
 extern void ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options,
-						 const char *market, const char *subnet, const char *token);
+						 const Ec2Place *place, const char *token);
 
 /* Raise AV010 or AV012 for what would keep the user data of a session from being made. */
 extern void ec2_check_launch(Jsonb *options, bool runtime);

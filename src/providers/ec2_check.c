@@ -114,8 +114,7 @@ launch_options(const ProviderContext *context)
 		ProviderProfile *profile = lfirst(lc);
 
 		if (option_text(profile->options, "image_id") != NULL)
-			return DatumGetJsonbP(DirectFunctionCall2(
-				jsonb_concat, JsonbPGetDatum(context->options), JsonbPGetDatum(profile->options)));
+			return provider_merge_options(&ec2_provider, context->options, profile->options);
 	}
 	return NULL;
 }
@@ -136,7 +135,7 @@ ask_run(Ec2Step *step, Jsonb *result)
 {
 	ProviderSession session = {0};
 	Jsonb *options = launch_options(step->context);
-	List *subnets;
+	Ec2Place place;
 	AwsForm form;
 
 	if (options == NULL)
@@ -149,12 +148,11 @@ ask_run(Ec2Step *step, Jsonb *result)
 		ask_describe(step, add_to_list(result, "problems", problem));
 		return;
 	}
-	subnets = option_list(options, "subnet_ids");
+	place = ec2_first_place(options);
 	session.session_id = "check";
 	session.cluster = step->context->cluster;
 	keep(step, RUN, result, NULL);
-	ec2_run_form(&form, &session, options, option_bool(options, "spot", true) ? SPOT : ON_DEMAND,
-				 subnets != NIL ? linitial(subnets) : "", NULL);
+	ec2_run_form(&form, &session, options, &place, NULL);
 	aws_form_add(&form, "DryRun", "true");
 	ec2_send(step, "ec2", RUN, &form);
 }

@@ -21,6 +21,7 @@
 #define POLL_FIRST_MS 2000
 #define POLL_LAST_MS 10000
 #define APPEARS_WITHIN_MS 60000 /* DescribeInstances knows a new instance by then */
+#define MAX_AGAIN 3				/* attempts after tokens of no use */
 
 static void
 add_tag(AwsForm *form, int resource, int *n, const char *key, const char *value)
@@ -47,12 +48,58 @@ add_tags(AwsForm *form, int resource, const char *type, const ProviderSession *s
 	add_tag(form, resource, &n, "agentvm-cluster", session->cluster);
 }
 
-/* At most one VM per token: one token per attempt, market and subnet. */
-static char *
-client_token(const ProviderSession *session, const Ec2Progress *progress, const char *subnet)
+/* The instance types to try, at least one. */
+static List *
+instance_types(Jsonb *options)
 {
-	char *text = psprintf("%s|%s|%d|%s|%s", session->cluster != NULL ? session->cluster : "",
-						  session->session_id, (int) progress->attempt, progress->market, subnet);
+	List *types = option_list(options, "instance_types");
+
+	if (types == NIL)
+		types = option_list(options, "instance_type");
+	return types != NIL ? types : list_make1(DEFAULT_INSTANCE_TYPE);
+}
+
+/* The place of that number of types and subnets. */
+static Ec2Place
+place_of(Jsonb *options, const char *market, int64 type, int64 subnet)
+{
+	List *types = instance_types(options);
+	List *subnets = option_list(options, "subnet_ids");
+	Ec2Place place = {market, linitial(types), ""};
+
+	if (type < list_length(types))
+		place.type = list_nth(types, (int) type);
+	if (subnet < list_length(subnets))
+		place.subnet = list_nth(subnets, (int) subnet);
+	return place;
+}
+
+static const char *
+first_market(Jsonb *options)
+{
+	return option_bool(options, "spot", true) ? SPOT : ON_DEMAND;
+}
+
+Ec2Place
+ec2_first_place(Jsonb *options)
+{
+	return place_of(options, first_market(options), 0, 0);
+}
+
+/* Where the attempt that is under way is to launch. */
+static Ec2Place
+attempt_place(const Ec2Step *step)
+{
+	return place_of(step->context->options, step->progress.market, step->progress.type,
+					step->progress.subnet);
+}
+
+/* At most one VM per token: one token per attempt and place. */
+static char *
+client_token(const ProviderSession *session, int attempt, const Ec2Place *place)
+{
+	char *text = psprintf("%s|%s|%d|%s|%s|%s", session->cluster != NULL ? session->cluster : "",
+						  session->session_id, attempt, place->market, place->subnet, place->type);
 	uint8 digest[SHA256_LEN];
 	char *token = palloc(2 * SHA256_LEN + 1);
 
@@ -63,8 +110,8 @@ client_token(const ProviderSession *session, const Ec2Progress *progress, const 
 }
 
 void
-ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, const char *market,
-			 const char *subnet, const char *token)
+ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, const Ec2Place *place,
+			 const char *token)
 {
 	char *value;
 	int volume_gib;
@@ -77,14 +124,13 @@ ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, cons
 	aws_form_add(form, "MinCount", "1");
 	aws_form_add(form, "MaxCount", "1");
 	aws_form_add(form, "ImageId", option_text(options, "image_id"));
-	value = option_text(options, "instance_type");
-	aws_form_add(form, "InstanceType", value != NULL ? value : DEFAULT_INSTANCE_TYPE);
+	aws_form_add(form, "InstanceType", place->type);
 	aws_form_add(form, "InstanceInitiatedShutdownBehavior", "terminate");
 	aws_form_add(form, "MetadataOptions.HttpEndpoint", "enabled");
 	aws_form_add(form, "MetadataOptions.HttpTokens", "required");
 	aws_form_add(form, "MetadataOptions.HttpPutResponseHopLimit", "1");
-	if (subnet[0] != '\0')
-		aws_form_add(form, "SubnetId", subnet);
+	if (place->subnet[0] != '\0')
+		aws_form_add(form, "SubnetId", place->subnet);
 	foreach (lc, option_list(options, "security_group_ids"))
 		aws_form_add(form, psprintf("SecurityGroupId.%d", ++n), lfirst(lc));
 	if ((value = option_text(options, "instance_profile")) != NULL)
@@ -94,7 +140,7 @@ ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, cons
 					 value);
 	if ((value = option_text(options, "key_name")) != NULL)
 		aws_form_add(form, "KeyName", value);
-	if (strcmp(market, SPOT) == 0)
+	if (strcmp(place->market, SPOT) == 0)
 	{
 		aws_form_add(form, "InstanceMarketOptions.MarketType", "spot");
 		aws_form_add(form, "InstanceMarketOptions.SpotOptions.SpotInstanceType", "one-time");
@@ -118,26 +164,23 @@ ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, cons
 	add_tags(form, 2, "volume", session);
 }
 
-/* Begin an attempt in the progress's market and subnet: settle every byte of its request. */
+/* Begin an attempt in the progress's place: settle every byte of its request. */
 static void
 begin_attempt(Ec2Step *step)
 {
 	const ProviderSession *session = step->session;
 	Jsonb *options = step->context->options;
 	Ec2Progress *progress = &step->progress;
-	List *subnets = option_list(options, "subnet_ids");
-	const char *subnet = "";
+	Ec2Place place = attempt_place(step);
 	AwsForm form;
 
 	ec2_validate(OPTIONS_LAUNCH, options);
 
 	progress->attempt++;
-	progress->sends = progress->sent_at = 0;
+	progress->sends = progress->sent_at = progress->open_at = progress->wait = 0;
 	progress->region = option_text(options, "region");
-	if (progress->subnet < list_length(subnets))
-		subnet = list_nth(subnets, (int) progress->subnet);
-	ec2_run_form(&form, session, options, progress->market, subnet,
-				 client_token(session, progress, subnet));
+	ec2_run_form(&form, session, options, &place,
+				 client_token(session, (int) progress->attempt, &place));
 	progress->form = form.body.data;
 	boot_plan(&progress->boot, session, step->now, NULL);
 }
@@ -189,34 +232,137 @@ send_launch(Ec2Step *step)
 	if (progress->sends == 0)
 		step->out->attempt = (int) progress->attempt;
 	progress->sends++;
+	progress->open_at = progress->sent_at;
 	progress->sent_at = step->now;
 	step->out->mutates = true;
 	step->out->region = progress->region;
 	ec2_send(step, "ec2", RUN, &form);
 }
 
-/* Whether there is another market or subnet to try after this refusal; moves on to it. */
+/* Whether the place has no room, rather than the request a fault. */
 static bool
-next_candidate(Ec2Step *step, const AwsError *error)
+is_for_want_of_room(const AwsError *error)
+{
+	return error->class == CLASS_CAPACITY ||
+		   strcmp(error->code, "MaxSpotInstanceCountExceeded") == 0 ||
+		   strcmp(error->code, "InstanceLimitExceeded") == 0;
+}
+
+/* Whether there is another place to try after this refusal for want of room; moves on to it. */
+static bool
+next_place(Ec2Step *step, const AwsError *error)
 {
 	Ec2Progress *progress = &step->progress;
-	int subnets = list_length(option_list(step->context->options, "subnet_ids"));
-	bool spot = strcmp(progress->market, SPOT) == 0;
+	Jsonb *options = step->context->options;
 
-	if (error->class == CLASS_CAPACITY && progress->subnet + 1 < subnets)
+	if (error->class == CLASS_CAPACITY)
 	{
-		progress->subnet++;
-		return true;
+		if (progress->subnet + 1 < list_length(option_list(options, "subnet_ids")))
+		{
+			progress->subnet++;
+			return true;
+		}
+		if (progress->type + 1 < list_length(instance_types(options)))
+		{
+			progress->type++;
+			progress->subnet = 0;
+			return true;
+		}
 	}
-	if (spot && (error->class == CLASS_CAPACITY ||
-				 strcmp(error->code, "MaxSpotInstanceCountExceeded") == 0 ||
-				 strcmp(error->code, "InstanceLimitExceeded") == 0))
+	if (strcmp(progress->market, SPOT) == 0)
 	{
 		progress->market = ON_DEMAND;
-		progress->subnet = 0;
+		progress->type = progress->subnet = 0;
 		return true;
 	}
 	return false;
+}
+
+/* Whether there may be a new attempt: it is not to end, and no VM of it has run. */
+static bool
+may_begin(const Ec2Step *step)
+{
+	return !step->context->ending && step->session->ready_at == 0;
+}
+
+/* A new attempt, in the place that the progress names. */
+static void
+launch_anew(Ec2Step *step)
+{
+	begin_attempt(step);
+	send_launch(step);
+}
+
+/* The last send was answered, and has launched nothing. */
+static void
+forget_send(Ec2Progress *progress)
+{
+	progress->sends = Max(progress->sends - 1, 0);
+	progress->sent_at = progress->sends > 0 ? progress->open_at : 0;
+}
+
+/* What was asked for, in the event of the call. */
+static void
+note_tried(Ec2Step *step)
+{
+	Ec2Place place = attempt_place(step);
+	Jsonb *tried = handle_set_int(NULL, "attempt", step->progress.attempt);
+
+	tried = handle_set_text(tried, "market", place.market);
+	tried = handle_set_text(tried, "instance_type", place.type);
+	if (place.subnet[0] != '\0')
+		tried = handle_set_text(tried, "subnet", place.subnet);
+	step->out->tried = tried;
+}
+
+/* There is an instance, and an answer that tells of it. */
+static void
+take_instance(Ec2Step *step, XmlDoc *doc)
+{
+	Ec2Progress *progress = &step->progress;
+	char *state;
+
+	ec2_learn_id(step, doc);
+	state = ec2_learn_instance(step, doc);
+	ec2_settle_launch(progress);
+	progress->launched = step->now;
+	progress->wait = 0;
+	step->out->running = state != NULL && strcmp(state, "running") == 0;
+	if (step->context->ending || step->out->running)
+		step->out->kind = STEP_DONE;
+	else
+		ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, 0);
+}
+
+/*
+ * The attempt's token was used for something else.  What has used it is ours: nobody
+ * else can know the token.  So there may be an instance; as long as that is not known
+ * there is no other attempt.
+ */
+static void
+find_launch(Ec2Step *step)
+{
+	Ec2Progress *progress = &step->progress;
+	Ec2Search search = ec2_search(step, FIND_PHASE);
+
+	if (search == SEARCH_GOES_ON)
+		return;
+	progress->phase = NULL;
+	progress->looks = progress->wait = 0;
+	if (search == SEARCH_FOUND)
+	{
+		take_instance(step, step->doc);
+		return;
+	}
+	if (may_begin(step) && progress->again < MAX_AGAIN)
+	{
+		progress->again++;
+		launch_anew(step);
+		return;
+	}
+	ec2_settle_launch(progress);
+	ec2_fail(step, step->session->ready_at != 0 ? CLASS_NOT_FOUND : CLASS_PERMANENT, MISMATCH_CODE,
+			 "the client token was used for another request, which has launched nothing");
 }
 
 static void
@@ -225,61 +371,76 @@ take_launch_reply(Ec2Step *step)
 	Ec2Progress *progress = &step->progress;
 	const HttpReply *reply = step->reply;
 	AwsError error = aws_judge(reply);
+	bool settled;
 
 	step->out->operation = RUN;
-	progress->sends += Max(reply->sends - 1, 0);
+	note_tried(step);
+	if (reply->sends > 1)
+	{
+		progress->sends += reply->sends - 1;
+		progress->open_at = progress->sent_at;
+	}
 	if (error.class == CLASS_NONE)
 	{
 		XmlDoc *doc = ec2_parse(step);
 		char *vm_id = xml_text(doc, "//instancesSet/item/instanceId");
-		char *lifecycle = xml_text(doc, "//instancesSet/item/instanceLifecycle");
-		char *state;
 
 		if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
-		{
 			ec2_fail_malformed(step);
-			return;
-		}
-		step->out->vm_id = progress->vm_id = vm_id;
-		step->out->region = ec2_region(step);
-		step->out->purchase = progress->market;
-		if (lifecycle != NULL && strcmp(lifecycle, SPOT) == 0)
-			step->out->purchase = SPOT;
-		state = ec2_learn_instance(step, doc);
-		ec2_settle_launch(progress);
-		progress->launched = step->now;
-		progress->wait = 0;
-		step->out->running = state != NULL && strcmp(state, "running") == 0;
-		if (step->context->ending || step->out->running)
-			step->out->kind = STEP_DONE;
 		else
-			ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, 0);
+			take_instance(step, doc);
 		return;
 	}
 
 	/* Did not happen, or may have: the same request again, after a while. */
 	if (error.class == CLASS_TRANSIENT || error.class == CLASS_THROTTLED)
 	{
-		bool not_done =
-			error.class == CLASS_THROTTLED || (reply->status == 0 && !reply->maybe_sent);
-
-		if (not_done && progress->sends == 1)
-			progress->sends = progress->sent_at = 0;
+		if (error.class == CLASS_THROTTLED || (reply->status == 0 && !reply->maybe_sent))
+			forget_send(progress);
 		ec2_fail(step, error.class, error.code, error.message);
 		return;
 	}
 
-	if (!step->context->ending && next_candidate(step, &error))
+	if (strcmp(error.code, MISMATCH_CODE) == 0)
 	{
 		ec2_note_error(step, &error);
-		begin_attempt(step);
-		send_launch(step);
+		progress->phase = FIND_PHASE;
+		progress->looks = progress->wait = 0;
+		step->reply = NULL;
+		(void) ec2_search(step, FIND_PHASE);
+		return;
+	}
+	if (strcmp(error.code, ENDED_CODE) == 0 && may_begin(step) && progress->again < MAX_AGAIN)
+	{
+		ec2_note_error(step, &error);
+		progress->again++;
+		launch_anew(step);
 		return;
 	}
 
 	/* Refused; settled unless an earlier send of the same token was never answered. */
-	if (strcmp(error.code, "IdempotentParameterMismatch") != 0 &&
-		(progress->sends <= 1 || error.class == CLASS_CAPACITY || error.class == CLASS_NOT_FOUND))
+	settled = progress->sends <= 1 || strcmp(error.code, ENDED_CODE) == 0;
+	if (!settled && is_for_want_of_room(&error))
+	{
+		int64 until = progress->open_at + avm_lease_ms;
+
+		/* one that has launched would have been answered; one on its way launches by then */
+		settled = step->now >= until;
+		if (!settled && !step->context->ending)
+		{
+			ec2_note_error(step, &error);
+			forget_send(progress);
+			ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, until);
+			return;
+		}
+	}
+	if (settled && is_for_want_of_room(&error) && may_begin(step) && next_place(step, &error))
+	{
+		ec2_note_error(step, &error);
+		launch_anew(step);
+		return;
+	}
+	if (settled)
 		ec2_settle_launch(progress);
 	ec2_fail(step, error.class, error.code, error.message);
 }
@@ -359,6 +520,8 @@ ec2_provision(Ec2Step *step)
 
 	if (vm_id != NULL)
 		poll_launch(step, vm_id);
+	else if (progress->phase != NULL && strcmp(progress->phase, FIND_PHASE) == 0)
+		find_launch(step);
 	else if (step->reply != NULL && progress->phase != NULL &&
 			 strcmp(progress->phase, PUT_PHASE) == 0)
 	{
@@ -378,8 +541,7 @@ ec2_provision(Ec2Step *step)
 	{
 		if (progress->form == NULL)
 		{
-			progress->market = option_bool(step->context->options, "spot", true) ? SPOT : ON_DEMAND;
-			progress->subnet = 0;
+			progress->market = first_market(step->context->options);
 			begin_attempt(step);
 		}
 		send_launch(step);

@@ -30,7 +30,7 @@
 #include "secret/secret.h"
 #include "utils/jsonb.h"
 
-#define AVM_PROVIDER_ABI 3
+#define AVM_PROVIDER_ABI 4
 
 /*
  * Member of the handle of a placed provider, of any value: something of the
@@ -75,6 +75,7 @@ typedef struct ProviderSession
 	const char *boot_key_id; /* with runtime: key for keyring_bootstrap_token() */
 	TimestampTz created_at;
 	TimestampTz launched_at; /* 0: not yet */
+	TimestampTz ready_at;	 /* 0: not yet; may come before launched_at, by the VM's own report */
 	TimestampTz deadline_at;
 	TimestampTz
 		ceiling_at; /* no extend() ever goes beyond; the VM's own hard stop is this + grace */
@@ -138,6 +139,7 @@ typedef struct ProviderStep
 		error_class; /* STEP_FAILED; also set (kind != FAILED) when the reply was bad but the step goes on */
 	const char *error_code; /* with error_class */
 	const char *error_message;
+	Jsonb *tried;  /* what the call just answered was for, an object for its event; or NULL */
 	Jsonb *handle; /* new progress; NULL: unchanged */
 	int attempt;   /* > 0: this launch attempt begins; its bootstrap token is committed with it */
 	bool running;  /* the VM runs (OP_PROVISION) */
@@ -211,6 +213,11 @@ typedef struct Provider
 	bool needs_secrets;			   /* provision() refuses a team that has none */
 	bool placed; /* its VMs run on rows of agentvm.host; OP_CHECK is asked once for each of them */
 	/*
+	 * Pairs of options that say the same in two ways, up to a pair of NULLs; may be NULL.
+	 * One that a profile or a caller sets takes the place of the other one, too.
+	 */
+	const char *const (*alternatives)[2];
+	/*
 	 * Of a provider whose library blocks, else NULL: make the call that a step has
 	 * asked for (STEP_REQUEST).  Runs on a thread of a runner (engine/threads.c):
 	 * no PostgreSQL API, no palloc, no elog, no signals, several at once.
@@ -270,6 +277,12 @@ extern const Provider *provider_find(const char *name);
  * the known ones, with the caller's statement and context kept out of the log.
  */
 extern void provider_check_options(const Provider *provider, OptionScope scope, Jsonb *options);
+
+/*
+ * The options of "below" (NULL: none), a team's, say, overridden by those of "above" (NULL:
+ * none), a profile's: both jsonb objects, either of which may be what is returned.
+ */
+extern Jsonb *provider_merge_options(const Provider *provider, Jsonb *below, Jsonb *above);
 
 /* ---- reading options (options.c) ---- */
 

@@ -326,3 +326,23 @@ provider_check_options(const Provider *provider, OptionScope scope, Jsonb *optio
 	if (provider->validate != NULL)
 		provider->validate(scope, options);
 }
+
+Jsonb *
+provider_merge_options(const Provider *provider, Jsonb *below, Jsonb *above)
+{
+	if (above == NULL || JB_ROOT_COUNT(above) == 0)
+		return below != NULL ? below : above;
+	if (below == NULL)
+		return above;
+
+	for (int i = 0; provider->alternatives != NULL && provider->alternatives[i][0] != NULL; i++)
+	{
+		for (int k = 0; k < 2; k++)
+		{
+			if (option_value(above, provider->alternatives[i][k]) != NULL)
+				below = handle_set_text(below, provider->alternatives[i][1 - k], NULL);
+		}
+	}
+	return DatumGetJsonbP(
+		DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(below), JsonbPGetDatum(above)));
+}

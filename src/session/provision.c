@@ -529,22 +529,12 @@ resolve(const Request *request, Oid role, Resolved *resolved)
 
 /* Team's options, overridden by the profile's, overridden by the caller's. */
 static Jsonb *
-merge_options(const Resolved *resolved, const Request *request)
+merge_options(const Provider *provider, const Resolved *resolved, const Request *request)
 {
-	Jsonb *merged = resolved->team_options;
-	Jsonb *layers[2] = {resolved->profile_options, request->options};
-	int i;
+	Jsonb *merged =
+		provider_merge_options(provider, resolved->team_options, resolved->profile_options);
 
-	for (i = 0; i < lengthof(layers); i++)
-	{
-		if (layers[i] == NULL || JB_ROOT_COUNT(layers[i]) == 0)
-			continue;
-		merged = merged == NULL
-					 ? layers[i]
-					 : DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(merged),
-														  JsonbPGetDatum(layers[i])));
-	}
-	return merged ? merged : request->options;
+	return provider_merge_options(provider, merged, request->options);
 }
 
 static const Provider *
@@ -864,7 +854,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	provider = resolve_provider(&request, &resolved);
 	if (JB_ROOT_COUNT(request.options) > 0)
 		provider_check_options(provider, OPTIONS_CALLER, request.options);
-	options = merge_options(&resolved, &request);
+	options = merge_options(provider, &resolved, &request);
 	provider_check_options(provider, OPTIONS_LAUNCH, options);
 	if (provider->needs_secrets && !resolved.has_secrets && !credentials_of_server(provider->name))
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),

@@ -3,14 +3,16 @@
 --   /_faults/set?mode=M&action=A&n=N&market=spot|on-demand&skip=S&...
 --        the next N calls (default: all to come) of action A (default: any) fail as M says, the first S of them excepted;
 --        the first rule that fits decides; a rule with market fits RunInstances of that market only, one with match (&match=V)
---        calls that have a parameter of that value, such as a team's tag
+--        calls that have a parameter of that value, such as a team's tag; one with chance (&chance=5) that many of a hundred
 --        the action of a service that speaks JSON is the last part of its X-Amz-Target: PutParameter
 --   /_faults/clear      no more rules            /_faults/reset      nor counts, tokens and canned instances
---   /_faults/counts     {"received": {"RunInstances": 3, ...}, "cloud": {...}, "faulted": {...}, "replayed": {...}}
+--   /_faults/seed?seed=N      what is left to chance, from here on
+--   /_faults/counts     {"received": {"RunInstances": 3, ...}, "cloud": {...}, "faulted": {...}, "replayed": {...}, "mismatched": {...},
+--                       "launched": {...}: tokens that have launched}
 --
 -- Modes: pass; capacity; throttle; 500 (EC2's own, as XML); html (a 502 that is no XML); auth (credentials refused);
 -- error (&status=400&code=X&message=Y); slow (&ms=N, then on); drop (closed before the cloud saw it); lost (the cloud did it,
--- the caller sees the connection close); truncated (half of the cloud's answer); body (&status=200&body=...&repeat=N&location=URL);
+-- the caller sees the connection close); truncated (half of the cloud's answer); pending (the instance that is launched does not run yet, it says; no fault); body (&status=200&body=...&repeat=N&location=URL);
 -- raw (&head=...&piece=...&repeat=N&tail=...&ms=N: these very bytes instead of HTTP, the piece N times (or "endless"), N ms before
 -- each and its number for every %n% in it, then close);
 -- canned (&ms=N: answered here without a cloud). With &log=0 the
@@ -42,6 +44,11 @@ local function fail(fault)
         ngx.var.request_id))
 end
 
+local function refused(code, message)
+    return 400, string.format('<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error><Code>%s</Code><Message>%s</Message></Error></Errors>'
+        .. "</Response>", code, message)
+end
+
 local function has_value(args, wanted)
     for _, value in pairs(args) do
         if value == wanted then
@@ -59,6 +66,7 @@ local function rule_for(action, args)
         local fits = (not rule.action or rule.action == "*" or rule.action == action)
             and (not rule.market or (action == "RunInstances" and rule.market == market))
             and (not rule.match or has_value(args, rule.match))
+            and (not rule.chance or math.random() * 100 < tonumber(rule.chance))
         if fits and rules:incr("skip:" .. i, -1) < 0 and (not rule.n or rules:incr("n:" .. i, -1) >= 0) then
             return rule
         end
@@ -87,7 +95,8 @@ local function ask_cloud(action)
 end
 
 -- RunInstances with a token: scoped to the subnet, as EC2's is to the zone. The first caller asks the cloud, those who
--- come meanwhile wait for its answer; a failed launch leaves the token free.
+-- come meanwhile wait for its answer; a failed launch leaves the token free; one whose instance was ended through us launches
+-- no more.
 local function run_once(action, args, before)
     local token = args.ClientToken and args.ClientToken .. "|" .. subnet_of(args)
     if not token then
@@ -100,11 +109,12 @@ local function run_once(action, args, before)
     while not tokens:add(token .. "|wanted", wanted) do
         if tokens:get(token .. "|wanted") ~= wanted then
             count("mismatched", action)
-            return 400, '<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error><Code>IdempotentParameterMismatch</Code>'
-                .. "<Message>The client token was used with other parameters</Message></Error></Errors></Response>"
+            return refused("IdempotentParameterMismatch", "The client token was used with other parameters")
         end
         local body = tokens:get(token .. "|body")
-        if body then
+        if body and tokens:get(body:match("<instanceId>(.-)<") .. "|ended") then
+            return refused("IdempotentInstanceTerminated", "The instance of the client token has been terminated")
+        elseif body then
             count("replayed", action)
             return 200, body
         end
@@ -117,6 +127,7 @@ local function run_once(action, args, before)
     local status, body, content_type = ask_cloud(action)
     if status == 200 then
         tokens:set(token .. "|body", body)
+        count("launched", action)
     else
         tokens:delete(token .. "|wanted")
     end
@@ -238,7 +249,7 @@ function M.serve()
     local mode = rule.mode
     ngx.var.outcome = mode
     ngx.var.log = rule.log or 1
-    if mode ~= "pass" and mode ~= "canned" then
+    if mode ~= "pass" and mode ~= "canned" and mode ~= "pending" then
         count("faulted", action)
     end
     if mode == "canned" or (mode == "pass" and ngx.var.no_cloud == "") then
@@ -269,6 +280,11 @@ function M.serve()
         status, body, content_type = run_once(action, args, before)
     elseif before() then
         status, body, content_type = ask_cloud(action)
+        if action == "TerminateInstances" and status == 200 then
+            for id in body:gmatch("<instanceId>(.-)<") do
+                tokens:set(id .. "|ended", true)
+            end
+        end
     end
     if not status then
         return fail(errors.capacity)
@@ -276,6 +292,8 @@ function M.serve()
         return ngx.exit(444)
     elseif mode == "truncated" then
         body = body:sub(1, math.floor(#body / 2))
+    elseif mode == "pending" then
+        body = body:gsub("<code>16</code>(%s*)<name>running</name>", "<code>0</code>%1<name>pending</name>")
     end
     return reply(status, body, content_type)
 end
@@ -294,6 +312,8 @@ function M.control()
         rules:set("rule:" .. i, ngx.encode_args(args))
         rules:set("n:" .. i, tonumber(args.n) or 0)
         rules:set("skip:" .. i, tonumber(args.skip) or 0)
+    elseif command == "seed" then
+        math.randomseed(tonumber(args.seed) or 0)
     elseif command == "clear" or command == "reset" then
         rules:flush_all()
         if command == "reset" then
@@ -303,7 +323,7 @@ function M.control()
         end
     elseif command == "counts" then
         local kinds, parts = {}, {}
-        for _, kind in ipairs({ "received", "cloud", "faulted", "replayed", "mismatched" }) do
+        for _, kind in ipairs({ "received", "cloud", "faulted", "replayed", "mismatched", "launched" }) do
             kinds[kind] = {}
         end
         for _, key in ipairs(counts:get_keys(0)) do

@@ -4,7 +4,8 @@
 #	my $node = new_node('main', moto => $faults);         # in the cloud's place
 #	$faults->set(mode => 'capacity', action => 'RunInstances', market => 'spot', n => 3);
 #	$faults->set(mode => 'lost', action => 'RunInstances', n => 1);
-#	$faults->counts->{cloud}{RunInstances};               # received, cloud (went through), faulted, replayed, mismatched
+#	$faults->set(mode => 'slow', chance => 5);            # five of a hundred calls; $faults->seed(42) to know which
+#	$faults->counts->{cloud}{RunInstances};               # received, cloud (went through), faulted, replayed, mismatched, launched (tokens)
 #	my @calls = $faults->requests('RunInstances');        # {at, seconds, status, outcome, args => {ClientToken => ...}}
 package AgentVM::Faults;
 
@@ -61,6 +62,7 @@ sub control
 }
 
 sub set   { my ($self, %rule) = @_; $self->control('set', %rule); return; }
+sub seed  { my ($self, $seed) = @_; $self->control('seed', seed => $seed); return; }
 sub clear { my ($self) = @_; $self->control('clear'); return; }
 sub reset { my ($self) = @_; $self->control('reset'); return; }
 
