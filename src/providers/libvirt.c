@@ -600,6 +600,10 @@ libvirt_step(const ProviderContext *context, ProviderStep *out)
 		case OP_CHECK:
 			ask(&step, LV_CHECK);
 			break;
+		case OP_PAUSE: /* nobody asks for these: there is no check_pause() */
+		case OP_RESUME:
+			fail(&step, CLASS_PERMANENT, "Unsupported", "libvirt VMs cannot be paused yet");
+			break;
 	}
 }
 
