@@ -104,6 +104,22 @@ $client->run("SELECT agentvm.inspect('$session')");
 is(scalar @calls, 1, 'a session of the database assumes it once, too');
 is_deeply([ $calls[0]{args}{RoleSessionName}, actions($calls[0]) ], [ $session, 'ec2:DescribeInstances' ], 'just to look at a VM');
 
+# ---- a pause ----
+one("SELECT agentvm.create_profile('steady', 'ec2', runtime => false, options => '{\"spot\": false}')");
+my $steady = launch($node, 'acme', 'ready', "profile => 'steady'");
+$seen = () = assumed('acme');
+one("SELECT agentvm.pause('$steady')");
+hurry_to($node, $steady, 'paused');
+one("SELECT agentvm.resume('$steady')");
+hurry_to($node, $steady, 'ready');
+@calls = (assumed('acme'))[ $seen .. 99 ];
+@calls = grep { $_ } @calls;
+is(scalar @calls, 1, 'both ways with what was assumed once');
+is_deeply([ actions($calls[0]) ], [ sort qw(ec2:DescribeInstances ec2:StartInstances ec2:StopInstances kms:*) ], 'which allows nothing else');
+my ($stop) = grep { $_->{Action}[0] eq 'ec2:StopInstances' } @{ decode_json($calls[0]{args}{Policy})->{Statement} };
+is_deeply($stop->{Condition}, { StringEquals => { 'ec2:ResourceTag/agentvm-cluster' => $cluster } }, 'and of no VMs but ours');
+finish($steady);
+
 # ---- what is missing ----
 my $poor = $moto->role('poor', 'ec2:DescribeInstances');
 team('poor', arn => $poor);
