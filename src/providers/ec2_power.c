@@ -125,7 +125,11 @@ take_answer(Ec2Step *step, const Way *way)
 		if (state == NULL)
 			ec2_fail_malformed(step);
 		else if (is(state, way->to))
-			done(step);
+		{
+			/* its address may be another one */
+			progress->phase = way->look_phase;
+			ec2_send_describe(step, step->session->vm_id);
+		}
 		else
 			look_later(step, way);
 		return;
