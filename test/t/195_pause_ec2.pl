@@ -126,6 +126,7 @@ $session = ready();
 refuse($_, 'InvalidInstanceID.NotFound') for qw(StopInstances DescribeInstances TerminateInstances);
 hurried($session, 'pause', 'failed provider_lost InvalidInstanceID.NotFound');
 $faults->clear;
+$moto->terminate(vm($session));
 
 # ---- terminate() while the stop is in flight, and when its answer is lost ----
 for my $rule ({ mode => 'slow', ms => 700 }, { mode => 'lost' })
