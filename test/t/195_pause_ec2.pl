@@ -192,7 +192,8 @@ $faults->set(action => 'DeleteParameter', mode => 'slow', ms => 700, n => 1);
 $faults->set(action => 'DeleteParameter', mode => '500', n => 1);
 bootstrap($node, $session);
 asked('DeleteParameter', $before);
-hurried($session, 'pause', 'paused');
+pause($session);
+await_state($node, $session, 'paused', timeout => 30);    # by itself: nobody makes it due
 is(seen($session), 'stopped', 'paused amid the tidying up');
 hurried($session, 'resume', 'ready');
 
