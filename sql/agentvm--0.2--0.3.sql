@@ -25,6 +25,10 @@ ALTER TABLE agentvm.gateway ADD CONSTRAINT control_address_is_sound CHECK (contr
 ALTER TABLE agentvm.session ADD COLUMN bound_pid int, ADD COLUMN bound_start timestamptz;
 CREATE INDEX session_bound ON agentvm.session (bound_pid) WHERE bound_pid IS NOT NULL AND ended_at IS NULL;
 
+-- by agentvm.pause() and agentvm.resume()
+ALTER TABLE agentvm.session ADD COLUMN resumed_at timestamptz;
+COMMENT ON COLUMN agentvm.session.resumed_at IS 'when the VM was last seen to run again after a pause: its silence counts from then';
+
 CREATE TABLE agentvm.command (
 	command_id uuid PRIMARY KEY,
 	session_id uuid NOT NULL,
@@ -114,6 +118,18 @@ LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_download_tar';
 COMMENT ON FUNCTION agentvm.download_tar(uuid, text) IS 'a directory of the VM as a tar archive';
 
 -- ---------------------------------------------------------------------------
+-- Pauses
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION agentvm.pause(session_id uuid) RETURNS boolean
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_pause';
+COMMENT ON FUNCTION agentvm.pause(uuid) IS 'halt a session''s VM, which keeps its disks; true if this call began it, false if it is under way or done';
+
+CREATE FUNCTION agentvm.resume(session_id uuid) RETURNS boolean
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_resume';
+COMMENT ON FUNCTION agentvm.resume(uuid) IS 'let a paused session''s VM go on; true if this call began it, false if it is under way or done';
+
+-- ---------------------------------------------------------------------------
 -- All of it at once
 -- ---------------------------------------------------------------------------
 
@@ -147,6 +163,7 @@ COMMENT ON FUNCTION agentvm.command_ended(uuid, uuid, jsonb) IS 'log what came o
 -- ---------------------------------------------------------------------------
 
 REVOKE ALL ON ALL ROUTINES IN SCHEMA agentvm FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION agentvm.pause(uuid), agentvm.resume(uuid) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION
 	agentvm.exec(uuid, text, interval, text, jsonb, bytea), agentvm.exec_bytes(uuid, text, interval, text, jsonb, bytea),
 	agentvm.exec_start(uuid, text, interval, text, jsonb, bytea), agentvm.exec_output(uuid, uuid, bigint, bigint),

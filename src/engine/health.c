@@ -30,7 +30,8 @@ static DbQuery stuck_query = {
 	"SELECT count(*) FILTER (WHERE state = 'terminating' AND retries >= $1), "
 	"count(*) FILTER (WHERE state = 'provisioning' AND retries >= $1), "
 	"count(*) FILTER (WHERE next_check_at < clock_timestamp() - $2 * interval '1 ms'), "
-	"count(*) FILTER (WHERE lane = 1) "
+	"count(*) FILTER (WHERE lane = 1), "
+	"count(*) FILTER (WHERE state IN ('pausing', 'resuming') AND retries >= $1) "
 	"FROM agentvm.session WHERE ended_at IS NULL",
 	2,
 	{INT4OID, INT4OID}};
@@ -214,6 +215,8 @@ agentvm_health(PG_FUNCTION_ARGS)
 			  "sessions cannot be terminated at their provider and are tried again");
 	put_count(rsinfo, "launch", count_at(2),
 			  "launches have failed several times and are tried again");
+	put_count(rsinfo, "pause", count_at(5),
+			  "pauses and resumes have failed several times and are tried again");
 	put_count(rsinfo, "backlog", count_at(3),
 			  "sessions are overdue for more than two sweep intervals");
 	put_runner(rsinfo, count_at(4));

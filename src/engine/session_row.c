@@ -24,7 +24,7 @@
 	"1), s.lane, "                                                                                 \
 	"s.state, s.end_reason, s.detail, s.vm_id, s.region, s.address, s.purchase, s.attempt, "       \
 	"s.launched_at, s.ready_at, s.ended_at, s.next_check_at, s.lease, s.retries, s.running, "      \
-	"s.handle "
+	"s.handle, s.resumed_at "
 
 /*
  * The engine never waits for a lock of a user.  The candidates come with their
@@ -49,7 +49,7 @@ static DbQuery save_query = {
 	"next_check_at = $13, lease = $14, "
 	"lease_pid = CASE WHEN $14 IS NOT NULL THEN $15 END, "
 	"lease_start = CASE WHEN $14 IS NOT NULL THEN $16 END, "
-	"retries = $17, running = $18, "
+	"retries = $17, running = $18, resumed_at = $20, "
 	/* at the end nothing is kept that only a live VM needs */
 	"handle = CASE WHEN $12 IS NULL THEN $19 END, "
 	"payload_enc = CASE WHEN $12 IS NULL THEN payload_enc END, "
@@ -58,10 +58,11 @@ static DbQuery save_query = {
 	"final_heartbeat_at = CASE WHEN $12 IS NOT NULL THEN "
 	"(SELECT h.last_heartbeat_at FROM agentvm.session_heartbeat h WHERE h.session_id = $1) END "
 	"WHERE session_id = $1",
-	19,
-	{UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID,
-	 TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT4OID,
-	 TIMESTAMPTZOID, INT4OID, BOOLOID, JSONBOID}};
+	20,
+	{UUIDOID,		 TEXTOID,		 TEXTOID,		 TEXTOID,  TEXTOID,
+	 TEXTOID,		 TEXTOID,		 TEXTOID,		 INT4OID,  TIMESTAMPTZOID,
+	 TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID,  INT4OID,
+	 TIMESTAMPTZOID, INT4OID,		 BOOLOID,		 JSONBOID, TIMESTAMPTZOID}};
 
 /*
  * Somebody may hold a beat in a transaction that stays open: then the row is left
@@ -164,6 +165,7 @@ row_from_result(uint64 i, MemoryContext context)
 	row->retries = get_int(i, c++, 4);
 	row->running = get_int(i, c++, 1);
 	row->handle = copy_jsonb(i, c++, context);
+	row->resumed_at = get_int(i, c++, 8);
 	return row;
 }
 
@@ -246,8 +248,8 @@ set_jsonb(Datum *values, char *nulls, int i, Jsonb *document)
 void
 session_row_save(SessionRow *row)
 {
-	Datum values[19];
-	char nulls[19];
+	Datum values[20];
+	char nulls[20];
 
 	memset(nulls, ' ', sizeof(nulls));
 	values[0] = UUIDPGetDatum(&row->session_id);
@@ -270,6 +272,7 @@ session_row_save(SessionRow *row)
 	values[16] = Int32GetDatum(row->retries);
 	values[17] = BoolGetDatum(row->running);
 	set_jsonb(values, nulls, 18, row->handle);
+	set_time(values, nulls, 19, row->resumed_at);
 	db_run(&save_query, values, nulls);
 
 	if (state_is_ended(row->state) && row->runtime)

@@ -49,6 +49,7 @@ typedef struct SessionRow
 	int attempt;
 	TimestampTz launched_at; /* 0: NULL, as for all times here */
 	TimestampTz ready_at;
+	TimestampTz resumed_at;
 	TimestampTz ended_at;
 	TimestampTz next_check_at; /* 0: NULL */
 	int64 lease;			   /* 0: NULL */

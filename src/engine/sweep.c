@@ -81,16 +81,24 @@ static DbQuery listening_query = {
 	{INT4OID, TIMESTAMPTZOID}};
 
 #define IS_SILENT                                                                                  \
-	"greatest(h.last_heartbeat_at, s.ready_at, $1) + h.lost_after < clock_timestamp() "            \
+	"greatest(h.last_heartbeat_at, s.ready_at, s.resumed_at, $1) + h.lost_after "                  \
+	"< clock_timestamp() "                                                                         \
 	"AND s.state IN ('ready', 'warm')"
 
-/* One scan of the narrow table; sessions that cannot be silent yet are not even joined. */
+/*
+ * One scan of the narrow table; sessions that cannot be silent yet are not even joined.
+ * Those that are paused are silent by right, and no part of the fleet that is heard.
+ */
 static DbQuery silent_query = {
-	"SELECT h.session_id, count(*) OVER (), (SELECT count(*) FROM agentvm.session_heartbeat), "
-	"max(h.lost_after) OVER () "
-	"FROM agentvm.session_heartbeat h JOIN agentvm.session s USING (session_id) "
-	"WHERE greatest(h.last_heartbeat_at, $1) + h.lost_after < clock_timestamp() AND " IS_SILENT " "
-	"ORDER BY greatest(h.last_heartbeat_at, s.ready_at) LIMIT $2",
+	"SELECT session_id, silent, (SELECT count(*) FROM agentvm.session_heartbeat) - away, longest "
+	"FROM (SELECT h.session_id, greatest(h.last_heartbeat_at, s.ready_at, s.resumed_at) AS since, "
+	"i.is_silent, count(*) FILTER (WHERE i.is_silent) OVER () AS silent, "
+	"count(*) FILTER (WHERE s.state IN ('pausing', 'paused', 'resuming')) OVER () AS away, "
+	"max(h.lost_after) FILTER (WHERE i.is_silent) OVER () AS longest "
+	"FROM agentvm.session_heartbeat h JOIN agentvm.session s USING (session_id), "
+	"LATERAL (SELECT " IS_SILENT " AS is_silent) i "
+	"WHERE greatest(h.last_heartbeat_at, $1) + h.lost_after < clock_timestamp()) q "
+	"WHERE is_silent ORDER BY since LIMIT $2",
 	2,
 	{TIMESTAMPTZOID, INT8OID}};
 

@@ -311,8 +311,75 @@ login_has_expired(const Provider *provider, const HttpReply *reply, const TurnCa
 static bool
 boot_is_left(const SessionRow *row)
 {
-	return row->state == STATE_READY && row->handle != NULL &&
+	return (row->state == STATE_READY || row->state == STATE_PAUSED) && row->handle != NULL &&
 		   option_value(row->handle, AVM_BOOT_LEFT) != NULL;
+}
+
+/* What the row asks for at its provider; false: nothing. */
+static bool
+wanted_op(const SessionRow *row, ProviderOp *op)
+{
+	if (row->state == STATE_TERMINATING)
+		*op = OP_TERMINATE;
+	else if (!row->running)
+		*op =
+			OP_PROVISION; /* also of one that is pausing: a runtime may report before we have looked */
+	else if (row->state == STATE_PAUSING)
+		*op = OP_PAUSE;
+	else if (row->state == STATE_RESUMING)
+		*op = OP_RESUME;
+	else if (boot_is_left(row))
+		*op = OP_TIDY;
+	else
+		return false;
+	return true;
+}
+
+/* Whether the state has been changed while an operation's call was under way, and asks for another one. */
+static bool
+is_overtaken(const SessionRow *row, ProviderOp op)
+{
+	switch (op)
+	{
+		case OP_PROVISION:
+			return row->state == STATE_TERMINATING;
+		case OP_TIDY:
+			return row->state != STATE_READY && row->state != STATE_PAUSED;
+		case OP_PAUSE:
+			return row->state != STATE_PAUSING;
+		case OP_RESUME:
+			return row->state != STATE_RESUMING;
+		case OP_TERMINATE:
+		case OP_INSPECT:
+		case OP_CHECK:
+			break;
+	}
+	return false;
+}
+
+/*
+ * A pause or resume has failed: whether it is tried again.  It is if it may have taken
+ * effect: nobody is told that a VM runs which is about to halt.  Else the session is
+ * what it was before, and says why.
+ */
+static bool
+power_goes_on(SessionRow *row, const ProviderStep *step, char *error)
+{
+	if (step->error_class == CLASS_NOT_FOUND)
+	{
+		session_begin_end(row, class_end_reason(step->error_class), error);
+		return false;
+	}
+	row->detail = error;
+	if (step->error_class == CLASS_THROTTLED || step->error_class == CLASS_TRANSIENT ||
+		(row->handle != NULL && option_value(row->handle, AVM_POWER_SENT) != NULL))
+	{
+		row->retries++;
+		return true;
+	}
+	row->state = row->state == STATE_PAUSING ? STATE_READY : STATE_PAUSED;
+	row->retries = 0;
+	return false;
 }
 
 void
@@ -353,17 +420,8 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 		enforce_deadlines(row, now);
 		if (state_is_ended(row->state))
 			break;
-		if (reply == NULL)
-		{
-			if (row->state == STATE_TERMINATING)
-				op = OP_TERMINATE;
-			else if (!row->running)
-				op = OP_PROVISION;
-			else if (boot_is_left(row))
-				op = OP_TIDY;
-			else
-				break;
-		}
+		if (reply == NULL && !wanted_op(row, &op))
+			break;
 
 		context.op = op;
 		context.session = session_row_for_provider(row);
@@ -375,7 +433,7 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 		context.handle = row->handle;
 		context.reply = reply;
 		context.now = now;
-		context.ending = row->state == STATE_TERMINATING && op == OP_PROVISION;
+		context.ending = row->state == STATE_TERMINATING && op != OP_TERMINATE && op != OP_TIDY;
 		if (provider != NULL && provider->placed)
 		{
 			placed = placement_of(row, op == OP_PROVISION && !context.ending, &host, &step);
@@ -447,8 +505,8 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 			result->call.again = true;
 		}
 
-		if ((op == OP_PROVISION || op == OP_TIDY) && row->state == STATE_TERMINATING)
-			continue; /* the reply has been taken in; now end it */
+		if (is_overtaken(row, op))
+			continue; /* the reply has been taken in; now what is wanted */
 
 		if (expired && step.kind == STEP_FAILED)
 			continue; /* the step has taken in the refusal; now once more, with a new login */
@@ -502,6 +560,14 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 				row->ended_at = now;
 				break;
 			}
+			if (op == OP_PAUSE || op == OP_RESUME)
+			{
+				row->state = op == OP_PAUSE ? STATE_PAUSED : STATE_READY;
+				row->detail = NULL;
+				if (op == OP_RESUME)
+					row->resumed_at = now;
+				continue;
+			}
 			row->running = true;
 			if (row->launched_at == 0)
 				row->launched_at = now;
@@ -522,6 +588,13 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 			row->retries++;
 			retry_at =
 				now + retry_delay_ms(row->retries, RETRY_CAP_TERMINATE_MS) * INT64CONST(1000);
+			break;
+		}
+		if (op == OP_PAUSE || op == OP_RESUME)
+		{
+			if (!power_goes_on(row, &step, error))
+				continue;
+			retry_at = now + retry_delay_ms(row->retries, RETRY_CAP_LAUNCH_MS) * INT64CONST(1000);
 			break;
 		}
 		/* a VM that is launched is judged by its runtime, not by our failure to look at it */

@@ -50,11 +50,12 @@ typedef enum LoginKind
 {
 	KIND_LAUNCH,
 	KIND_TERMINATE,
+	KIND_POWER,
 	KIND_INSPECT,
 	KIND_CHECK
 } LoginKind;
 
-static const char *const kind_names[] = {"launch", "terminate", "inspect", "check"};
+static const char *const kind_names[] = {"launch", "terminate", "power", "inspect", "check"};
 
 static LoginKind
 kind_of(ProviderOp op)
@@ -66,6 +67,9 @@ kind_of(ProviderOp op)
 			return KIND_LAUNCH;
 		case OP_TERMINATE:
 			return KIND_TERMINATE;
+		case OP_PAUSE:
+		case OP_RESUME:
+			return KIND_POWER;
 		case OP_INSPECT:
 			return KIND_INSPECT;
 		case OP_CHECK:
@@ -346,17 +350,21 @@ session_policy(const LoginContext *context, const char *partition)
 		/* the account's first spot instance ever */
 		add_statement(&policy, "\"iam:CreateServiceLinkedRole\"", "*",
 					  "{\"StringEquals\":{\"iam:AWSServiceName\":\"spot.amazonaws.com\"}}");
-		/* what EC2 and SSM encrypt in the caller's name: volumes, parameters */
+	}
+	/* what EC2 and SSM encrypt in the caller's name: volumes, also at a start; parameters */
+	if (kind == KIND_LAUNCH || kind == KIND_CHECK || kind == KIND_POWER)
 		add_statement(&policy, "\"kms:*\"", "*",
 					  "{\"StringLike\":{\"kms:ViaService\":[\"ec2.*\",\"ssm.*\"]}}");
-	}
-	if (kind == KIND_TERMINATE && context->cluster != NULL)
-		add_statement(&policy, "\"ec2:TerminateInstances\"", "*",
+	if ((kind == KIND_TERMINATE || kind == KIND_POWER) && context->cluster != NULL)
+		add_statement(&policy,
+					  kind == KIND_TERMINATE ? "\"ec2:TerminateInstances\""
+											 : "\"ec2:StopInstances\",\"ec2:StartInstances\"",
+					  "*",
 					  psprintf("{\"StringEquals\":{\"ec2:ResourceTag/agentvm-cluster\":\"%s\"}}",
 							   context->cluster));
 	if (kind == KIND_CHECK)
 		add_statement(&policy, "\"sts:DecodeAuthorizationMessage\"", "*", NULL);
-	if (uses_ssm(context) && kind != KIND_INSPECT && context->cluster != NULL)
+	if (uses_ssm(context) && kind != KIND_INSPECT && kind != KIND_POWER && context->cluster != NULL)
 		add_statement(
 			&policy,
 			kind == KIND_LAUNCH ? "\"ssm:PutParameter\",\"ssm:DeleteParameter\""
@@ -371,7 +379,7 @@ role_duration(const LoginContext *context)
 {
 	LoginKind kind = kind_of(context->op);
 
-	return kind == KIND_LAUNCH || kind == KIND_TERMINATE ? ROLE_S : ROLE_ONCE_S;
+	return kind == KIND_INSPECT || kind == KIND_CHECK ? ROLE_ONCE_S : ROLE_S;
 }
 
 static void

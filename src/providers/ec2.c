@@ -33,8 +33,8 @@
  * its instance has ended already, so that there is a new attempt at once.  Where the VM
  * has reported by itself it has run, and there is none.
  *
- * This file has what all operations share, and all operations but the launch,
- * which is in ec2_launch.c; boot.c makes the user data.
+ * This file has what all operations share, and ends; the launch is in
+ * ec2_launch.c, pauses in ec2_power.c; boot.c makes the user data.
  *
  *-------------------------------------------------------------------------
  */
@@ -110,6 +110,7 @@ static const ProgressMember integers[] = {
 	{"put", offsetof(Ec2Progress, put)},
 	{"puts", offsetof(Ec2Progress, puts)},
 	{"put_at", offsetof(Ec2Progress, put_at)},
+	{AVM_POWER_SENT, offsetof(Ec2Progress, power_sent)},
 };
 
 static const ProgressMember texts[] = {
@@ -752,6 +753,11 @@ ec2_step(const ProviderContext *context, ProviderStep *out)
 			ec2_drop_parameter(&step);
 			out->handle = write_progress(&step.progress);
 			break;
+		case OP_PAUSE:
+		case OP_RESUME:
+			ec2_power(&step);
+			out->handle = write_progress(&step.progress);
+			break;
 		case OP_INSPECT:
 			ec2_inspect(&step);
 			break;
@@ -772,6 +778,7 @@ const Provider ec2_provider = {
 	.validate = ec2_validate,
 	.check_launch = ec2_check_launch,
 	.alternatives = ec2_alternatives,
+	.check_pause = ec2_check_pause,
 	.login_needed = aws_login_needed,
 	.login_step = aws_login_step,
 	.login_expired = aws_login_expired,

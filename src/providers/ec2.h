@@ -21,6 +21,8 @@
 #define RUN "RunInstances"
 #define DESCRIBE "DescribeInstances"
 #define TERMINATE "TerminateInstances"
+#define STOP "StopInstances"
+#define START "StartInstances"
 #define PUT_PARAMETER "PutParameter"
 #define DELETE_PARAMETER "DeleteParameter"
 #define MAX_USER_DATA 16384 /* bytes before base64 */
@@ -44,7 +46,8 @@ typedef struct Ec2Progress
 	int64 looks;	/* fruitless looks for an instance */
 	int64 look_at;	/* epoch ms at which the last look-up by tag was sent */
 	const char *
-		phase; /* of OP_TERMINATE: NULL, "confirm", "refused", "lookup", "parameter"; of OP_PROVISION: NULL, PUT_PHASE, FIND_PHASE */
+		phase; /* of OP_TERMINATE: NULL, "confirm", "refused", "lookup", "parameter"; of OP_PROVISION: NULL, PUT_PHASE,
+				* FIND_PHASE; of the others: see ec2_power.c */
 	const char *vm_id;
 	const char *region;
 
@@ -64,6 +67,9 @@ typedef struct Ec2Progress
 	int64 put;			   /* the attempt whose payload it has, 0: none */
 	int64 puts;			   /* how often another one may have been sent since */
 	int64 put_at;		   /* epoch ms of the last time, 0: settled */
+
+	int64
+		power_sent; /* how often a stop or start may have been sent, 0: settled; kept as AVM_POWER_SENT */
 } Ec2Progress;
 
 /* One step of one operation. */
@@ -182,6 +188,14 @@ extern void ec2_drop_parameter(Ec2Step *step);
 
 /* Raise AV010 or AV012 for what would keep a session's payload from being delivered. */
 extern void ec2_check_parameter(Jsonb *options);
+
+/* ---- ec2_power.c ---- */
+
+/* Raise AV007 or 0A000 where the session's instance cannot be stopped. */
+extern void ec2_check_pause(const ProviderSession *session, Jsonb *options);
+
+/* OP_PAUSE and OP_RESUME. */
+extern void ec2_power(Ec2Step *step);
 
 /* ---- ec2_check.c ---- */
 

@@ -9,7 +9,7 @@
  * form only, it is asked to decode it.  Nothing is changed by any of this: the
  * parameter that is deleted is none.
  *
- * Whether VMs may be ended cannot be asked without one.
+ * Whether VMs may be ended, stopped and started cannot be asked without one.
  *
  *-------------------------------------------------------------------------
  */
@@ -172,9 +172,11 @@ ask_parameter(Ec2Step *step, Jsonb *result)
 static void
 finish(Ec2Step *step, Jsonb *result)
 {
+	static const char *const not_checked[] = {"ec2:" TERMINATE, "ec2:" STOP, "ec2:" START};
 	bool ok = option_value(result, "missing") == NULL && option_value(result, "problems") == NULL;
 
-	result = add_to_list(result, "not_checked", text_document("ec2:" TERMINATE));
+	for (int i = 0; i < lengthof(not_checked); i++)
+		result = add_to_list(result, "not_checked", text_document(not_checked[i]));
 	step->out->kind = STEP_DONE;
 	step->out->result = handle_set_bool(result, "ok", ok);
 }

@@ -550,6 +550,39 @@ libvirt_terminate(Step *step)
 	}
 }
 
+/* Any of them can be halted. */
+static void
+libvirt_check_pause(const ProviderSession *session, Jsonb *options)
+{
+}
+
+static void
+libvirt_power(Step *step)
+{
+	const char *operation = step->context->op == OP_PAUSE ? LV_PAUSE : LV_RESUME;
+	Jsonb *handle = step->context->handle;
+	int64 sent = handle_int(handle, AVM_POWER_SENT, 0);
+	bool settled;
+
+	step->out->operation = operation;
+	if (step->context->host == NULL)
+		fail(step, CLASS_TRANSIENT, "NoHost", "the session has no host");
+	else if (step->context->reply == NULL)
+	{
+		send(step, operation, true, NULL, 0);
+		step->out->handle = handle_set_int(handle, AVM_POWER_SENT, sent + 1);
+	}
+	else
+	{
+		if (succeeded(step, &settled))
+			step->out->kind = STEP_DONE;
+		/* a refusal comes from a look at the domain, but for one that says that a call hangs */
+		if (step->out->kind == STEP_DONE || step->out->error_class != CLASS_TRANSIENT ||
+			(settled && sent <= 1))
+			step->out->handle = handle_set_text(handle, AVM_POWER_SENT, NULL);
+	}
+}
+
 /* A question, whose answer is the result. */
 static void
 ask(Step *step, const char *operation)
@@ -600,6 +633,10 @@ libvirt_step(const ProviderContext *context, ProviderStep *out)
 		case OP_CHECK:
 			ask(&step, LV_CHECK);
 			break;
+		case OP_PAUSE:
+		case OP_RESUME:
+			libvirt_power(&step);
+			break;
 	}
 }
 
@@ -613,6 +650,7 @@ static const Provider libvirt_provider = {
 	.perform = lv_perform,
 	.validate = libvirt_validate,
 	.check_launch = libvirt_check_launch,
+	.check_pause = libvirt_check_pause,
 	.step = libvirt_step,
 };
 

@@ -17,6 +17,8 @@
 /* The operations: BlockingCall.operation, the names of calls in events and statistics. */
 #define LV_LAUNCH "launch"
 #define LV_TERMINATE "terminate"
+#define LV_PAUSE "pause"
+#define LV_RESUME "resume"
 #define LV_INSPECT "inspect"
 #define LV_PROBE "probe"
 #define LV_CHECK "check"

@@ -163,6 +163,11 @@ extern const char *lv_state_name(virDomainPtr domain);
 
 extern bool lv_launch(LvJob *job);
 extern bool lv_terminate(LvJob *job);
+
+/* Halt the guest's processors, its memory kept, and let them go on; one that is so already is success. */
+extern bool lv_pause(LvJob *job);
+extern bool lv_resume(LvJob *job);
+
 extern bool lv_inspect(LvJob *job);
 
 /* ---- libvirt_check.c: what a host can do ---- */

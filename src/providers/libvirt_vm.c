@@ -485,6 +485,47 @@ lv_terminate(LvJob *job)
 	return ended;
 }
 
+/* ---- pause, resume ---- */
+
+static bool
+halt(LvJob *job, bool pauses)
+{
+	const char *from = pauses ? "running" : "paused";
+	const char *to = pauses ? "paused" : "running";
+	virDomainPtr domain = NULL;
+	const char *state;
+
+	if (!lv_connect(job) || !find_domain(job, &domain))
+		return false;
+	if (domain == NULL)
+		return lv_fail(job, CLASS_NOT_FOUND, "NoDomain", "the domain is gone");
+	state = lv_state_name(domain);
+	if (state == NULL)
+		lv_fail_libvirt(job, "state");
+	else if (strcmp(state, from) == 0 && lv_in_time(job))
+	{
+		job->mutating = true;
+		if ((pauses ? virDomainSuspend(domain) : virDomainResume(domain)) < 0)
+			lv_fail_libvirt(job, pauses ? "suspend" : "resume");
+	}
+	else if (!job->failed && strcmp(state, to) != 0)
+		lv_fail(job, CLASS_NOT_FOUND, "NotRunning", "the domain is there, but %s", state);
+	virDomainFree(domain);
+	return !job->failed;
+}
+
+bool
+lv_pause(LvJob *job)
+{
+	return halt(job, true);
+}
+
+bool
+lv_resume(LvJob *job)
+{
+	return halt(job, false);
+}
+
 /* ---- inspect ---- */
 
 bool

@@ -10,6 +10,9 @@
  *		launch_due		when the VM runs (epoch ms), from the first step on
  *		terminate_due	when the VM is gone, once it has been told to end
  *		failures		how often provisioning has failed as asked for
+ *		power_due		when it is paused or runs again, while that is under way
+ *		power_failures	how often that has failed as asked for
+ *		paused			it is
  *
  *-------------------------------------------------------------------------
  */
@@ -38,6 +41,10 @@ static const ProviderOption noop_options[] = {
 	 "how provisioning fails: credentials, capacity, quota, throttled, transient, permanent or "
 	 "lost"},
 	{"fail_times", 'i', true, "how often it fails before it succeeds; always when not set"},
+	{"pause_delay", 'd', true, "how long a pause takes"},
+	{"resume_delay", 'd', true, "how long it takes to go on after a pause"},
+	{"pause_fail", 's', true, "how a pause fails: as in fail; fail_times counts for each"},
+	{"resume_fail", 's', true, "how a resume fails"},
 	{"runtime", 'b', true, "whether the VM is to run agentvm-runtime"},
 	{NULL, 0, false, NULL}};
 
@@ -82,14 +89,19 @@ find_failure(const char *name)
 static void
 noop_validate(OptionScope scope, Jsonb *options)
 {
-	char *fail = option_text(options, "fail");
+	static const char *const fails[] = {"fail", "pause_fail", "resume_fail"};
 
-	if (fail != NULL && find_failure(fail) < 0)
-		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
-				errmsg("invalid value for option \"fail\" of provider \"noop\""),
-				errhint("Valid values: credentials, capacity, quota, throttled, transient, "
-						"permanent, lost."),
-				hide_caller());
+	for (int i = 0; i < lengthof(fails); i++)
+	{
+		char *fail = option_text(options, fails[i]);
+
+		if (fail != NULL && find_failure(fail) < 0)
+			ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
+					errmsg("invalid value for option \"%s\" of provider \"noop\"", fails[i]),
+					errhint("Valid values: credentials, capacity, quota, throttled, transient, "
+							"permanent, lost."),
+					hide_caller());
+	}
 	if (option_int(options, "fail_times", 1) < 1)
 		ereport(ERROR, errcode(AVM_INVALID_CONFIGURATION),
 				errmsg("option \"fail_times\" of provider \"noop\" must be at least 1"),
@@ -105,12 +117,12 @@ wait_until(int64 due, int64 now, ProviderStep *step)
 }
 
 static void
-fail_as(int failure, ProviderStep *step)
+fail_as(int failure, const char *option, ProviderStep *step)
 {
 	step->kind = STEP_FAILED;
 	step->error_class = failures[failure].class;
 	step->error_code = failures[failure].code;
-	step->error_message = "simulated by option fail";
+	step->error_message = psprintf("simulated by option %s", option);
 }
 
 /*
@@ -128,7 +140,7 @@ begin_launch(const ProviderContext *context, int failure, bool lost, int64 now, 
 
 	if (failure >= 0 && !lost && (fail_times == 0 || failed < fail_times))
 	{
-		fail_as(failure, step);
+		fail_as(failure, "fail", step);
 		step->handle = handle_set_int(context->handle, "failures", failed + 1);
 		return false;
 	}
@@ -175,7 +187,7 @@ noop_provision(const ProviderContext *context, ProviderStep *step)
 	}
 	else if (lost)
 	{
-		fail_as(failure, step);
+		fail_as(failure, "fail", step);
 		return;
 	}
 
@@ -204,6 +216,49 @@ noop_terminate(const ProviderContext *context, ProviderStep *step)
 		wait_until(due, now, step);
 }
 
+/* All of these can be paused. */
+static void
+noop_check_pause(const ProviderSession *session, Jsonb *options)
+{
+}
+
+static void
+noop_power(const ProviderContext *context, ProviderStep *step)
+{
+	bool pauses = context->op == OP_PAUSE;
+	const char *option = pauses ? "pause_fail" : "resume_fail";
+	char *fail = option_text(context->options, option);
+	int fail_times = option_int(context->options, "fail_times", 0);
+	int64 failed = handle_int(context->handle, "power_failures", 0);
+	int64 now = epoch_ms(context->now);
+	int64 due = handle_int(context->handle, "power_due", -1);
+	Jsonb *handle = context->handle;
+
+	step->operation = pauses ? "pause" : "resume";
+	if (due < 0 && fail != NULL && (fail_times == 0 || failed < fail_times))
+	{
+		fail_as(find_failure(fail), option, step);
+		step->handle = handle_set_int(handle, "power_failures", failed + 1);
+		return;
+	}
+	if (due < 0)
+	{
+		due = now + option_ms(context->options, pauses ? "pause_delay" : "resume_delay", 0);
+		handle = handle_set_int(handle, "power_due", due);
+		handle = handle_set_text(handle, "power_failures", NULL);
+	}
+	if (due > now)
+		wait_until(due, now, step);
+	else
+	{
+		step->kind = STEP_DONE;
+		handle = handle_set_text(handle, "power_due", NULL);
+		handle = pauses ? handle_set_bool(handle, "paused", true)
+						: handle_set_text(handle, "paused", NULL);
+	}
+	step->handle = handle;
+}
+
 static void
 noop_inspect(const ProviderContext *context, ProviderStep *step)
 {
@@ -222,6 +277,8 @@ noop_inspect(const ProviderContext *context, ProviderStep *step)
 		state = "pending";
 	else if (fail != NULL && strcmp(fail, FAIL_LOST) == 0)
 		state = "not_found";
+	else if (option_bool(context->handle, "paused", false))
+		state = "paused";
 	else
 		state = "running";
 
@@ -255,6 +312,10 @@ noop_step(const ProviderContext *context, ProviderStep *step)
 		case OP_TIDY: /* it leaves nothing of a boot */
 			step->kind = STEP_DONE;
 			break;
+		case OP_PAUSE:
+		case OP_RESUME:
+			noop_power(context, step);
+			break;
 		case OP_INSPECT:
 			noop_inspect(context, step);
 			break;
@@ -272,5 +333,6 @@ const Provider noop_provider = {
 	.runtime_default = false,
 	.needs_secrets = false,
 	.validate = noop_validate,
+	.check_pause = noop_check_pause,
 	.step = noop_step,
 };

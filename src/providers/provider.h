@@ -47,13 +47,21 @@
  */
 #define AVM_BOOT_LEFT "boot_left"
 
+/*
+ * Member of the handle, of any value: a call that pauses or resumes the VM may have
+ * taken effect.  As long as it is there, that operation is not given up.
+ */
+#define AVM_POWER_SENT "power_sent"
+
 typedef enum ProviderOp
 {
 	OP_PROVISION, /* make the VM and see it running */
 	OP_TERMINATE, /* end it; a VM that is gone already is success */
 	OP_INSPECT,	  /* what the provider says now; result is jsonb */
 	OP_CHECK,	  /* are the credentials good? read-only; result is jsonb; no session */
-	OP_TIDY		  /* take away what AVM_BOOT_LEFT tells of; never ends a session */
+	OP_TIDY,	  /* take away what AVM_BOOT_LEFT tells of; never ends a session */
+	OP_PAUSE,	  /* halt the VM in a way that OP_RESUME undoes, and see it halted */
+	OP_RESUME	  /* let it go on, and see it running */
 } ProviderOp;
 
 /* The session as a provider sees it. Strings are NULL where not known. */
@@ -114,7 +122,8 @@ typedef struct ProviderContext
 	const HttpReply *reply; /* answer to the last step's request; NULL: (re)start from the handle */
 	TimestampTz now;
 	bool
-		ending; /* OP_PROVISION: the session is to end: begin nothing new, just take in the reply */
+		ending; /* OP_PROVISION, OP_PAUSE, OP_RESUME: the session is to end: begin nothing new, just take
+				 * in the reply */
 	List *profiles; /* OP_CHECK: of ProviderProfile, by name: those of the provider that the team
 					 * may use */
 } ProviderContext;
@@ -233,6 +242,12 @@ typedef struct Provider
 	 * and can be told without a call (AV010, AV012), at provision(); may be NULL.
 	 */
 	void (*check_launch)(Jsonb *options, bool runtime);
+	/*
+	 * Raise what keeps this session, which is ready, from being paused (0A000), or
+	 * says that it is not known yet (AV007); makes no call.  NULL: the provider cannot
+	 * pause, and is never asked for OP_PAUSE and OP_RESUME.
+	 */
+	void (*check_pause)(const ProviderSession *session, Jsonb *options);
 	/*
 	 * Of a provider whose credentials may have to be fetched first; else all three are
 	 * NULL.  The login that is needed beyond context->secrets, as a palloc'd text that is the

@@ -506,8 +506,11 @@ not_ready(Call *call, const SessionFacts *facts)
 		 psprintf("session %s is not ready, but %s", call->session_text, state_name(facts->state)),
 		 facts->changed_here ? "It was changed in this transaction, which has not committed."
 							 : NULL,
-		 facts->changed_here
-			 ? "The provider is called only after commit: COMMIT first, then wait."
+		 facts->changed_here ? "The provider is called only after commit: COMMIT first, then wait."
+		 : facts->state == STATE_PAUSING || facts->state == STATE_PAUSED
+			 ? psprintf("%sSELECT agentvm.resume('%s'), then wait: CALL agentvm.await('%s').",
+						facts->state == STATE_PAUSED ? "" : "When it is paused: ",
+						call->session_text, call->session_text)
 			 : psprintf("Wait for it: CALL agentvm.await('%s').", call->session_text));
 }
 

@@ -80,6 +80,15 @@ is_reached(const SessionWait *wait, const SessionFacts *facts)
 		return true;
 	if (!for_end && (facts->state == STATE_TERMINATING || state_is_ended(facts->state)))
 		session_raise_ended(&wait->session_id, facts);
+	/* only what has failed leaves a word on a session that is ready or paused */
+	if (facts->detail != NULL && ((wait->until == STATE_PAUSED && facts->state == STATE_READY) ||
+								  (wait->until == STATE_READY && facts->state == STATE_PAUSED)))
+		ereport(ERROR,
+				(errcode(AVM_PROVIDER_ERROR),
+				 errmsg("session %s could not be %s", session_text(&wait->session_id),
+						wait->until == STATE_PAUSED ? "paused" : "resumed"),
+				 errdetail("%s", facts->detail),
+				 errhint("It is %s as before, and may be told again.", state_name(facts->state))));
 	if (facts->changed_here)
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 						errmsg("this wait could never end: the session was changed in this "

@@ -113,6 +113,16 @@ is($vms[0]{imds}, 'required', 'without IMDSv1') unless $endpoint;
 is($vms[0]{tags}{$_}, { 'agentvm-managed-by' => 'agentvm', 'agentvm-team-id' => 'acme', 'agentvm-cluster' => $run }->{$_}, "tag $_") for qw(agentvm-managed-by agentvm-team-id agentvm-cluster);
 like($node->safe_psql('postgres', "SELECT agentvm.inspect('$session')"), qr/"state": "running"/, 'inspect() sees it run');
 is($node->safe_psql('postgres', "SELECT agentvm.provision('acme', profile => 'plain', idempotency_key => 'one')"), $session, 'asked again with the same key: the same session');
+
+# ---- pause and resume ----
+
+foreach my $case ([ 'pause', 'paused', 'stopped' ], [ 'resume', 'ready', 'running' ])
+{
+	my ($way, $state, $vm) = @$case;
+	is($node->safe_psql('postgres', "SELECT agentvm.$way('$session')"), 't', "$way()");
+	await($node, "SELECT state FROM agentvm.sessions WHERE session_id = '$session'", $state, timeout => $patience, name => "$way(): within $patience s") || diag(state_of($node, $session));
+	is(join(' ', map { "$_->{id} $_->{state}" } vms($session)), column($node, $session, 'vm_id') . " $vm", "the VM is $vm");
+}
 finish($session, 'on-demand');
 is($node->safe_psql('postgres', "SELECT agentvm.terminate('$session')"), 'f', 'ended again: nothing to do');
 is(scalar vms($session), 1, 'and there was never another VM');

@@ -94,6 +94,13 @@ fleet('3 s');
 later('1 min');
 is(swept("session_id > '00000000-0000-7000-8000-000000000051'"), 0, 'one more is held');
 
+# ---- who is paused is silent by right, and makes the fleet no larger ----
+fleet('3 s');
+later('1 min');
+sql("UPDATE agentvm.session SET state = '$_' WHERE session_id > '00000000-0000-7000-8000-000000000064'") for qw(pausing paused);
+is(swept("session_id > '00000000-0000-7000-8000-00000000001e' AND state = 'ready'"), 0, '30 of the 100 that are not paused: held');
+is(held(), 'held', 'although they are few beside the 300 that are');
+
 # ---- the gateways were gone ----
 fleet('2 min');
 sql("INSERT INTO agentvm.gateway (gateway_id) VALUES ('gw1'), ('gw2')");

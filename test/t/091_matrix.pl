@@ -80,7 +80,7 @@ $node->safe_psql('postgres', q{GRANT CREATE ON SCHEMA public TO PUBLIC; CREATE R
 my %hash = map { $_ => { token => AgentVM::Runtime::token_hash($node, $session{$_}, 1), session => AgentVM::Runtime::session_hash($session{$_}) } } qw(acme globex);
 my %call = (
 	provision => q{provision('TEAM')}, terminate => q{terminate('SESSION')}, wait => q{wait('SESSION', 'ready', '1 s')}, await => q{await('SESSION', 'ready', '1 s')},
-	status => q{status('SESSION')}, inspect => q{inspect('SESSION')}, extend => q{extend('SESSION', '1 s')}, channel => q{channel('TEAM')},
+	status => q{status('SESSION')}, inspect => q{inspect('SESSION')}, extend => q{extend('SESSION', '1 s')}, pause => q{pause('SESSION')}, resume => q{resume('SESSION')}, channel => q{channel('TEAM')},
 	map({ $_ => "$_('SESSION', 'true')" } qw(exec exec_bytes exec_start)), map({ $_ => "$_('SESSION', 'COMMAND')" } qw(exec_output exec_wait exec_kill)),
 	# its own errors are in its rows
 	exec_many => q{SELECT public.raised(m.sqlstate, m.error) FROM agentvm.exec_many('{SESSION}', 'true') m}, run => q{run('TEAM', 'true')},

@@ -105,12 +105,21 @@ is(inspected($session, qw(state vm_id host accel vcpus memory_mib)), "running ag
 my $xml = $libvirt->virsh('dumpxml', "agentvm-$session");
 like($xml, qr{<agentvm:vm xmlns:agentvm="urn:agentvm:vm">\s*<agentvm:cluster>\Q@{[ sql('SELECT installation_id FROM agentvm.installation') ]}\E</agentvm:cluster>\s*<agentvm:session>$session</agentvm:session>\s*<agentvm:team>acme<}, 'the metadata');
 unlike($xml, qr/<interface|<graphics|<video/, 'no network card, nothing to look at');
-$libvirt->virsh('suspend', "agentvm-$session");
+sql("SELECT agentvm.pause('$session')");
+await_state($node, $session, 'paused');
+like($libvirt->virsh('domstate', "agentvm-$session"), qr/^paused/, 'pause() halts the domain');
 is(inspected($session, 'state'), 'paused', 'inspect() of one that is paused');
+sql("SELECT agentvm.resume('$session')");
+await_state($node, $session, 'ready');
+like($libvirt->virsh('domstate', "agentvm-$session"), qr/^running/, 'resume() lets it go on');
+$libvirt->virsh('suspend', "agentvm-$session");
+is(sql("SELECT agentvm.pause('$session')"), 't', 'one that somebody else has halted');
+await_state($node, $session, 'paused');
+is(sql("SELECT handle ? 'power_sent' FROM agentvm.session WHERE session_id = '$session'"), 'f', 'nothing of it is left in the handle');
 ends($session);
 is(inspected($session, 'state'), 'not_found', 'inspect() of one that is gone');
 is(sql(qq{SELECT string_agg(detail ->> 'operation' || ' ' || (detail ->> 'status'), ' ' ORDER BY event_id) FROM agentvm.session_event WHERE session_id = '$session' AND kind = 'provider_call'}),
-	'launch 1 terminate 1', 'the log');
+	'launch 1 pause 1 resume 1 pause 1 terminate 1', 'the log');
 
 # ---- an end for silence tells whether the VM was gone ----
 foreach my $gone (0, 1)

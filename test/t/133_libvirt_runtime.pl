@@ -38,6 +38,11 @@ $libvirt->nothing_left($session);
 
 $session = provision($node, 'acme', "profile => 'micro'");
 await_state($node, $session, 'ready', timeout => 300);
+sql("SELECT agentvm.pause('$session')");
+await_state($node, $session, 'paused');
+sql("SELECT agentvm.resume('$session')");
+await_state($node, $session, 'ready');
+await($node, $beat =~ s/'[0-9a-f-]{36}'/'$session'/r . literal(sql("SELECT resumed_at FROM agentvm.session WHERE session_id = '$session'")), 1, timeout => 120, name => 'after a pause it goes on, and beats');
 psql_ok($node, "SELECT agentvm.terminate('$session')", 'terminate()');
 await_state($node, $session, 'terminated', timeout => 120);
 $libvirt->nothing_left($session);

@@ -113,6 +113,13 @@ my ($seen) = $moto->for_session($session);
 is("$seen->{state} $seen->{market} $seen->{tags}{'agentvm-cluster'}", "running spot $cluster", 'a VM runs, launched with these rights only');
 my $on_demand = launch($node, 'acme', 'ready', "options => '{\"spot\": false}'");
 like($node->safe_psql('postgres', "SELECT agentvm.inspect('$session')"), qr/"state": "running"/, 'and can be looked at');
+foreach my $case ([ 'pause', 'paused', 'stopped' ], [ 'resume', 'ready', 'running' ])
+{
+	my ($way, $state, $instance) = @$case;
+	$node->safe_psql('postgres', "SELECT agentvm.$way('$on_demand')");
+	hurry_to($node, $on_demand, $state);
+	is(join(' ', map { $_->{state} } $moto->for_session($on_demand)), $instance, "$way()");
+}
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$_')") for $session, $on_demand;
 await_state($node, $_, 'terminated') for $session, $on_demand;
 is(scalar $moto->running, 0, 'and ended');
@@ -170,6 +177,23 @@ account([ 'iam', 'put_user_policy', { UserName => $team, PolicyName => 'it', Pol
 hurry_to($node, $session, 'terminated');
 is(scalar $moto->running, 0, 'until the right is there');
 
+foreach my $case ([ 'ec2:StopInstances', 'pause', 'ready', 'paused' ], [ 'ec2:StartInstances', 'resume', 'paused', 'ready' ])
+{
+	my ($right, $way, $before, $after) = @$case;
+	$tried{"OwnInstances $right"} = 1;
+	my ($team) = less('OwnInstances', $right);
+	my $session = launch($node, $team, 'ready', "options => '{\"spot\": false}'");
+	$node->safe_psql('postgres', "SELECT agentvm.pause('$session')") if $way eq 'resume';
+	hurry_to($node, $session, $before);
+	$node->safe_psql('postgres', "SELECT agentvm.$way('$session')");
+	hurry_to($node, $session, "$before UnauthorizedOperation: .* is not authorized to perform: $right");
+	account([ 'iam', 'put_user_policy', { UserName => $team, PolicyName => 'it', PolicyDocument => encode_json($policy) } ]);
+	$node->safe_psql('postgres', "SELECT agentvm.$way('$session')");
+	hurry_to($node, $session, $after);
+	$node->safe_psql('postgres', "SELECT agentvm.terminate('$session')");
+	hurry_to($node, $session, 'terminated');
+}
+
 # What the calls of the provider do not tell apart, asked directly
 sub may { my ($keys, @calls) = @_; return map { $_->{error} ? "$_->{error}: $_->{message}" : 'yes' } $moto->calls(map { [ $keys, @$_ ] } @calls); }
 my $parameter = { Name => "/agentvm/$cluster/$session", Value => 'x', Type => 'SecureString' };
@@ -186,8 +210,6 @@ my %ours = ('agentvm-managed-by' => 'agentvm', 'agentvm-cluster' => $cluster);
 my ($answer) = $moto->calls([ $full, 'ec2', 'run_instances', { %launch, tagged(%ours) } ]);
 my $own = $answer->{Instances}[0]{InstanceId};
 my @calls = (
-	[ 'OwnInstances', 'ec2:StopInstances', 'ec2', 'stop_instances', { InstanceIds => [$own] } ],
-	[ 'OwnInstances', 'ec2:StartInstances', 'ec2', 'start_instances', { InstanceIds => [$own] } ],
 	[ 'StartSecrets', 'ssm:PutParameter', 'ssm', 'put_parameter', $parameter ],
 	[ 'StartSecrets', 'ssm:DeleteParameter', 'ssm', 'delete_parameter', { Name => $parameter->{Name} } ],
 	[ 'SpotRole', 'iam:CreateServiceLinkedRole', 'iam', 'create_service_linked_role', { AWSServiceName => 'spot.amazonaws.com' } ],

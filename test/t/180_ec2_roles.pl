@@ -62,7 +62,7 @@ my $answer = check('acme');
 is_deeply([ @$answer{qw(ok account external_id)} ], [ JSON::PP::true, '123456789012', $id ], 'check_provider(): the account, the external id');
 like($answer->{arn}, qr{:assumed-role/agentvm/check$}, 'and the role');
 is_deeply([ sort @{ $answer->{allowed} } ], [ 'ec2:DescribeInstances', 'ec2:RunInstances', 'sts:GetCallerIdentity' ], 'what is allowed');
-is_deeply($answer->{not_checked}, ['ec2:TerminateInstances'], 'what could not be asked');
+is_deeply($answer->{not_checked}, [ map { "ec2:${_}Instances" } qw(Terminate Stop Start) ], 'what could not be asked');
 my ($call) = assumed('acme');
 is_deeply([ @{ $call->{args} }{qw(RoleArn ExternalId DurationSeconds)} ], [ $arn, $id, 900 ], 'the role was assumed with it, for a short while');
 is(scalar $moto->instances, 0, 'nothing has been launched');
@@ -103,6 +103,22 @@ $client->run("SELECT agentvm.inspect('$session')");
 @calls = grep { $_ } @calls;
 is(scalar @calls, 1, 'a session of the database assumes it once, too');
 is_deeply([ $calls[0]{args}{RoleSessionName}, actions($calls[0]) ], [ $session, 'ec2:DescribeInstances' ], 'just to look at a VM');
+
+# ---- a pause ----
+one("SELECT agentvm.create_profile('steady', 'ec2', runtime => false, options => '{\"spot\": false}')");
+my $steady = launch($node, 'acme', 'ready', "profile => 'steady'");
+$seen = () = assumed('acme');
+one("SELECT agentvm.pause('$steady')");
+hurry_to($node, $steady, 'paused');
+one("SELECT agentvm.resume('$steady')");
+hurry_to($node, $steady, 'ready');
+@calls = (assumed('acme'))[ $seen .. 99 ];
+@calls = grep { $_ } @calls;
+is(scalar @calls, 1, 'both ways with what was assumed once');
+is_deeply([ actions($calls[0]) ], [ sort qw(ec2:DescribeInstances ec2:StartInstances ec2:StopInstances kms:*) ], 'which allows nothing else');
+my ($stop) = grep { $_->{Action}[0] eq 'ec2:StopInstances' } @{ decode_json($calls[0]{args}{Policy})->{Statement} };
+is_deeply($stop->{Condition}, { StringEquals => { 'ec2:ResourceTag/agentvm-cluster' => $cluster } }, 'and of no VMs but ours');
+finish($steady);
 
 # ---- what is missing ----
 my $poor = $moto->role('poor', 'ec2:DescribeInstances');

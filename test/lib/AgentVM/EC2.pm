@@ -85,7 +85,7 @@ sub hurry_until
 	while ($node->safe_psql('postgres', $query) ne $expected && time < $end)
 	{
 		$node->safe_psql('postgres', 'UPDATE agentvm.session SET next_check_at = now() WHERE next_check_at > now() AND lease IS NULL '
-			  . "AND (state = 'terminating' OR state = 'provisioning' AND NOT running); SELECT agentvm.wake()");
+			  . "AND (state IN ('terminating', 'pausing', 'resuming') OR state = 'provisioning' AND NOT running); SELECT agentvm.wake()");
 		sleep 0.05;
 	}
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
