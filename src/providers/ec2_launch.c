@@ -193,6 +193,7 @@ send_launch(Ec2Step *step)
 	step->out->mutates = true;
 	step->out->region = progress->region;
 	ec2_send(step, "ec2", RUN, &form);
+	ec2_limit(step, RUN, NULL);
 }
 
 /* Whether there is another market or subnet to try after this refusal; moves on to it. */
