@@ -16,6 +16,7 @@
 
 #include "agentvm.h"
 #include "engine/rate.h"
+#include "engine/shared.h"
 #include "utils/hsearch.h"
 #include "utils/timestamp.h"
 
@@ -86,6 +87,14 @@ refill(Bucket *bucket, TimestampTz now)
 	bucket->filled_at = now;
 }
 
+static void
+forget(Rates *rates, Bucket *bucket)
+{
+	if (bucket->factor < 1)
+		shared_note_rate(bucket->name, 1);
+	hash_search(rates->buckets, bucket->name, HASH_REMOVE, NULL);
+}
+
 /* Forget the bucket that was used the longest ago. */
 static void
 forget_oldest(Rates *rates)
@@ -101,7 +110,7 @@ forget_oldest(Rates *rates)
 			oldest = bucket;
 	}
 	if (oldest != NULL)
-		hash_search(rates->buckets, oldest->name, HASH_REMOVE, NULL);
+		forget(rates, oldest);
 }
 
 /* The bucket of a call, filled up to now. */
@@ -228,12 +237,14 @@ rates_learn(Rates *rates, const char *bucket_name, ErrorClass class, TimestampTz
 {
 	char key[KEY_SIZE];
 	Bucket *bucket;
+	double before;
 
 	strlcpy(key, bucket_name, sizeof(key));
 	bucket = hash_search(rates->buckets, key, HASH_FIND, NULL);
 	if (bucket == NULL || class == CLASS_TRANSIENT)
 		return; /* no answer says nothing */
 	refill(bucket, now);
+	before = bucket->factor;
 	if (class != CLASS_THROTTLED)
 		bucket->factor = Min(bucket->factor + RECOVERY, 1);
 	else if (sent_at > bucket->halved_at) /* else it has left before we knew */
@@ -242,6 +253,8 @@ rates_learn(Rates *rates, const char *bucket_name, ErrorClass class, TimestampTz
 		bucket->tokens = Min(bucket->tokens, 0);
 		bucket->halved_at = now;
 	}
+	if (bucket->factor != before)
+		shared_note_rate(bucket->name, bucket->factor);
 }
 
 void
@@ -255,7 +268,7 @@ rates_tidy(Rates *rates, TimestampTz now)
 	while ((bucket = hash_seq_search(&scan)) != NULL)
 	{
 		if (bucket->filled_at + IDLE_US < now)
-			hash_search(rates->buckets, bucket->name, HASH_REMOVE, NULL);
+			forget(rates, bucket);
 	}
 	hash_seq_init(&scan, rates->gathering);
 	while ((gathering = hash_seq_search(&scan)) != NULL)
