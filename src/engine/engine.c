@@ -374,6 +374,30 @@ joint_members(Joint *joint)
 	return members;
 }
 
+/* Have the provider take a reply apart; where it raises, all are told why. */
+static ErrorClass
+split_reply(Act *act, HttpReply **replies)
+{
+	ErrorClass volatile class = CLASS_PERMANENT;
+
+	PG_TRY();
+	{
+		class = provider_find(act->provider)
+					->split(act->reply, joint_members(act->joint), act->joint->count, replies);
+	}
+	PG_CATCH();
+	{
+		HttpReply *reply = reply_of_error(act);
+		int i;
+
+		for (i = 0; i < act->joint->count; i++)
+			replies[i] = reply;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(act->context);
+	return class;
+}
+
 /* The reply to a call for several sessions: take it apart, for each its own. */
 static void
 hand_out(Engine *engine, Act *act)
@@ -381,7 +405,6 @@ hand_out(Engine *engine, Act *act)
 	MemoryContext old = MemoryContextSwitchTo(act->context);
 	Joint *joint = act->joint;
 	HttpReply **replies = palloc0(sizeof(HttpReply *) * joint->count);
-	const Provider *provider = provider_find(act->provider);
 	int unanswered = 0;
 	int i;
 
@@ -389,21 +412,8 @@ hand_out(Engine *engine, Act *act)
 		replies[0] = act->reply;
 	else
 	{
-		ErrorClass volatile class = CLASS_PERMANENT;
+		ErrorClass class = split_reply(act, replies);
 
-		PG_TRY();
-		{
-			class = provider->split(act->reply, joint_members(joint), joint->count, replies);
-		}
-		PG_CATCH();
-		{
-			HttpReply *reply = reply_of_error(act);
-
-			MemoryContextSwitchTo(act->context);
-			for (i = 0; i < joint->count; i++)
-				replies[i] = reply;
-		}
-		PG_END_TRY();
 		shared_count_call(act->provider, act->call.operation, class, act->reply->millis);
 		if (act->bucket != NULL)
 			rates_learn(engine->rates, act->bucket, class,

@@ -278,7 +278,7 @@ ec2_limit(Ec2Step *step, const char *operation, const char *vm_id)
 		rate->bucket = psprintf("%s %s %s", operation, ec2_region(step), account_name(step));
 		rate->burst = limits[i].burst;
 		rate->per_second = limits[i].per_second;
-		if (vm_id == NULL)
+		if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
 			return;
 		rate->batch = psprintf("%s %s %.32s", operation, ec2_region(step),
 							   secret_set_digest(step->context->secrets));
