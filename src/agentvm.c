@@ -35,6 +35,7 @@ char *avm_default_provider;
 int avm_dispatchers;
 int avm_max_in_flight;
 int avm_max_in_flight_per_team;
+double avm_api_rate;
 int avm_sweep_interval_ms;
 int avm_batch_size;
 int avm_bootstrap_timeout_s;
@@ -154,6 +155,10 @@ define_settings(void)
 			   &avm_max_in_flight, 256, 1, 10000, 0);
 	define_int("agentvm.max_in_flight_per_team", "Provider calls under way at once for one team.",
 			   &avm_max_in_flight_per_team, 32, 1, 10000, 0);
+	DefineCustomRealVariable(
+		"agentvm.api_rate",
+		"How often cloud accounts are called, as a multiple of what they grant; 0: no limit.", NULL,
+		&avm_api_rate, 1, 0, 1000, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	define_int("agentvm.sweep_interval",
 			   "Time between sweeps for silent sessions, and the longest sleep of a dispatcher.",
 			   &avm_sweep_interval_ms, 30000, 100, 3600 * 1000, GUC_UNIT_MS);

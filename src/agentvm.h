@@ -41,6 +41,7 @@ extern char *avm_default_provider;
 extern int avm_dispatchers;
 extern int avm_max_in_flight;
 extern int avm_max_in_flight_per_team;
+extern double avm_api_rate;
 extern int avm_sweep_interval_ms;
 extern int avm_batch_size;
 extern int avm_bootstrap_timeout_s;

@@ -27,6 +27,11 @@
  * and of parked teams that one which was served the longest ago: no number of
  * teams with a backlog keeps the others out.
  *
+ * Calls that a provider can make for several sessions at once (Provider.join) gather
+ * as long as claims bring more of them, which is a matter of milliseconds, and leave as one
+ * call: it counts as one against the caps, and its answer is taken apart into one for each
+ * session, whose lease and record are as ever.
+ *
  * One session's error is its own affair.  The turns of a transaction are taken in
  * a subtransaction; if one raises (a trigger of the administrator's, say) the
  * batch is halved until it stands alone.  What a turn changes in memory takes
@@ -41,6 +46,7 @@
 #include "catalog/pg_type.h"
 #include "db.h"
 #include "engine/engine.h"
+#include "engine/rate.h"
 #include "engine/retry.h"
 #include "engine/transport.h"
 #include "engine/turn.h"
@@ -58,13 +64,34 @@
 #define RAISED_RETRY_US 1000000	 /* the same after an error, twice as long each time */
 #define RAISED_PAUSE_S 60		 /* how long a session is passed by whose claim has raised */
 #define DEFAULT_TIMEOUT_MS 30000 /* of a call; never above two thirds of the lease */
+#define GATHER_US 100000		 /* a call for several sessions leaves after that at the latest */
+#define JOINED_PER_TEAM 2000	 /* sessions of a team that wait for such calls at most, */
+#define JOINED 20000			 /* and of all teams */
 
-/* A session whose call is under way, or answered and not yet recorded; or a call of a login. */
+/* A call for several sessions. */
+typedef struct Joint
+{
+	const char *batch; /* of CallRate */
+	int limit;
+	HttpRequest *request; /* of one of them */
+	dlist_head acts;	  /* of the sessions */
+	int count;
+	TimestampTz since;
+} Joint;
+
+/*
+ * A session whose call is under way, or answered and not yet recorded; or a call of a
+ * login, or for several sessions.
+ */
 typedef struct Act
 {
 	dlist_node node;
 	MemoryContext context;
-	LoginRef fetches; /* it is no session's call, but one of this login */
+	LoginRef fetches; /* it is no session's call, but one of this login, */
+	Joint *joint;	  /* or one for these */
+	bool joined;	  /* it is one of those: it does not count as a call of its own */
+	char *member;	  /* of CallRate, with joined */
+	char *bucket;	  /* of CallRate, whose token its call has taken; NULL: none */
 	pg_uuid_t session_id;
 	int64 lease;
 	char *team_id;
@@ -87,6 +114,7 @@ typedef struct Outgoing
 	int64 lease;
 	TimestampTz leased_until;
 	HttpRequest *request;
+	CallRate *rate; /* of the request, or NULL */
 } Outgoing;
 
 /* What a claim or record is about: a session, and its answered call if it has one. */
@@ -112,6 +140,7 @@ typedef struct TeamLoad
 {
 	char team_id[AVM_MAX_ID + 1]; /* hash key */
 	int in_flight;
+	int joined;				 /* sessions that wait for calls for several, which count once */
 	int chosen;				 /* for the claim at hand */
 	TimestampTz parked_from; /* its due rows begin after this; DT_NOEND: none are parked */
 	uint64 served;			 /* when its parked rows were last looked at */
@@ -133,11 +162,14 @@ struct Engine
 	int rank;  /* and which of them we are */
 	HTAB *teams;
 	HTAB *passed_by;
+	Rates *rates;
+	dlist_head gathering; /* calls for several that have not left yet */
 	dlist_head under_way;
 	dlist_head answered;
 	dlist_head waiting;		   /* for logins */
 	dlist_head login_answered; /* calls of logins */
 	int in_flight;
+	int joined;
 	TimestampTz low;	  /* low-water mark: nothing older is due that is not parked */
 	TimestampTz behind;	  /* a pass over all below it has come so far; DT_NOEND: there is none */
 	TimestampTz next_due; /* no next_check_at ahead is earlier; DT_NOBEGIN: not known */
@@ -221,6 +253,8 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, int lane, EngineHost h
 	engine->low = DT_NOBEGIN;
 	engine->behind = DT_NOEND;
 	engine->next_due = DT_NOBEGIN;
+	engine->rates = rates_create(context);
+	dlist_init(&engine->gathering);
 	dlist_init(&engine->under_way);
 	dlist_init(&engine->answered);
 	dlist_init(&engine->waiting);
@@ -256,7 +290,7 @@ engine_fd(Engine *engine)
 int
 engine_in_flight(Engine *engine)
 {
-	return engine->in_flight;
+	return engine->in_flight + engine->joined;
 }
 
 /* ---- transactions ---- */
@@ -296,42 +330,262 @@ begin_batch(Engine *engine, DbScope *scope)
 	MemoryContextSwitchTo(engine->batch);
 }
 
+static TeamLoad *team_load(Engine *engine, const char *team_id);
 static void release_act(Engine *engine, Act *act);
 
-/* Where an act whose call has been answered belongs. */
+/* In PG_CATCH: a reply, in memory of the act, that tells of the error. */
+static HttpReply *
+reply_of_error(Act *act)
+{
+	MemoryContext old = MemoryContextSwitchTo(act->context);
+	ErrorData *error = CopyErrorData();
+	HttpReply *reply = palloc0(sizeof(HttpReply));
+
+	FlushErrorState();
+	reply->error = error->message;
+	reply->body = "";
+	reply->retry_after_s = -1;
+	MemoryContextSwitchTo(old);
+	return reply;
+}
+
+/* Keep a copy of a reply with its act. */
+static void
+keep_reply(Act *act, const HttpReply *reply)
+{
+	MemoryContext old = MemoryContextSwitchTo(act->context);
+
+	act->reply = palloc(sizeof(HttpReply));
+	*act->reply = *reply;
+	act->reply->body = pnstrdup(reply->body, reply->body_len);
+	act->reply->error = reply->error ? pstrdup(reply->error) : NULL;
+	act->reply->request_id = reply->request_id ? pstrdup(reply->request_id) : NULL;
+	MemoryContextSwitchTo(old);
+}
+
+static const char **
+joint_members(Joint *joint)
+{
+	const char **members = palloc(sizeof(char *) * joint->count);
+	dlist_iter iter;
+	int i = 0;
+
+	dlist_foreach(iter, &joint->acts) members[i++] = dlist_container(Act, node, iter.cur)->member;
+	return members;
+}
+
+/* Have the provider take a reply apart; where it raises, all are told why. */
+static ErrorClass
+split_reply(Act *act, HttpReply **replies)
+{
+	ErrorClass volatile class = CLASS_PERMANENT;
+
+	PG_TRY();
+	{
+		class = provider_find(act->provider)
+					->split(act->reply, joint_members(act->joint), act->joint->count, replies);
+	}
+	PG_CATCH();
+	{
+		HttpReply *reply = reply_of_error(act);
+		int i;
+
+		for (i = 0; i < act->joint->count; i++)
+			replies[i] = reply;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(act->context);
+	return class;
+}
+
+/* The reply to a call for several sessions: take it apart, for each its own. */
+static void
+hand_out(Engine *engine, Act *act)
+{
+	MemoryContext old = MemoryContextSwitchTo(act->context);
+	Joint *joint = act->joint;
+	HttpReply **replies = palloc0(sizeof(HttpReply *) * joint->count);
+	int unanswered = 0;
+	int i;
+
+	if (joint->count == 1)
+		replies[0] = act->reply;
+	else
+	{
+		ErrorClass class = split_reply(act, replies);
+
+		shared_count_call(act->provider, act->call.operation, class, act->reply->millis);
+		if (act->bucket != NULL)
+			rates_learn(engine->rates, act->bucket, class,
+						GetCurrentTimestamp() - act->reply->millis * INT64CONST(1000),
+						GetCurrentTimestamp());
+	}
+	for (i = 0; i < joint->count; i++)
+		unanswered += replies[i] == NULL;
+	for (i = 0; !dlist_is_empty(&joint->acts); i++)
+	{
+		Act *one = dlist_container(Act, node, dlist_pop_head_node(&joint->acts));
+
+		one->call.counted = joint->count > 1;
+		if (replies[i] != NULL)
+			keep_reply(one, replies[i]);
+		else /* those that are left together; where nobody has an answer, in halves */
+			one->call.joint = unanswered < joint->count ? unanswered : (joint->count + 1) / 2;
+		dlist_push_tail(&engine->answered, &one->node);
+	}
+	MemoryContextSwitchTo(old);
+	release_act(engine, act);
+}
+
+/* An act whose call has been answered goes where that is taken in. */
 static void
 push_answered(Engine *engine, Act *act)
 {
-	dlist_push_tail(act->fetches.id != 0 ? &engine->login_answered : &engine->answered, &act->node);
+	if (act->joint != NULL)
+		hand_out(engine, act);
+	else
+		dlist_push_tail(act->fetches.id != 0 ? &engine->login_answered : &engine->answered,
+						&act->node);
+}
+
+static void
+start_call(Engine *engine, Act *act, HttpRequest *request)
+{
+	if (act->joint != NULL && act->joint->count > 1)
+		request = provider_find(act->provider)
+					  ->join(request, joint_members(act->joint), act->joint->count);
+	if (request->timeout_ms <= 0)
+		request->timeout_ms = DEFAULT_TIMEOUT_MS;
+	request->timeout_ms = Min(request->timeout_ms, avm_lease_ms * 2 / 3);
+	engine->transport->start(engine->client, act->provider, request, act);
 }
 
 /* Hand a request to the transport; one that may not be sent (plain http, say) is answered by that. */
 static void
 send_request(Engine *engine, Act *act, HttpRequest *request)
 {
-	if (request->timeout_ms <= 0)
-		request->timeout_ms = DEFAULT_TIMEOUT_MS;
-	request->timeout_ms = Min(request->timeout_ms, avm_lease_ms * 2 / 3);
+	MemoryContext old = CurrentMemoryContext;
+
+	act->reply = NULL;
 	PG_TRY();
 	{
-		engine->transport->start(engine->client, act->provider, request, act);
+		start_call(engine, act, request);
 		dlist_push_tail(&engine->under_way, &act->node);
 	}
 	PG_CATCH();
 	{
-		ErrorData *error;
-
-		MemoryContextSwitchTo(act->context);
-		error = CopyErrorData();
-		FlushErrorState();
-		act->reply = palloc0(sizeof(HttpReply));
-		act->reply->error = error->message;
-		act->reply->body = "";
-		act->reply->retry_after_s = -1;
-		push_answered(engine, act);
-		MemoryContextSwitchTo(engine->batch);
+		act->reply = reply_of_error(act);
 	}
 	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+	if (act->reply != NULL)
+		push_answered(engine, act);
+}
+
+/* A call for several sessions leaves. */
+static void
+send_joint(Engine *engine, Act *act)
+{
+	MemoryContext old = MemoryContextSwitchTo(act->context);
+
+	dlist_delete(&act->node);
+	rates_close(engine->rates, act->joint->batch);
+	send_request(engine, act, act->joint->request);
+	MemoryContextSwitchTo(old);
+}
+
+/* Let the calls for several sessions go that have gathered: all of them, or those that have for long enough. */
+static void
+send_gathered(Engine *engine, bool all)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	dlist_mutable_iter iter;
+
+	dlist_foreach_modify(iter, &engine->gathering)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (all || act->joint->since + GATHER_US <= now)
+			send_joint(engine, act);
+	}
+}
+
+/* What is counted of an act that comes ("by" 1) or goes (-1). */
+static void
+count_act(Engine *engine, Act *act, int by)
+{
+	TeamLoad *team = team_load(engine, act->team_id);
+
+	*(act->joined ? &team->joined : &team->in_flight) += by;
+	*(act->joined ? &engine->joined : &engine->in_flight) += by;
+}
+
+static void
+set_joined(Engine *engine, Act *act, bool joined)
+{
+	count_act(engine, act, -1);
+	act->joined = joined;
+	count_act(engine, act, 1);
+}
+
+/* An act of a team that counts as a call. */
+static Act *
+new_act(Engine *engine, const char *team_id, const char *provider)
+{
+	MemoryContext context =
+		AllocSetContextCreate(engine->context, "agentvm act", ALLOCSET_SMALL_SIZES);
+	Act *act = MemoryContextAllocZero(context, sizeof(Act));
+
+	act->context = context;
+	act->team_id = MemoryContextStrdup(context, team_id);
+	act->provider = MemoryContextStrdup(context, provider);
+	count_act(engine, act, 1);
+	return act;
+}
+
+/* Have a session's call made together with others. */
+static void
+join(Engine *engine, Act *act, HttpRequest *request, const CallRate *rate)
+{
+	Act *carrier = NULL;
+	Joint *joint;
+	dlist_iter iter;
+
+	dlist_foreach(iter, &engine->gathering)
+	{
+		Act *other = dlist_container(Act, node, iter.cur);
+
+		if (strcmp(other->joint->batch, rate->batch) == 0 &&
+			strcmp(other->provider, act->provider) == 0)
+		{
+			carrier = other;
+			break;
+		}
+	}
+	if (carrier == NULL)
+	{
+		MemoryContext old;
+
+		carrier = new_act(engine, act->team_id, act->provider);
+		old = MemoryContextSwitchTo(carrier->context);
+		carrier->call.operation = pstrdup(act->call.operation);
+		carrier->bucket = act->bucket != NULL ? pstrdup(act->bucket) : NULL;
+		carrier->joint = palloc0(sizeof(Joint));
+		carrier->joint->batch = pstrdup(rate->batch);
+		carrier->joint->limit = rate->limit;
+		carrier->joint->request = http_request_copy(request);
+		dlist_init(&carrier->joint->acts);
+		carrier->joint->since = GetCurrentTimestamp();
+		MemoryContextSwitchTo(old);
+		dlist_push_tail(&engine->gathering, &carrier->node);
+	}
+	joint = carrier->joint;
+	act->member = MemoryContextStrdup(act->context, rate->member);
+	set_joined(engine, act, true);
+	dlist_push_tail(&joint->acts, &act->node);
+	joint->count++;
+	if (joint->count >= joint->limit)
+		send_joint(engine, carrier);
 }
 
 /* A turn takes effect: its request is sent, or its session waits for a login. */
@@ -351,12 +605,19 @@ send_out(Engine *engine, Outgoing *out)
 	act->failures = 0;
 	act->reply = NULL;
 	act->not_before = 0;
+	act->bucket = NULL;
+	if (out->rate != NULL && avm_api_rate > 0)
+		act->bucket = MemoryContextStrdup(act->context, out->rate->bucket);
+	if (act->joined)
+		set_joined(engine, act, false);
 	out->act = NULL; /* from here on it is in one of our lists */
 
-	if (out->request != NULL)
-		send_request(engine, act, out->request);
-	else
+	if (out->request == NULL)
 		dlist_push_tail(&engine->waiting, &act->node);
+	else if (out->rate != NULL && out->rate->batch != NULL)
+		join(engine, act, out->request, out->rate);
+	else
+		send_request(engine, act, out->request);
 }
 
 /* Commit, then let the turns take effect: forget what is over, send what was waiting. */
@@ -403,6 +664,7 @@ team_load(Engine *engine, const char *team_id)
 	if (!found)
 	{
 		team->in_flight = 0;
+		team->joined = 0;
 		team->chosen = 0;
 		team->parked_from = DT_NOEND;
 		team->served = 0;
@@ -415,8 +677,7 @@ team_load(Engine *engine, const char *team_id)
 static void
 release_act(Engine *engine, Act *act)
 {
-	team_load(engine, act->team_id)->in_flight--;
-	engine->in_flight--;
+	count_act(engine, act, -1);
 	MemoryContextDelete(act->context);
 }
 
@@ -424,16 +685,9 @@ release_act(Engine *engine, Act *act)
 static Act *
 make_act(Engine *engine, const SessionRow *row)
 {
-	MemoryContext context =
-		AllocSetContextCreate(engine->context, "agentvm act", ALLOCSET_SMALL_SIZES);
-	Act *act = MemoryContextAllocZero(context, sizeof(Act));
+	Act *act = new_act(engine, row->team_id, row->provider);
 
-	act->context = context;
 	act->session_id = row->session_id;
-	act->team_id = MemoryContextStrdup(context, row->team_id);
-	act->provider = MemoryContextStrdup(context, row->provider);
-	team_load(engine, act->team_id)->in_flight++;
-	engine->in_flight++;
 	return act;
 }
 
@@ -453,24 +707,33 @@ fresh_lease(void)
 }
 
 /*
- * Throttling answers slow this team's account only: its next claims wait, twice
- * as long each time, until an answer is of another kind.
+ * How an act was answered.  What its account grants of the operation is known, or else
+ * throttling answers slow the team: its next claims wait, twice as long each time,
+ * until an answer is of another kind.
  */
 static void
-note_throttling(Engine *engine, const char *team_id, ErrorClass class)
+note_throttling(Engine *engine, const Act *act, const TurnResult *result)
 {
-	TeamLoad *team = team_load(engine, team_id);
+	TeamLoad *team = team_load(engine, act->team_id);
+	TimestampTz now = GetCurrentTimestamp();
 
-	if (class != CLASS_THROTTLED)
+	if (act->bucket != NULL)
+	{
+		if (act->reply != NULL && !act->call.counted)
+			rates_learn(engine->rates, act->bucket, result->reply_class,
+						now - act->reply->millis * INT64CONST(1000), now);
+		return;
+	}
+	if (result->last_class != CLASS_THROTTLED)
 	{
 		team->slow_count = 0;
 		return;
 	}
-	if (team->slow_until > GetCurrentTimestamp())
+	if (team->slow_until > now)
 		return; /* calls that were under way already */
 	team->slow_count++;
-	team->slow_until = GetCurrentTimestamp() +
-					   retry_delay_ms(team->slow_count, RETRY_CAP_LAUNCH_MS) * INT64CONST(1000);
+	team->slow_until =
+		now + retry_delay_ms(team->slow_count, RETRY_CAP_LAUNCH_MS) * INT64CONST(1000);
 }
 
 /* Give a locked row its turn and save it; "act" is NULL for a row just claimed. */
@@ -479,9 +742,10 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 {
 	TurnResult result;
 
-	session_turn(row, act ? act->reply : NULL, act ? &act->call : NULL, &engine->configs, &result);
+	session_turn(row, act ? act->reply : NULL, act ? &act->call : NULL, &engine->configs,
+				 engine->rates, engine->peers, &result);
 	if (act != NULL)
-		note_throttling(engine, act->team_id, result.last_class);
+		note_throttling(engine, act, &result);
 
 	if (result.request != NULL || result.wait_for.id != 0)
 	{
@@ -496,6 +760,7 @@ take_turn(Engine *engine, SessionRow *row, Act *act)
 			out->call.operation = "call";
 		out->wait_for = result.wait_for;
 		out->request = result.request;
+		out->rate = result.rate;
 		engine->outgoing = lappend(engine->outgoing, out);
 		/* its own: if what follows the commit raises, the last reply is none to this request */
 		row->lease = out->lease = fresh_lease();
@@ -696,7 +961,9 @@ team_room(Engine *engine, TeamLoad *team, TimestampTz now)
 {
 	if (team->slow_until > now)
 		return 0;
-	return our_share(engine, avm_max_in_flight_per_team) - team->in_flight - team->chosen;
+	return Min(our_share(engine, avm_max_in_flight_per_team) - team->in_flight,
+			   JOINED_PER_TEAM - team->joined) -
+		   team->chosen;
 }
 
 /* ---- what claims pass by ---- */
@@ -957,14 +1224,15 @@ begin_choosing(Engine *engine, TimestampTz lowest)
 		team->chosen = 0;
 		if (team->parked_from != DT_NOEND && lowest <= team->parked_from)
 			team->parked_from = lowest == DT_NOBEGIN ? lowest : lowest - 1;
-		if (team->in_flight == 0 && team->parked_from == DT_NOEND &&
+		if (team->in_flight == 0 && team->joined == 0 && team->parked_from == DT_NOEND &&
 			team->slow_until < GetCurrentTimestamp() && team->slow_count == 0)
 			hash_search(engine->teams, team->team_id, HASH_REMOVE, NULL);
 	}
 }
 
-int
-engine_claim(Engine *engine, int limit)
+/* engine_claim() without what has to be done after each claim. */
+static int
+claim(Engine *engine, int limit)
 {
 	DbScope scope;
 	Candidates chosen = {0};
@@ -988,6 +1256,7 @@ engine_claim(Engine *engine, int limit)
 
 	chosen.limit = Min(limit, avm_batch_size);
 	chosen.limit = Min(chosen.limit, our_share(engine, avm_max_in_flight) - engine->in_flight);
+	chosen.limit = Min(chosen.limit, JOINED - engine->joined);
 	chosen.limit = Min(chosen.limit, engine->transport->room(engine->client));
 	engine->full = chosen.limit <= 0;
 	if (engine->full)
@@ -1039,6 +1308,17 @@ engine_claim(Engine *engine, int limit)
 		look_ahead(engine, now);
 	commit_batch(engine, &scope);
 	run_logins(engine);
+	return claimed;
+}
+
+int
+engine_claim(Engine *engine, int limit)
+{
+	int claimed = claim(engine, limit);
+
+	/* as long as there is more to claim, which may be more for them, calls for several stay */
+	if (!dlist_is_empty(&engine->gathering))
+		send_gathered(engine, engine_next_look(engine) != DT_NOBEGIN);
 	return claimed;
 }
 
@@ -1099,6 +1379,8 @@ engine_run(Engine *engine)
 	HttpReply *reply;
 	void *arg;
 
+	if (!dlist_is_empty(&engine->gathering))
+		send_gathered(engine, false);
 	engine->transport->run(engine->client);
 	for (;;)
 	{
@@ -1110,20 +1392,15 @@ engine_run(Engine *engine)
 		if (reply == NULL)
 			break;
 		act = arg;
-		/* keep the reply with its act */
-		old = MemoryContextSwitchTo(act->context);
-		act->reply = palloc(sizeof(HttpReply));
-		*act->reply = *reply;
-		act->reply->body = pnstrdup(reply->body, reply->body_len);
-		act->reply->error = reply->error ? pstrdup(reply->error) : NULL;
-		act->reply->request_id = reply->request_id ? pstrdup(reply->request_id) : NULL;
+		keep_reply(act, reply);
 		if (act->fetches.id != 0)
 		{
 			/* it holds keys */
+			old = MemoryContextSwitchTo(act->context);
 			secret_wipe_later((char *) act->reply->body, reply->body_len);
 			secret_wipe((char *) reply->body, reply->body_len);
+			MemoryContextSwitchTo(old);
 		}
-		MemoryContextSwitchTo(old);
 		dlist_delete(&act->node);
 		push_answered(engine, act);
 	}
@@ -1201,6 +1478,7 @@ engine_look_at_everything(Engine *engine)
 
 	engine->behind = DT_NOBEGIN;
 	engine->next_due = DT_NOBEGIN;
+	rates_tidy(engine->rates, GetCurrentTimestamp());
 	(void) stop_passing_by(engine, DT_NOBEGIN);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)

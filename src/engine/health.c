@@ -7,6 +7,8 @@
  */
 #include "postgres.h"
 
+#include <math.h>
+
 #include "access/xlog.h"
 #include "agentvm.h"
 #include "catalog/pg_type.h"
@@ -25,6 +27,8 @@ PG_FUNCTION_INFO_V1(agentvm_stat_provider);
 PG_FUNCTION_INFO_V1(agentvm_stat_dispatcher);
 
 #define STUCK_RETRIES 3 /* failed tries after which an operator should look */
+#define ONE_REFUSAL                                                                                \
+	0.5 /* of the published rate is what a refusal leaves; that alone is no trouble */
 
 static DbQuery stuck_query = {
 	"SELECT count(*) FILTER (WHERE state = 'terminating' AND retries >= $1), "
@@ -138,6 +142,28 @@ put_runner(ReturnSetInfo *rsinfo, int64 blocking_sessions)
 	}
 }
 
+/* Which accounts have been found to grant less than was published. */
+static void
+put_slowed(ReturnSetInfo *rsinfo)
+{
+	StringInfoData text;
+	bool ok = true;
+	int count;
+	Slowed *slowed = shared_slowed(&count);
+	int i;
+
+	initStringInfo(&text);
+	for (i = 0; i < count; i++)
+	{
+		appendStringInfo(&text, "%s%s: %d%%", i > 0 ? "; " : "", slowed[i].bucket,
+						 (int) rint(slowed[i].factor * 100));
+		ok = ok && slowed[i].factor >= ONE_REFUSAL;
+	}
+	put_check(rsinfo, "throttled", ok,
+			  count == 0 ? "no account is called more slowly than published"
+						 : psprintf("called more slowly than published: %s", text.data));
+}
+
 /* Whether the key file is usable, and has all keys that something needs. */
 static void
 put_keys(ReturnSetInfo *rsinfo)
@@ -220,6 +246,7 @@ agentvm_health(PG_FUNCTION_ARGS)
 	put_count(rsinfo, "backlog", count_at(3),
 			  "sessions are overdue for more than two sweep intervals");
 	put_runner(rsinfo, count_at(4));
+	put_slowed(rsinfo);
 
 	db_run(&hold_query, NULL, NULL);
 	put_check(rsinfo, "sweep_hold", SPI_processed == 0,

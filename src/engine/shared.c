@@ -46,6 +46,7 @@ typedef struct Shared
 	ProviderStat stats[MAX_PROVIDER_STATS];
 	char gateway_channel[NAMEDATALEN]; /* empty: none could be made */
 	Question questions[MAX_QUESTIONS];
+	Slowed slowed[MAX_SLOWED];
 } Shared;
 
 static Shared *shared = NULL;
@@ -673,4 +674,73 @@ shared_latency_quantile(const ProviderStat *stat, double q)
 			return i == 0 ? 1 : pow(2, i / 4.0);
 	}
 	return 0;
+}
+
+/* Under the lock: whether a worker of that pid is there. */
+static bool
+has_slot(int pid)
+{
+	int i;
+
+	for (i = 0; i < MAX_WORKERS; i++)
+	{
+		if (shared->slots[i].pid == pid)
+			return true;
+	}
+	return false;
+}
+
+void
+shared_note_rate(const char *bucket, double factor)
+{
+	Slowed *free_row = NULL;
+	Slowed *row = NULL;
+	int i;
+
+	if (shared == NULL || my_slot == NULL)
+		return;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (i = 0; i < MAX_SLOWED && row == NULL; i++)
+	{
+		Slowed *candidate = &shared->slowed[i];
+
+		if (candidate->pid == MyProcPid && strcmp(candidate->bucket, bucket) == 0)
+			row = candidate;
+		else if (free_row == NULL && (candidate->pid == 0 || !has_slot(candidate->pid)))
+			free_row = candidate;
+	}
+	if (row == NULL && factor < 1 && free_row != NULL)
+	{
+		row = free_row;
+		row->pid = MyProcPid;
+		row->database = MyDatabaseId;
+		strlcpy(row->bucket, bucket, sizeof(row->bucket));
+	}
+	if (row != NULL)
+	{
+		row->factor = factor;
+		if (factor >= 1)
+			row->pid = 0;
+	}
+	LWLockRelease(shared->lock);
+}
+
+Slowed *
+shared_slowed(int *count)
+{
+	Slowed *copy = palloc(sizeof(Slowed) * MAX_SLOWED);
+	int i;
+
+	*count = 0;
+	if (shared == NULL)
+		return copy;
+	LWLockAcquire(shared->lock, LW_SHARED);
+	for (i = 0; i < MAX_SLOWED; i++)
+	{
+		if (shared->slowed[i].pid != 0 && shared->slowed[i].database == MyDatabaseId &&
+			has_slot(shared->slowed[i].pid))
+			copy[(*count)++] = shared->slowed[i];
+	}
+	LWLockRelease(shared->lock);
+	return copy;
 }

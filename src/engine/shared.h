@@ -252,4 +252,21 @@ extern ProviderStat *shared_provider_stats(int *count);
 /* Latency in ms below which the fraction "q" (0..1) of a row's calls stayed; 0 without calls. */
 extern double shared_latency_quantile(const ProviderStat *stat, double q);
 
+/* ---- accounts that are called more slowly than was published ---- */
+
+#define MAX_SLOWED 64
+typedef struct Slowed
+{
+	int pid; /* of the dispatcher that does so; 0: free */
+	Oid database;
+	char bucket[128]; /* CallRate.bucket */
+	double factor;	  /* of the published rate is left */
+} Slowed;
+
+/* Tell of a bucket of this dispatcher's; a factor of 1: it is as published. Without effect in other processes. */
+extern void shared_note_rate(const char *bucket, double factor);
+
+/* Palloc'd copy of what dispatchers of the current database have told; *count is set. */
+extern Slowed *shared_slowed(int *count);
+
 #endif /* AGENTVM_ENGINE_SHARED_H */

@@ -382,9 +382,38 @@ power_goes_on(SessionRow *row, const ProviderStep *step, char *error)
 	return false;
 }
 
+/*
+ * Whether the call that a step asks for may be made now, else *later.  What answers
+ * an answer goes at once, since the step has taken that in: there are no more such calls
+ * than answers.
+ */
+static bool
+call_is_granted(const SessionRow *row, ProviderStep *step, const HttpReply *reply,
+				const TurnCall *call, Rates *rates, int peers, TimestampTz now, TimestampTz *later)
+{
+	CallRate *rate = step->rate;
+	int joint = call != NULL ? call->joint : 0;
+	RateClaim claim = RATE_WAITED;
+
+	if (rate == NULL)
+		return true;
+	if (joint > 0 && joint < rate->limit && rate->batch != NULL)
+	{
+		rate->limit = joint;
+		rate->batch = joint > 1 ? psprintf("%s/%d", rate->batch, joint) : NULL;
+	}
+	if (reply != NULL)
+		claim = RATE_MUST;
+	else if (joint > 0)
+		claim = RATE_SPLIT;
+	else if (call == NULL && row->next_check_at <= row->created_at)
+		claim = RATE_NEW;
+	return rates_admit(rates, rate, peers, claim, now, later);
+}
+
 void
 session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, ConfigCache *configs,
-			 TurnResult *result)
+			 Rates *rates, int peers, TurnResult *result)
 {
 	const Provider *provider = provider_find(row->provider);
 	const char *config_error = NULL;
@@ -484,12 +513,23 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 												   : "the provider goes round in circles";
 		}
 
+		if (step.kind == STEP_REQUEST && !needs_login &&
+			!call_is_granted(row, &step, reply, call, rates, peers, now, &retry_at))
+		{
+			/* the step is repeated when its turn comes, from its handle */
+			if (row->state == STATE_PROVISIONING && row->launched_at == 0)
+				row->detail = psprintf("%s waits for what the account grants", step.operation);
+			break;
+		}
+
 		if (step.kind == STEP_FAILED && step.error_class == CLASS_NONE)
 			step.error_class = CLASS_PERMANENT;
 		result->last_class = step.error_class;
+		if (reply != NULL)
+			result->reply_class = step.error_class;
 		if (step.error_class != CLASS_NONE)
 			error = step_error(&step, login.secrets);
-		if (reply != NULL)
+		if (reply != NULL && !call->counted)
 			shared_count_call(row->provider, operation, step.error_class, reply->millis);
 		if (step.error_class != CLASS_NONE || (reply != NULL && mutates))
 			log_call(row, operation ? operation : step.operation, reply, &step, error);
@@ -519,6 +559,7 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 		if (step.kind == STEP_REQUEST)
 		{
 			result->request = step.request;
+			result->rate = step.rate;
 			result->call.op = op;
 			result->call.operation = step.operation;
 			result->call.mutates = step.mutates;

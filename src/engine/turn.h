@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "engine/login.h"
+#include "engine/rate.h"
 #include "engine/session_row.h"
 #include "providers/provider.h"
 #include "utils/resowner.h"
@@ -30,15 +31,19 @@ typedef struct TurnCall
 	bool mutates;
 	LoginRef login; /* what it is signed with */
 	bool again;		/* it repeats one whose login had expired */
+	bool counted;	/* the reply is a part of one that has been taken into account */
+	int joint; /* not answered, since others of its call were refused: may be made for so many; 0: any */
 } TurnCall;
 
 /* What a turn found to do. */
 typedef struct TurnResult
 {
 	HttpRequest *request; /* to be sent after commit, or NULL */
+	CallRate *rate;		  /* with request; or NULL */
 	TurnCall call;		  /* with request */
 	LoginRef wait_for; /* without: the next turn is to come when this login is over; id 0: none */
-	ErrorClass last_class; /* how the last answer was, for throttling */
+	ErrorClass last_class;	/* how the last step went, for throttling */
+	ErrorClass reply_class; /* the one that took in the reply */
 } TurnResult;
 
 /*
@@ -46,10 +51,12 @@ typedef struct TurnResult
  * "call"; NULL: none), then whatever is due.  Changes the row in
  * memory, writes events and tokens, but does not save the row: the caller sets
  * the lease if there is a request or a login to wait for, and saves.  "call" may be
- * NULL without a reply.  Inside a db scope.
+ * NULL without a reply.  A call that its account does not grant yet is
+ * not asked for: the row is due again when it may be.  "peers": how many workers share
+ * what is granted.  Inside a db scope.
  */
 extern void session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call,
-						 ConfigCache *configs, TurnResult *result);
+						 ConfigCache *configs, Rates *rates, int peers, TurnResult *result);
 
 /*
  * Begin the end of a live session; "detail" may be NULL.  No effect on one that is ending or has ended.

@@ -688,6 +688,42 @@ end_call(HttpCall *call, CURLcode result)
 	dlist_push_tail(&client->ended, &call->node);
 }
 
+static const Secret *
+copy_secret(const Secret *secret)
+{
+	return secret != NULL ? secret_make(secret_bytes(secret), secret_len(secret)) : NULL;
+}
+
+static const char *
+copy_text(const char *text)
+{
+	return text != NULL ? pstrdup(text) : NULL;
+}
+
+HttpRequest *
+http_request_copy(const HttpRequest *request)
+{
+	HttpRequest *copy = palloc(sizeof(HttpRequest));
+	ListCell *lc;
+
+	*copy = *request;
+	copy->method = copy_text(request->method);
+	copy->url = copy_text(request->url);
+	copy->headers = NIL;
+	foreach (lc, request->headers)
+		copy->headers = lappend(copy->headers, pstrdup(lfirst(lc)));
+	copy->body = request->body != NULL ? pnstrdup(request->body, request->body_len) : NULL;
+	copy->tail = request->tail != NULL ? pnstrdup(request->tail, request->tail_len) : NULL;
+	copy->sigv4 = copy_text(request->sigv4);
+	copy->access_key = copy_secret(request->access_key);
+	copy->secret_key = copy_secret(request->secret_key);
+	copy->session_token = copy_secret(request->session_token);
+	copy->metadata_token = copy_secret(request->metadata_token);
+	copy->ca_file = copy_text(request->ca_file);
+	copy->unix_socket = copy_text(request->unix_socket);
+	return copy;
+}
+
 HttpCall *
 http_start(HttpClient *client, const HttpRequest *request, void *arg)
 {

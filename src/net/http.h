@@ -66,6 +66,9 @@ typedef struct HttpReply
 	int millis;				/* how long the call took */
 } HttpReply;
 
+/* A copy with texts and secrets of its own, in CurrentMemoryContext. */
+extern HttpRequest *http_request_copy(const HttpRequest *request);
+
 /*
  * Make a client.  Initializes libcurl in this process on first use (never in
  * the postmaster).  Raises out of memory or system errors.  The caller owns the

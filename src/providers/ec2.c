@@ -244,6 +244,66 @@ ec2_send_describe(Ec2Step *step, const char *vm_id)
 	aws_form_init(&form, DESCRIBE, EC2_VERSION);
 	aws_form_add(&form, "InstanceId.1", vm_id);
 	ec2_send(step, "ec2", DESCRIBE, &form);
+	ec2_limit(step, DESCRIBE, vm_id);
+}
+
+/*
+ * Calls that EC2 grants an account in a region by default, and how many instances one
+ * may be for.  Source: "Request throttling for the Amazon EC2 API".  What is not here
+ * is too rare to come near its limit.
+ */
+static const struct
+{
+	const char *operation;
+	int burst;
+	int per_second;
+	int members;
+} limits[] = {
+	{RUN, 5, 2, 1},
+	{TERMINATE, 100, 5, 1000},
+	{DESCRIBE, 50, 10, 200},
+	{DESCRIBE_BY_FILTER, 100, 20, 1},
+};
+
+/*
+ * The account that the step's calls are made in, as far as it can be told: that of the
+ * team's role, else the one that its access key is of.
+ */
+static char *
+account_name(Ec2Step *step)
+{
+	char *role = option_text(step->context->options, "role_arn");
+	const Secret *key = secret_set_get(step->context->secrets, "access_key_id");
+	uint8 digest[SHA256_LEN];
+
+	if (role != NULL && aws_is_role_arn(role))
+		return psprintf("%.12s", strstr(role, ":iam::") + strlen(":iam::"));
+	secret_sha256(key, digest);
+	return psprintf("key %.12s", sha256_text(digest));
+}
+
+void
+ec2_limit(Ec2Step *step, const char *operation, const char *vm_id)
+{
+	if (ec2_signer(step) == NULL)
+		return; /* it will not be sent */
+	for (int i = 0; i < lengthof(limits); i++)
+	{
+		CallRate *rate;
+
+		if (strcmp(limits[i].operation, operation) != 0)
+			continue;
+		rate = step->out->rate = palloc0(sizeof(CallRate));
+		rate->bucket = psprintf("%s %s %s", operation, ec2_region(step), account_name(step));
+		rate->burst = limits[i].burst;
+		rate->per_second = limits[i].per_second;
+		if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
+			return;
+		rate->batch = psprintf("%s %s %.32s", operation, ec2_region(step),
+							   secret_set_digest(step->context->secrets));
+		rate->member = vm_id;
+		rate->limit = limits[i].members;
+	}
 }
 
 /* Look for a live instance by the session's tag. */
@@ -261,6 +321,7 @@ send_lookup(Ec2Step *step)
 	aws_form_add(&form, "Filter.2.Value.3", "stopping");
 	aws_form_add(&form, "Filter.2.Value.4", "stopped");
 	ec2_send(step, "ec2", DESCRIBE, &form);
+	ec2_limit(step, DESCRIBE_BY_FILTER, NULL);
 }
 
 XmlDoc *
@@ -433,6 +494,7 @@ send_terminate(Ec2Step *step, const char *vm_id)
 	aws_form_init(&form, TERMINATE, EC2_VERSION);
 	aws_form_add(&form, "InstanceId.1", vm_id);
 	ec2_send(step, "ec2", TERMINATE, &form);
+	ec2_limit(step, TERMINATE, vm_id);
 }
 
 /* A series of looks begins, unless it is under way. */
@@ -782,5 +844,7 @@ const Provider ec2_provider = {
 	.login_needed = aws_login_needed,
 	.login_step = aws_login_step,
 	.login_expired = aws_login_expired,
+	.join = ec2_join,
+	.split = ec2_split,
 	.step = ec2_step,
 };

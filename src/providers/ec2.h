@@ -23,6 +23,7 @@
 #define TERMINATE "TerminateInstances"
 #define STOP "StopInstances"
 #define START "StartInstances"
+#define DESCRIBE_BY_FILTER "DescribeInstances by filter" /* which is granted by itself */
 #define PUT_PARAMETER "PutParameter"
 #define DELETE_PARAMETER "DeleteParameter"
 #define MAX_USER_DATA 16384 /* bytes before base64 */
@@ -109,6 +110,9 @@ extern const char *ec2_region(Ec2Step *step);
 extern void ec2_send(Ec2Step *step, const char *service, const char *action, AwsForm *form);
 extern void ec2_send_describe(Ec2Step *step, const char *vm_id);
 
+/* What the account grants of the step's request; "vm_id": it is made for that VM, or for several. */
+extern void ec2_limit(Ec2Step *step, const char *operation, const char *vm_id);
+
 /* What calls are signed with; NULL as long as that is not known. */
 extern const SecretSet *ec2_signer(const Ec2Step *step);
 
@@ -149,6 +153,12 @@ extern bool ec2_is_id(const char *text, const char *prefix);
 extern bool ec2_is_made_of(const char *text, const char *characters, size_t max_len);
 
 extern void ec2_validate(OptionScope scope, Jsonb *options);
+
+/* ---- ec2_joint.c: Provider.join and Provider.split ---- */
+
+extern HttpRequest *ec2_join(const HttpRequest *request, const char *const *members, int count);
+extern ErrorClass ec2_split(const HttpReply *reply, const char *const *members, int count,
+							HttpReply **replies);
 
 /* ---- ec2_launch.c ---- */
 

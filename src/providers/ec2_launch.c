@@ -237,6 +237,7 @@ send_launch(Ec2Step *step)
 	step->out->mutates = true;
 	step->out->region = progress->region;
 	ec2_send(step, "ec2", RUN, &form);
+	ec2_limit(step, RUN, NULL);
 }
 
 /* Whether the place has no room, rather than the request a fault. */

@@ -136,10 +136,26 @@ typedef enum StepKind
 	STEP_FAILED	  /* it has not; error_class tells what may be tried */
 } StepKind;
 
+/*
+ * What a cloud account grants of a call, and whether it can be made for several
+ * sessions at once.  The texts are shown to administrators: no secret is in them.
+ */
+typedef struct CallRate
+{
+	const char *bucket; /* calls with the same text draw on the same grant */
+	int burst;			/* calls at once */
+	double per_second;	/* and from then on */
+	/* of a call that Provider.join can make for several members, else NULL: */
+	const char *batch;	/* the same for those that may be made in one, less than 100 bytes */
+	const char *member; /* whom this one is for */
+	int limit;			/* members of one call at most */
+} CallRate;
+
 typedef struct ProviderStep
 {
 	StepKind kind;
 	HttpRequest *request; /* STEP_REQUEST */
+	CallRate *rate;		  /* of the request; NULL: no limit is known */
 	const char *
 		operation; /* the provider's name for the call just answered or to be made: "RunInstances" */
 	bool mutates;  /* STEP_REQUEST: the call changes something (an event row is written for it) */
@@ -264,6 +280,19 @@ typedef struct Provider
 					   LoginStep *step);
 	/* Whether a reply says that what the call was signed with has expired. */
 	bool (*login_expired)(const HttpReply *reply);
+	/*
+	 * Of a provider whose steps give CallRate.batch, else both are NULL.  The request for
+	 * all the members, like "request", which is that of one of them.
+	 */
+	HttpRequest *(*join)(const HttpRequest *request, const char *const *members, int count);
+	/*
+	 * What the reply to that says to each member alone, as if it had asked for itself;
+	 * replies[] comes as NULLs.  What stays NULL was refused because of others: the engine
+	 * asks again without those that have a reply, or, where nobody has, in halves.  Returns how
+	 * the call was answered.  Outside a transaction.
+	 */
+	ErrorClass (*split)(const HttpReply *reply, const char *const *members, int count,
+						HttpReply **replies);
 	/* Take the operation one step further; fills *step, which comes zeroed. */
 	void (*step)(const ProviderContext *context, ProviderStep *step);
 } Provider;

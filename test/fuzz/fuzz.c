@@ -139,6 +139,44 @@ run_aws(const char *data, size_t size)
 }
 
 /*
+ * The answer to a call for three instances, two of which are the same: each member's
+ * own is of that instance or none, if it says that the call has worked.
+ */
+static void
+run_joint(const char *data, size_t size)
+{
+	static const char *const members[] = {"i-0b", "i-0a", "i-0b"};
+	HttpReply *replies[lengthof(members)] = {0};
+	HttpReply *reply;
+	ErrorClass class;
+
+	if (size < 2)
+		return;
+	reply = make_reply(((unsigned char) data[0] << 8 | (unsigned char) data[1]) % 1000, data + 2,
+					   size - 2);
+	class = ec2_split(reply, members, lengthof(members), replies);
+	check((replies[0] == NULL) == (replies[2] == NULL));
+	for (int i = 0; i < lengthof(members); i++)
+	{
+		XmlDoc *doc;
+		char *id;
+
+		check(class != CLASS_NONE || replies[i] != NULL);
+		if (replies[i] == NULL)
+			continue;
+		check(strlen(replies[i]->body) <= replies[i]->body_len);
+		check(replies[i]->body[replies[i]->body_len] == '\0');
+		check(replies[i]->status == reply->status);
+		if (class != CLASS_NONE)
+			continue;
+		doc = xml_parse(replies[i]->body, replies[i]->body_len);
+		id = xml_text(doc, "//instancesSet/item/instanceId");
+		check(xml_count(doc, "//instancesSet/item/instanceId") != 1 || strcmp(id, members[i]) == 0);
+		xml_free(doc);
+	}
+}
+
+/*
  * An operation of ec2 from its beginning, each request answered with the next
  * piece of the data: an octet for the status, then the body, up to a NUL.
  */
@@ -400,9 +438,9 @@ run_keyring(const char *data, size_t size)
 }
 
 static const Target targets[] = {
-	{"xml", run_xml, false},		 {"aws", run_aws, false},	{"ec2", run_ec2, false},
-	{"login", run_login, false},	 {"http", run_http, false}, {"options", run_options, true},
-	{"keyring", run_keyring, false},
+	{"xml", run_xml, false},		 {"aws", run_aws, false},	  {"ec2", run_ec2, false},
+	{"login", run_login, false},	 {"http", run_http, false},	  {"options", run_options, true},
+	{"keyring", run_keyring, false}, {"joint", run_joint, false},
 };
 
 static int

@@ -47,6 +47,8 @@ agentvm.sweep_interval = '1s'
 agentvm.gateway_url = 'https://gateway.example'
 agentvm.aws_endpoint_url = '$endpoint'
 agentvm.allow_insecure_endpoints = on
+# what real accounts grant would slow all tests down: those that are about it set this to 1
+agentvm.api_rate = 0
 CONF
 	$node->append_conf('postgresql.conf', $opt{conf}) if $opt{conf};
 	return $node if exists $opt{start} && !$opt{start};
