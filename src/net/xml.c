@@ -39,6 +39,8 @@
 #define MAX_PATH_STEPS 16
 #define MAX_TAGS 20000		/* a few hundred are usual */
 #define MAX_ATTRIBUTES 4000 /* one is usual, but "=" may be in texts, too */
+#define MAX_TAGS_LISTED 700 /* of an instance with 50 tags */
+#define MAX_ATTRIBUTES_LISTED 50
 #define MAX_TEXT 4096		/* bytes of an element's text that are kept */
 #define MAX_LONG_TEXT 32768 /* of one that is asked for as a long one */
 
@@ -83,7 +85,7 @@ free_tree(void *arg)
 
 /* Whether libxml2 may have it: little markup, no DTD, nothing that looks like another encoding. */
 static bool
-is_tame(const char *text, size_t len)
+is_tame(const char *text, size_t len, int max_tags, int max_attributes)
 {
 	int tags = 0;
 	int attributes = 0;
@@ -97,8 +99,8 @@ is_tame(const char *text, size_t len)
 		else if (text[i] == '\0')
 			return false;
 	}
-	return text[strspn(text, " \t\r\n")] == '<' && tags <= MAX_TAGS &&
-		   attributes <= MAX_ATTRIBUTES && strstr(text, "<!DOCTYPE") == NULL;
+	return text[strspn(text, " \t\r\n")] == '<' && tags <= max_tags &&
+		   attributes <= max_attributes && strstr(text, "<!DOCTYPE") == NULL;
 }
 
 /*
@@ -122,14 +124,14 @@ wipe_what_is_freed(void)
 		(void) xmlMemSetup(secret_free, malloc, secret_realloc, strdup_function);
 }
 
-XmlDoc *
-xml_parse(const char *text, size_t len)
+static XmlDoc *
+parse(const char *text, size_t len, int max_tags, int max_attributes)
 {
 	XmlDoc *doc;
 	xmlParserCtxtPtr parser;
 	xmlDocPtr tree;
 
-	if (len == 0 || len > INT_MAX || !is_tame(text, len))
+	if (len == 0 || len > INT_MAX || !is_tame(text, len, max_tags, max_attributes))
 		return NULL;
 
 	wipe_what_is_freed();
@@ -156,6 +158,19 @@ xml_parse(const char *text, size_t len)
 	doc->callback.arg = doc;
 	MemoryContextRegisterResetCallback(CurrentMemoryContext, &doc->callback);
 	return doc;
+}
+
+XmlDoc *
+xml_parse(const char *text, size_t len)
+{
+	return parse(text, len, MAX_TAGS, MAX_ATTRIBUTES);
+}
+
+XmlDoc *
+xml_parse_list(const char *text, size_t len, int things)
+{
+	return parse(text, len, MAX_TAGS + things * MAX_TAGS_LISTED,
+				 MAX_ATTRIBUTES + things * MAX_ATTRIBUTES_LISTED);
 }
 
 /* The struct itself stays with its context: the callback there still points to it. */
@@ -329,4 +344,52 @@ xml_count(XmlDoc *doc, const char *path)
 			count++;
 	}
 	return count;
+}
+
+/* ---- lists ---- */
+
+/* The first element of a name from "node" on, among its siblings. */
+static xmlNodePtr
+named(xmlNodePtr node, const char *name, size_t len)
+{
+	while (node != NULL &&
+		   (node->type != XML_ELEMENT_NODE || strncmp((const char *) node->name, name, len) != 0 ||
+			node->name[len] != '\0'))
+		node = node->next;
+	return node;
+}
+
+XmlNode *
+xml_root(XmlDoc *doc)
+{
+	return doc != NULL && doc->tree != NULL ? xmlDocGetRootElement(doc->tree) : NULL;
+}
+
+XmlNode *
+xml_below(XmlNode *node, const char *path)
+{
+	while (node != NULL && *path != '\0')
+	{
+		size_t len = strcspn(path, "/");
+
+		node = named(node->children, path, len);
+		path += len;
+		path += *path == '/';
+	}
+	return node;
+}
+
+XmlNode *
+xml_next(XmlNode *after)
+{
+	const char *name = (const char *) after->name;
+
+	return named(after->next, name, strlen(name));
+}
+
+char *
+xml_below_text(XmlNode *node, const char *path)
+{
+	node = xml_below(node, path);
+	return node != NULL ? node_text(node, MAX_TEXT) : NULL;
 }

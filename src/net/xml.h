@@ -13,6 +13,7 @@
 #include "secret/secret.h"
 
 typedef struct XmlDoc XmlDoc;
+typedef struct _xmlNode XmlNode; /* an element; of its document */
 
 /*
  * Parse "len" bytes, which a NUL must follow.  Returns NULL when it is no
@@ -22,6 +23,12 @@ typedef struct XmlDoc XmlDoc;
  * the latter should be done, as a context may see many answers.
  */
 extern XmlDoc *xml_parse(const char *text, size_t len);
+
+/*
+ * The same with the bounds of an answer that lists so many things that each would be
+ * an answer of its own.
+ */
+extern XmlDoc *xml_parse_list(const char *text, size_t len, int things);
 
 /* Free a document early. */
 extern void xml_free(XmlDoc *doc);
@@ -45,5 +52,17 @@ extern Secret *xml_secret(XmlDoc *doc, const char *path);
 
 /* Number of nodes that the path names. */
 extern int xml_count(XmlDoc *doc, const char *path);
+
+/*
+ * For lists: the first element at a path below another one ("reservationSet/item"), or the
+ * next one with the name of "after" beside that; NULL when there is none.  Costs no
+ * more than the elements that are passed by.  "doc" may be NULL.
+ */
+extern XmlNode *xml_root(XmlDoc *doc);
+extern XmlNode *xml_below(XmlNode *node, const char *path);
+extern XmlNode *xml_next(XmlNode *after);
+
+/* Text of the element at a path below another one, as xml_text() has it; NULL when there is none. */
+extern char *xml_below_text(XmlNode *node, const char *path);
 
 #endif /* AGENTVM_NET_XML_H */

@@ -75,7 +75,7 @@ typedef struct Ec2Step
 
 /* ---- ec2.c: shared by all operations ---- */
 
-/* The region of the session's VM, or of the one to be. */
+/* The region of the session's VM, or of the one to be; of OP_LIST and OP_REAP. */
 extern const char *ec2_region(Ec2Step *step);
 
 /* The step's request: this form. */
@@ -146,6 +146,12 @@ extern void ec2_drop_parameter(Ec2Step *step);
 
 /* Raise AV010 or AV012 for what would keep a session's payload from being delivered. */
 extern void ec2_check_parameter(Jsonb *options);
+
+/* ---- ec2_list.c ---- */
+
+/* OP_LIST and OP_REAP. */
+extern void ec2_list(Ec2Step *step);
+extern void ec2_reap(Ec2Step *step);
 
 /* ---- ec2_check.c ---- */
 

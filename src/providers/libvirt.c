@@ -600,6 +600,9 @@ libvirt_step(const ProviderContext *context, ProviderStep *out)
 		case OP_CHECK:
 			ask(&step, LV_CHECK);
 			break;
+		case OP_LIST:
+		case OP_REAP:
+			break;
 	}
 }
 
