@@ -27,7 +27,8 @@
 /* Members of the handle. */
 #define NEXT_TOKEN "next_token"
 #define PAGES "pages"
-#define SINGLE "single" /* index of the instance that is asked for alone, from 1 on; 0: all at once */
+#define SINGLE                                                                                     \
+	"single" /* index of the instance that is asked for alone, from 1 on; 0: all at once */
 
 /* Append a member to an object that is being written, if there is a value. */
 static void
@@ -168,8 +169,7 @@ ec2_list(Ec2Step *step)
 		ec2_fail_malformed(step);
 		return;
 	}
-	step->out->result =
-		read_page(step->doc, step->context->cluster, step->context->vm_ids != NIL);
+	step->out->result = read_page(step->doc, step->context->cluster, step->context->vm_ids != NIL);
 	next = xml_below_text(xml_root(step->doc), "nextToken");
 	pages = handle_int(handle, PAGES, 0) + 1;
 	if (next == NULL || next[0] == '\0')
@@ -178,8 +178,7 @@ ec2_list(Ec2Step *step)
 		ec2_fail(step, CLASS_PERMANENT, "TooManyPages", "the list of instances does not end");
 	else
 	{
-		step->out->handle =
-			handle_set_int(handle_set_text(NULL, NEXT_TOKEN, next), PAGES, pages);
+		step->out->handle = handle_set_int(handle_set_text(NULL, NEXT_TOKEN, next), PAGES, pages);
 		ask_page(step, next);
 	}
 }

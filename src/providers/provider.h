@@ -115,11 +115,12 @@ typedef struct ProviderContext
 	ProviderOp op;
 	const ProviderSession *session; /* NULL for OP_CHECK, OP_LIST, OP_REAP */
 	const ProviderHost
-		*host;			 /* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
-	const char *cluster; /* installation uuid, where there is no session; else it is the session's */
-	const char *region;	 /* OP_LIST, OP_REAP: where */
-	List *vm_ids;		 /* OP_LIST, OP_REAP: of char *, at most AVM_MAX_LISTED */
-	Jsonb *options;		 /* merged: team, then profile, then caller; frozen at provision() */
+		*host; /* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
+	const char
+		*cluster;		/* installation uuid, where there is no session; else it is the session's */
+	const char *region; /* OP_LIST, OP_REAP: where */
+	List *vm_ids;		/* OP_LIST, OP_REAP: of char *, at most AVM_MAX_LISTED */
+	Jsonb *options;		/* merged: team, then profile, then caller; frozen at provision() */
 	const SecretSet *secrets; /* what calls are signed with: of the team, or of its login */
 	bool
 		login_pending; /* a login has yet to bring them: a request is not sent, but asked for again */
