@@ -168,7 +168,7 @@ CREATE TABLE agentvm.inventory (
 CREATE INDEX inventory_due ON agentvm.inventory (lane, next_at);
 COMMENT ON TABLE agentvm.inventory IS 'where VMs are listed: whose account (a team''s, or empty: our own hosts), which region or host, and how it went';
 COMMENT ON COLUMN agentvm.inventory.next_at IS 'the next list; with a lease: until then somebody else is at it';
-COMMENT ON COLUMN agentvm.inventory.active_at IS 'when there last were sessions or VMs: one without is listed less often';
+COMMENT ON COLUMN agentvm.inventory.active_at IS 'when there last were sessions or VMs: where there are none for a while lists are made less often';
 COMMENT ON COLUMN agentvm.inventory.listed_at IS 'when the last list was begun that was whole';
 
 CREATE TABLE agentvm.vm_drift (

@@ -35,24 +35,30 @@
 #define MANY_UNKNOWN 10		  /* VMs that are not known: more, and more than a fifth, are no news */
 #define APPEARS_WITHIN "60 s" /* after its launch a VM is in lists */
 
-/* The VMs of pages in parameter "n", each once. */
+/* The VMs of pages in parameter "n", each once; over: it has ended. */
 #define VMS(n)                                                                                     \
-	"(SELECT DISTINCT ON (r.vm_id) r.* FROM unnest($" n "::jsonb[]) AS p, "                        \
-	"jsonb_to_recordset(p) AS r(vm_id text, session_id text, team_id text, agent_id text, "        \
-	"state text, launched_at timestamptz, address text, purchase text, reason_code text, "         \
-	"reason text) WHERE r.vm_id IS NOT NULL AND r.state IS NOT NULL ORDER BY r.vm_id)"
+	"(SELECT DISTINCT ON (r.vm_id) r.*, r.state IN ('shutting-down', 'terminated') AS over "       \
+	"FROM unnest($" n "::jsonb[]) AS p, jsonb_to_recordset(p) AS r(vm_id text, "                   \
+	"session_id text, team_id text, agent_id text, state text, launched_at timestamptz, "          \
+	"address text, purchase text, reason_code text, reason text) "                                 \
+	"WHERE r.vm_id IS NOT NULL AND r.state IS NOT NULL ORDER BY r.vm_id) "
 
-#define HAS_ENDED "IN ('shutting-down', 'terminated')"
+/* The live sessions of a place ($1, $2, $3): of a team, or on a host. */
+#define SESSIONS                                                                                   \
+	"(SELECT session_id, vm_id FROM agentvm.session WHERE team_id = $1 AND ended_at IS NULL "      \
+	"AND provider = $2 AND region = $3 UNION ALL SELECT o.session_id, o.vm_id "                    \
+	"FROM agentvm.placement p JOIN agentvm.session o USING (session_id) WHERE $1 = '' "            \
+	"AND p.host = $3 AND o.ended_at IS NULL AND o.provider = $2) "
 
-/* Sessions of the place ($1, $2, $3) that have a VM which should be there; v is the list, begun at $4. */
+/* Those that have a VM which should be there; v is the list, begun at $4. */
 #define MISSED                                                                                     \
-	"agentvm.session s LEFT JOIN v USING (vm_id) WHERE s.team_id = $1 AND s.ended_at IS NULL "     \
-	"AND s.provider = $2 AND s.region = $3 AND s.running AND s.state <> 'terminating' "            \
-	"AND (v.state " HAS_ENDED " OR v.vm_id IS NULL "                                               \
-	"AND s.launched_at < $4 - interval '" APPEARS_WITHIN "')"
+	SESSIONS                                                                                       \
+	"m JOIN agentvm.session s USING (session_id) LEFT JOIN v ON v.vm_id = s.vm_id "                \
+	"WHERE s.vm_id IS NOT NULL AND s.running AND s.state <> 'terminating' "                        \
+	"AND (v.over OR v.vm_id IS NULL AND s.launched_at < $4 - interval '" APPEARS_WITHIN "') "
 
-static DbQuery missed_query = {"WITH v AS MATERIALIZED " VMS("5") " SELECT s.vm_id FROM " MISSED
-																  " ORDER BY s.vm_id LIMIT 1000",
+static DbQuery missed_query = {"WITH v AS MATERIALIZED " VMS("5") "SELECT s.vm_id FROM " MISSED
+																  "ORDER BY s.vm_id LIMIT 1000",
 							   5,
 							   {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, JSONBARRAYOID}};
 
@@ -61,90 +67,92 @@ static DbQuery missed_query = {"WITH v AS MATERIALIZED " VMS("5") " SELECT s.vm_
 	"session_id, agent_id, vm_state, session_state, launched_at, address, purchase, "              \
 	"first_seen_at, last_seen_at, quarantined, detail) "
 #define ON_CONFLICT                                                                                \
-	" ON CONFLICT (account, provider, region, vm_id) DO UPDATE SET kind = excluded.kind, "         \
+	"ON CONFLICT (account, provider, region, vm_id) DO UPDATE SET kind = excluded.kind, "          \
 	"team_id = excluded.team_id, session_id = excluded.session_id, "                               \
 	"agent_id = excluded.agent_id, vm_state = excluded.vm_state, "                                 \
 	"session_state = excluded.session_state, launched_at = excluded.launched_at, "                 \
 	"address = excluded.address, purchase = excluded.purchase, "                                   \
 	"last_seen_at = excluded.last_seen_at, detail = coalesce(excluded.detail, d.detail), "         \
 	"first_seen_at = CASE WHEN d.kind = excluded.kind THEN d.first_seen_at "                       \
-	"ELSE excluded.first_seen_at END, "                                                            \
-	"quarantined = CASE WHEN d.kind = excluded.kind THEN d.quarantined "                           \
-	"ELSE excluded.quarantined END"
+	"ELSE excluded.first_seen_at END, quarantined = excluded.quarantined"
 
+/* The list, begun at $4, was seen at $6; $7: what has no session is quarantined. */
 static DbQuery seen_query = {
 	"WITH v AS MATERIALIZED " VMS(
 		"5") ", "
 			 "i AS (SELECT *, CASE WHEN session_id ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' "
 			 "THEN session_id::uuid END AS id FROM v), "
 			 /* LIMIT: each is looked up by its key, whatever the planner thinks of their number */
-			 "f AS (SELECT i.*, s.session_id IS NOT NULL AS known, s.team_id AS session_team, "
-			 "s.state AS session_state, s.ended_at, s.vm_id AS session_vm, "
-			 "coalesce(s.team_id, i.team_id, $1) AS owner FROM i LEFT JOIN LATERAL (SELECT * "
-			 "FROM agentvm.session o WHERE o.session_id = i.id LIMIT 1) s ON true), "
-			 "k AS (SELECT f.*, CASE WHEN state " HAS_ENDED
-			 " THEN NULL WHEN NOT known THEN 'unknown' "
+			 "f AS (SELECT i.*, s.session_id IS NOT NULL AS known, s.state AS session_state, "
+			 "s.ended_at, "
+			 "s.vm_id AS session_vm, coalesce(s.team_id, i.team_id, $1) AS owner FROM i "
+			 "LEFT JOIN LATERAL (SELECT * FROM agentvm.session o WHERE o.session_id = i.id LIMIT "
+			 "1) s "
+			 "ON true), "
+			 "k AS (SELECT *, CASE WHEN over THEN NULL WHEN NOT known THEN 'unknown' "
 			 "WHEN ended_at < $4 THEN 'orphan' WHEN ended_at IS NOT NULL THEN NULL "
 			 "WHEN session_vm <> vm_id THEN 'orphan' WHEN session_vm IS NULL THEN NULL "
 			 "WHEN session_state IN ('ready', 'warm') AND state <> 'running' "
 			 "OR session_state = 'paused' AND state <> 'stopped' THEN 'state' END AS kind FROM f "
-			 "WHERE owner = $1 OR NOT EXISTS (SELECT FROM agentvm.inventory i "
+			 "WHERE $1 = '' OR owner = $1 OR NOT EXISTS (SELECT FROM agentvm.inventory i "
 			 "WHERE i.account = f.owner AND i.provider = $2 AND i.region = $3)), "
-			 "w AS (" UPSERT
-			 "SELECT $1, $2, $3, vm_id, kind, $1, id, agent_id, state, session_state, "
-			 "launched_at, address, purchase, $6, $6, kind IN ('orphan', 'unknown') AND $7, "
-			 "CASE WHEN kind = 'unknown' AND owner <> $1 THEN 'its tag says that it is of team ' "
-			 "|| owner "
-			 "WHEN kind = 'orphan' AND ended_at IS NULL THEN 'its session has VM ' || session_vm "
-			 "END "
-			 "FROM k WHERE kind IS NOT NULL" ON_CONFLICT ") "
-			 "SELECT count(*) FILTER (WHERE NOT state " HAS_ENDED ") FROM v",
+			 "w AS (" UPSERT "SELECT $1, $2, $3, vm_id, kind, CASE WHEN $1 <> '' THEN $1 "
+			 "ELSE (SELECT t.team_id FROM agentvm.team t WHERE t.team_id = k.owner) END, id, "
+			 "agent_id, "
+			 "state, session_state, launched_at, address, purchase, $6, $6, "
+			 "kind IN ('orphan', 'unknown') AND $7, "
+			 "CASE WHEN kind = 'orphan' AND ended_at IS NULL THEN 'its session has VM ' || "
+			 "session_vm "
+			 "WHEN kind = 'unknown' AND $1 <> '' AND owner <> $1 "
+			 "THEN 'its tag says that it is of team ' || owner END "
+			 "FROM k WHERE kind IS NOT NULL " ON_CONFLICT
+			 ") SELECT count(*) FILTER (WHERE NOT over) FROM v",
 	7,
 	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, JSONBARRAYOID, TIMESTAMPTZOID, BOOLOID}};
 
 /* Of those missed that were asked for by themselves ($8): what came of that ($7). */
 static DbQuery missing_query = {
-	"WITH v AS MATERIALIZED " VMS("5") ", l AS MATERIALIZED " VMS(
-		"7") " " UPSERT "SELECT $1, $2, $3, s.vm_id, "
-			 "CASE WHEN l.state " HAS_ENDED " OR v.state " HAS_ENDED
-			 " OR l.state IS NULL THEN 'missing' "
-			 "ELSE 'state' END, s.team_id, s.session_id, s.agent_id, "
-			 "coalesce(l.state, v.state, 'not found'), s.state, s.launched_at, s.address, "
-			 "s.purchase, $6, "
-			 "$6, false, CASE WHEN l.state IS NOT NULL AND NOT l.state " HAS_ENDED
-			 " THEN 'it carries our tag agentvm-cluster no more' "
-			 "ELSE left(concat_ws(': ', coalesce(l.reason_code, v.reason_code), "
-			 "coalesce(l.reason, v.reason)), 400) END "
-			 "FROM (SELECT s.* FROM " MISSED " AND s.vm_id = ANY ($8)) s "
-			 "LEFT JOIN v USING (vm_id) LEFT JOIN l USING (vm_id)" ON_CONFLICT,
+	"WITH v AS MATERIALIZED " VMS("5") ", l AS MATERIALIZED " VMS("7") UPSERT
+	"SELECT $1, $2, $3, s.vm_id, CASE WHEN NOT l.over AND v.over IS NULL THEN 'state' "
+	"ELSE 'missing' END, s.team_id, s.session_id, s.agent_id, "
+	"coalesce(l.state, v.state, 'not found'), s.state, s.launched_at, s.address, s.purchase, $6, "
+	"$6, false, CASE WHEN NOT l.over AND v.over IS NULL "
+	"THEN 'it carries our tag agentvm-cluster no more' "
+	"ELSE left(concat_ws(': ', coalesce(l.reason_code, v.reason_code), "
+	"coalesce(l.reason, v.reason)), 400) END "
+	"FROM (SELECT s.* FROM " MISSED "AND s.vm_id = ANY ($8)) s "
+	"LEFT JOIN v ON v.vm_id = s.vm_id LEFT JOIN l ON l.vm_id = s.vm_id " ON_CONFLICT,
 	8,
 	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, JSONBARRAYOID, TIMESTAMPTZOID, JSONBARRAYOID,
 	 TEXTARRAYOID}};
 
-/* As sweeps do it: the wish is written, and while somebody holds a lease, he comes to it. */
+/*
+ * Of those missing in the list seen at $4, begun at $5: what is sure, and what two lists did not know.
+ * As sweeps do it: the wish is written, and while somebody holds a lease, he comes to it.
+ */
 static DbQuery lost_query = {
-	"WITH d AS MATERIALIZED (SELECT session_id, vm_id, vm_state, detail FROM (SELECT *, "
-	"vm_state " HAS_ENDED " AS sure, "
-	"count(*) FILTER (WHERE NOT vm_state " HAS_ENDED ") OVER () AS unsure FROM agentvm.vm_drift "
-	"WHERE account = $1 AND provider = $2 AND region = $3 AND kind = 'missing' "
-	"AND last_seen_at = $4) d WHERE sure OR first_seen_at < $5 "
-	"AND (unsure <= $6 OR unsure * 5 <= (SELECT count(*) FROM agentvm.session s "
-	"WHERE s.team_id = $1 AND s.ended_at IS NULL AND s.provider = $2 AND s.region = $3)) "
-	"AND NOT EXISTS (SELECT FROM agentvm.session_heartbeat h WHERE h.session_id = d.session_id "
-	"AND h.last_heartbeat_at > d.first_seen_at)), "
+	"WITH a AS (SELECT *, vm_state IN ('shutting-down', 'terminated') AS sure "
+	"FROM agentvm.vm_drift WHERE account = $1 AND provider = $2 AND region = $3 "
+	"AND kind = 'missing' AND last_seen_at = $4), "
+	"u AS (SELECT count(*) > $6 AND count(*) * 5 > (SELECT count(*) FROM " SESSIONS "s) AS many "
+	"FROM a WHERE NOT sure), "
+	"d AS MATERIALIZED (SELECT session_id, vm_id, vm_state, sure, detail, CASE "
+	"WHEN NOT sure THEN 'vm_not_found' WHEN detail LIKE 'Server.SpotInstance%' "
+	"THEN 'spot_interruption' ELSE 'vm_ended' END AS why FROM a, u "
+	"WHERE sure OR NOT many AND first_seen_at < $5 "
+	"AND NOT EXISTS (SELECT FROM agentvm.session_heartbeat h WHERE h.session_id = a.session_id "
+	"AND h.last_heartbeat_at > a.first_seen_at)), "
 	"free AS MATERIALIZED (SELECT s.session_id FROM agentvm.session s JOIN d USING (session_id) "
 	"WHERE s.vm_id = d.vm_id AND s.state NOT IN ('terminating', 'terminated', 'failed') "
 	"FOR UPDATE OF s SKIP LOCKED) "
 	"UPDATE agentvm.session s SET state = 'terminating', end_reason = 'provider_lost', "
-	"detail = CASE WHEN NOT d.vm_state " HAS_ENDED " THEN 'the provider does not know the VM' "
-	"WHEN d.detail LIKE 'Server.SpotInstance%' THEN 'spot interruption: ' || d.detail "
+	"detail = CASE why WHEN 'vm_not_found' THEN 'the provider does not know the VM' "
+	"WHEN 'spot_interruption' THEN 'spot interruption: ' || d.detail "
 	"ELSE concat_ws(': ', 'the VM has ended', nullif(d.detail, '')) END, retries = 0, "
 	"next_check_at = CASE WHEN s.lease IS NULL THEN clock_timestamp() ELSE s.next_check_at END "
 	"FROM d JOIN free USING (session_id) WHERE s.session_id = d.session_id "
-	"RETURNING s.session_id, s.team_id, s.next_check_at, s.lane, s.vm_id, "
-	"CASE WHEN NOT d.vm_state " HAS_ENDED " THEN 'vm_not_found' "
-	"WHEN d.detail LIKE 'Server.SpotInstance%' THEN 'spot_interruption' ELSE 'vm_ended' END, "
-	"d.vm_state, d.detail",
+	"RETURNING s.session_id, s.team_id, s.next_check_at, s.lane, s.vm_id, d.why, d.vm_state, "
+	"d.detail",
 	6,
 	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID}};
 
@@ -215,18 +223,6 @@ static DbQuery release_query = {
 	"OR v.listed_at < i.quarantined_since + $1 * interval '1 s')",
 	1,
 	{INT4OID}};
-
-static Datum
-text_array(List *texts)
-{
-	Datum *elements = palloc(sizeof(Datum) * Max(list_length(texts), 1));
-	int n = 0;
-	ListCell *lc;
-
-	foreach (lc, texts)
-		elements[n++] = CStringGetTextDatum(lfirst(lc));
-	return PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
-}
 
 static Datum
 document_array(List *documents)
@@ -338,7 +334,7 @@ drift_write(const Place *place, List *pages, List *missed, List *looked, Timesta
 	if (missed != NIL)
 	{
 		values[6] = document_array(looked);
-		values[7] = text_array(missed);
+		values[7] = db_text_array(missed);
 		db_run(&missing_query, values, NULL);
 		end_lost(place, seen, started_at);
 	}
@@ -371,7 +367,7 @@ drift_log_end(const Place *place, List *asked, List *ended, const char *error, i
 	uint64 i;
 
 	set_place(values, place);
-	values[3] = text_array(asked);
+	values[3] = db_text_array(asked);
 	values[4] = document_array(ended);
 	db_run(&ended_query, values, NULL);
 	rows = SPI_tuptable;

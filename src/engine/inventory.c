@@ -28,6 +28,7 @@
 #include "engine/ask.h"
 #include "engine/identity.h"
 #include "engine/inventory.h"
+#include "engine/placement.h"
 #include "engine/question.h"
 #include "engine/retry.h"
 #include "engine/shared.h"
@@ -73,7 +74,8 @@ static DbQuery finish_query = {
 	"UPDATE agentvm.inventory SET lease = NULL, listed_at = coalesce($5, listed_at), "
 	"vms = CASE WHEN $5 IS NULL THEN vms ELSE $6 END, error = $7, "
 	"failures = CASE WHEN $7 IS NULL THEN 0 ELSE failures + 1 END, "
-	"active_at = CASE WHEN $5 IS NOT NULL AND $6 > 0 THEN clock_timestamp() ELSE active_at END, "
+	"active_at = CASE WHEN $5 IS NOT NULL AND $6 > 0 "
+	"AND active_at IS DISTINCT FROM 'infinity' THEN clock_timestamp() ELSE active_at END, "
 	"next_at = clock_timestamp() + (CASE WHEN $7 IS NULL AND $6 = 0 "
 	"AND coalesce(active_at < clock_timestamp() - 2 * $8 * interval '1 ms', true) "
 	"THEN $9 ELSE 1 END) * $8 * interval '1 ms' "
@@ -119,6 +121,24 @@ static DbQuery refresh_query = {
 	"INSERT INTO agentvm.inventory (account, provider, region, lane, next_at, active_at) "
 	"SELECT team_id, provider, region, 0, clock_timestamp() + $2 * random() * interval '1 ms', "
 	"CASE WHEN active THEN clock_timestamp() END FROM w ON CONFLICT DO NOTHING",
+	2,
+	{TEXTARRAYOID, FLOAT8OID}};
+
+/* Our own hosts, of the placed providers $1. */
+static DbQuery hosts_query = {
+	"WITH w AS (SELECT p AS provider, h.name AS region FROM agentvm.host h, "
+	"unnest($1::text[]) AS p WHERE h.enabled OR EXISTS (SELECT FROM agentvm.placement o "
+	"WHERE o.host = h.name)), "
+	"gone AS MATERIALIZED (SELECT account, provider, region FROM agentvm.inventory i "
+	"WHERE lane = 1 AND NOT EXISTS (SELECT FROM w WHERE w.provider = i.provider "
+	"AND w.region = i.region) FOR UPDATE SKIP LOCKED), "
+	"drift AS (DELETE FROM agentvm.vm_drift d USING gone WHERE d.account = gone.account "
+	"AND d.provider = gone.provider AND d.region = gone.region), "
+	"forgotten AS (DELETE FROM agentvm.inventory i USING gone WHERE i.account = gone.account "
+	"AND i.provider = gone.provider AND i.region = gone.region) "
+	"INSERT INTO agentvm.inventory (account, provider, region, lane, next_at, active_at) "
+	"SELECT '', provider, region, 1, clock_timestamp() + $2 * random() * interval '1 ms', "
+	"'infinity' FROM w ON CONFLICT DO NOTHING",
 	2,
 	{TEXTARRAYOID, FLOAT8OID}};
 
@@ -402,6 +422,7 @@ static void
 take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 {
 	const Provider *provider = provider_find(inventory->place.provider);
+	ProviderHost *host = NULL;
 	Credentials *credentials;
 	Jsonb *options;
 	char *cluster;
@@ -409,6 +430,14 @@ take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 	if (provider == NULL || !provider->lists)
 	{
 		note_error(inventory, NULL, "UnknownProvider", inventory->place.provider);
+		finish(inventory, false);
+		return;
+	}
+	if (provider->placed)
+		host = placement_host_named(inventory->place.region);
+	if (provider->placed && host == NULL)
+	{
+		note_error(inventory, NULL, "NoHost", "there is no host of this name any more");
 		finish(inventory, false);
 		return;
 	}
@@ -445,6 +474,7 @@ take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 		}
 		context.op = operation_of(inventory);
 		context.cluster = cluster;
+		context.host = host;
 		context.region = inventory->place.region;
 		context.vm_ids = inventory->ids;
 		context.options = options;
@@ -550,12 +580,14 @@ claim_refresh(bool wait)
 static void
 refresh(void)
 {
-	Datum names[1] = {CStringGetTextDatum(ec2_provider.name)};
 	Datum values[2];
 
-	values[0] = PointerGetDatum(construct_array(names, 1, TEXTOID, -1, false, TYPALIGN_INT));
 	values[1] = Float8GetDatum(Max(avm_inventory_interval_s, 1) * 1000.0);
-	db_run(&refresh_query, values, NULL);
+	for (int placed = 0; placed <= 1; placed++)
+	{
+		values[0] = db_text_array(provider_names_listing(placed == 1));
+		db_run(placed == 1 ? &hosts_query : &refresh_query, values, NULL);
+	}
 	drift_look_for_failover();
 }
 

@@ -172,6 +172,8 @@ agentvm_adopt_vm(PG_FUNCTION_ARGS)
 		raise_not_adopted(vm_id, "Its tags name no session.");
 	if (strcmp(db_text(0, 6, CurrentMemoryContext), "running") != 0)
 		raise_not_adopted(vm_id, "It does not run.");
+	if (db_text(0, 1, CurrentMemoryContext)[0] == '\0')
+		raise_not_adopted(vm_id, "It is on a host of ours.");
 	if (!DatumGetBool(db_value(0, 7, &isnull)))
 		raise_not_adopted(vm_id, "Its tags name another team than the one whose account it is in.");
 	if (!DatumGetBool(db_value(0, 8, &isnull)) || !DatumGetBool(db_value(0, 9, &isnull)))

@@ -26,7 +26,7 @@ typedef struct Operation
 static const Operation operations[] = {
 	{LV_LAUNCH, lv_launch, true, true},	   {LV_TERMINATE, lv_terminate, true, true},
 	{LV_INSPECT, lv_inspect, true, false}, {LV_PROBE, lv_probe, false, false},
-	{LV_CHECK, lv_check, false, false},
+	{LV_CHECK, lv_check, false, false},	   {LV_LIST, lv_list, false, false},
 };
 
 static void

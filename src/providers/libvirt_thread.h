@@ -164,6 +164,7 @@ extern const char *lv_state_name(virDomainPtr domain);
 extern bool lv_launch(LvJob *job);
 extern bool lv_terminate(LvJob *job);
 extern bool lv_inspect(LvJob *job);
+extern bool lv_list(LvJob *job);
 
 /* ---- libvirt_check.c: what a host can do ---- */
 

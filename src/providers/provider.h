@@ -118,7 +118,7 @@ typedef struct ProviderContext
 		*host; /* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
 	const char
 		*cluster;		/* installation uuid, where there is no session; else it is the session's */
-	const char *region; /* OP_LIST, OP_REAP: where */
+	const char *region; /* OP_LIST, OP_REAP: where; of a placed provider it is the host */
 	List *vm_ids;		/* OP_LIST, OP_REAP: of char *, at most AVM_MAX_LISTED */
 	Jsonb *options;		/* merged: team, then profile, then caller; frozen at provision() */
 	const SecretSet *secrets; /* what calls are signed with: of the team, or of its login */
@@ -280,6 +280,9 @@ extern const Provider *provider_get(const char *name);
 
 /* The same without raising: NULL when unknown. */
 extern const Provider *provider_find(const char *name);
+
+/* The names (char *) of the known providers that list VMs, of those that are placed or the others. */
+extern List *provider_names_listing(bool placed);
 
 /*
  * Check option names and types for a scope, then the provider's own rules.
