@@ -72,7 +72,10 @@ static DbQuery missed_query = {"WITH v AS MATERIALIZED " VMS("5") "SELECT s.vm_i
 	"agent_id = excluded.agent_id, vm_state = excluded.vm_state, "                                 \
 	"session_state = excluded.session_state, launched_at = excluded.launched_at, "                 \
 	"address = excluded.address, purchase = excluded.purchase, "                                   \
-	"last_seen_at = excluded.last_seen_at, detail = coalesce(excluded.detail, d.detail), "         \
+	"last_seen_at = excluded.last_seen_at, "                                                       \
+	"end_wanted = d.end_wanted AND d.kind = excluded.kind, "                                       \
+	"detail = CASE WHEN d.kind = excluded.kind AND d.kind IN ('orphan', 'unknown') "               \
+	"THEN coalesce(excluded.detail, d.detail) ELSE excluded.detail END, "                          \
 	"first_seen_at = CASE WHEN d.kind = excluded.kind THEN d.first_seen_at "                       \
 	"ELSE excluded.first_seen_at END, quarantined = excluded.quarantined"
 
