@@ -41,11 +41,11 @@ static DbQuery hold_query = {
 	0,
 	{0}};
 
-static DbQuery inventory_query = {
-	"SELECT count(*) FILTER (WHERE failures >= $1), max(account || ' in ' || region || ': ' || error) "
-	"FILTER (WHERE failures >= $1), count(*) FROM agentvm.inventory",
-	1,
-	{INT4OID}};
+static DbQuery inventory_query = {"SELECT count(*) FILTER (WHERE failures >= $1), max(account || ' "
+								  "in ' || region || ': ' || error) "
+								  "FILTER (WHERE failures >= $1), count(*) FROM agentvm.inventory",
+								  1,
+								  {INT4OID}};
 
 static DbQuery quarantine_query = {
 	"SELECT 'since ' || to_char(max(quarantined_since) AT TIME ZONE 'UTC', "
@@ -124,10 +124,9 @@ put_inventory(ReturnSetInfo *rsinfo)
 	db_run(&inventory_query, values, NULL);
 	count = count_at(1);
 	put_check(rsinfo, "inventory", count == 0,
-			  count > 0
-				  ? psprintf("%lld of %lld lists of VMs fail, of which %s", (long long) count,
-							 (long long) count_at(3), db_text(0, 2, CurrentMemoryContext))
-				  : psprintf("%lld lists of VMs are made", (long long) count_at(3)));
+			  count > 0 ? psprintf("%lld of %lld lists of VMs fail, of which %s", (long long) count,
+								   (long long) count_at(3), db_text(0, 2, CurrentMemoryContext))
+						: psprintf("%lld lists of VMs are made", (long long) count_at(3)));
 	db_run(&quarantine_query, NULL, NULL);
 	count = count_at(2);
 	since = db_text(0, 1, CurrentMemoryContext);
@@ -137,10 +136,11 @@ put_inventory(ReturnSetInfo *rsinfo)
 						   "adopt_vm(), end_vm() or release_quarantine()",
 						   (long long) count, since ? " " : "", since ? since : ""));
 	else
-		put_check(rsinfo, "quarantine", true,
-				  since ? psprintf("%s VMs without a session would be left alone, but none is found",
-								   since)
-						: "VMs without a session are ended by themselves");
+		put_check(
+			rsinfo, "quarantine", true,
+			since
+				? psprintf("%s VMs without a session would be left alone, but none is found", since)
+				: "VMs without a session are ended by themselves");
 }
 
 /* Whether a runner serves this database where one is needed. */
