@@ -84,6 +84,8 @@ static DbQuery finish_query = {
 	{TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INT4OID, TEXTOID, FLOAT8OID, INT4OID}};
 
 /*
+ * ON CONFLICT alone would wait for whoever has a row locked that he has changed.
+ *
  * Places with live sessions; and those that a team's configuration names, where a VM may be
  * whose session was lost with a primary.
  */
@@ -120,7 +122,9 @@ static DbQuery refresh_query = {
 	"WHERE i.account = busy.account AND i.provider = busy.provider AND i.region = busy.region) "
 	"INSERT INTO agentvm.inventory (account, provider, region, lane, next_at, active_at) "
 	"SELECT team_id, provider, region, 0, clock_timestamp() + $2 * random() * interval '1 ms', "
-	"CASE WHEN active THEN clock_timestamp() END FROM w ON CONFLICT DO NOTHING",
+	"CASE WHEN active THEN clock_timestamp() END FROM w WHERE NOT EXISTS (SELECT "
+	"FROM agentvm.inventory i WHERE i.account = w.team_id AND i.provider = w.provider "
+	"AND i.region = w.region) ON CONFLICT DO NOTHING",
 	2,
 	{TEXTARRAYOID, FLOAT8OID}};
 
@@ -138,7 +142,8 @@ static DbQuery hosts_query = {
 	"AND i.provider = gone.provider AND i.region = gone.region) "
 	"INSERT INTO agentvm.inventory (account, provider, region, lane, next_at, active_at) "
 	"SELECT '', provider, region, 1, clock_timestamp() + $2 * random() * interval '1 ms', "
-	"'infinity' FROM w ON CONFLICT DO NOTHING",
+	"'infinity' FROM w WHERE NOT EXISTS (SELECT FROM agentvm.inventory i WHERE i.account = '' "
+	"AND i.provider = w.provider AND i.region = w.region) ON CONFLICT DO NOTHING",
 	2,
 	{TEXTARRAYOID, FLOAT8OID}};
 

@@ -6,10 +6,9 @@ use AgentVM::EC2;
 use AgentVM::Test;
 use JSON::PP;
 use Test::More;
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(sleep);
 
-my $grace = 2;
-my ($node, $faults, $moto) = ec2_node('main', conf => "agentvm.orphan_grace = '${grace}s'\n");
+my ($node, $faults, $moto) = ec2_node('main', conf => "agentvm.orphan_grace = '1h'\n");
 sub one { my ($sql) = @_; return $node->safe_psql('postgres', $sql); }
 my $cluster = one('SELECT installation_id FROM agentvm.installation');
 my $foreign = '00000000-0000-4000-8000-000000000000';
@@ -17,21 +16,29 @@ my $foreign = '00000000-0000-4000-8000-000000000000';
 # What sweep_inventory() finds; the rows of view drift as "kind vm", of a team or all
 sub sweep { my ($team) = @_; return one('SELECT agentvm.sweep_inventory(' . literal($team) . ')'); }
 sub drift { my ($vm) = @_; return one("SELECT string_agg(concat_ws(' ', kind, vm_state, session_state, detail), ', ') FROM agentvm.drift WHERE vm_id = '$vm'"); }
-sub state_in_cloud { my ($vm) = @_; return (map { $_->{state} } grep { $_->{id} eq $vm } $moto->instances)[0]; }
+# The states of VMs in the cloud
+sub states { my %state = map { $_->{id} => $_->{state} } $moto->instances; return join(' ', map { $state{$_} } @_); }
 
-# An instance made behind our back; tags without "agentvm-"
+# Instances made behind our back, each with tags without their "agentvm-"
 sub made
 {
-	my (%tags) = @_;
-	my $image = $moto->options->{image_id};
-	my @tags = map { { Key => "agentvm-$_", Value => $tags{$_} } } sort keys %tags;
-	my $made = $moto->run('call', 'ec2', 'run_instances', encode_json({ ImageId => $image, MinCount => 1, MaxCount => 1, InstanceType => 't3.micro', @tags ? (TagSpecifications => [ { ResourceType => 'instance', Tags => \@tags } ]) : () }));
-	return $made->{Instances}[0]{InstanceId};
+	my @calls = map { my $tags = $_; [ undef, 'ec2', 'run_instances', { ImageId => $moto->options->{image_id}, MinCount => 1, MaxCount => 1, InstanceType => 't3.micro',
+		%$tags ? (TagSpecifications => [ { ResourceType => 'instance', Tags => [ map { { Key => "agentvm-$_", Value => $tags->{$_} } } sort keys %$tags ] } ]) : () } ] } @_;
+	return map { $_->{Instances}[0]{InstanceId} } $moto->calls(@calls);
 }
 sub uuid { return one('SELECT gen_random_uuid()'); }
 
-# Until what has been made so far is older than the grace
-sub age { my ($made) = @_; my $end = $made + $grace + 1.1; sleep 0.05 while time < $end; return; }
+# Another grace; with one of a second all VMs made so far are past it
+sub grace
+{
+	my ($grace) = @_;
+	$node->append_conf('postgresql.conf', "agentvm.orphan_grace = '$grace'\n");
+	$node->reload;
+	await($node, 'SHOW agentvm.orphan_grace', $grace);
+	return age() if $grace eq '1s';
+	return;
+}
+sub age { sleep 2.1; return; }    # the cloud tells whole seconds
 
 # Calls that would end a VM
 sub ends { my ($vm) = @_; return scalar calls_for($faults, 'TerminateInstances', '', $vm); }
@@ -40,7 +47,7 @@ sub ends { my ($vm) = @_; return scalar calls_for($faults, 'TerminateInstances',
 sub answer
 {
 	my ($next, @vms) = @_;
-	my $items = join '', map { my $vm = $_; "<item><instanceId>$vm->{id}</instanceId><instanceState><code>16</code><name>$vm->{state}</name></instanceState><launchTime>2026-01-31T12:34:56.000Z</launchTime>"
+	my $items = join '', map { my $vm = $_; "<item><instanceId>$vm->{id}</instanceId><instanceState><code>16</code><name>$vm->{state}</name></instanceState><launchTime>2006-08-25T12:34:56.000Z</launchTime>"
 		. ($vm->{code} ? "<stateReason><code>$vm->{code}</code><message>$vm->{message}</message></stateReason>" : '')
 		. '<tagSet>' . join('', map { "<item><key>agentvm-$_</key><value>$vm->{tags}{$_}</value></item>" } sort keys %{ $vm->{tags} // {} }) . '</tagSet></item>' } @vms;
 	return '<DescribeInstancesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><reservationSet><item><instancesSet>' . $items . '</instancesSet></item></reservationSet>' . ($next ? "<nextToken>$next</nextToken>" : '') . '</DescribeInstancesResponse>';
@@ -62,34 +69,33 @@ await($node, "SELECT handle ? 'sent_at' AND lease IS NULL AND vm_id IS NULL FROM
 my ($in_flight) = map { $_->{id} } vms_of($moto, $launching);
 ok($in_flight, 'but its VM is there');
 my $named = uuid();
-my $unknown = made(cluster => $cluster, 'session-id' => $named, 'team-id' => 'acme', 'agent-id' => 'coder', 'managed-by' => 'agentvm');
-my $nameless = made(cluster => $cluster);
-my @others = (made(cluster => $foreign, 'session-id' => uuid(), 'team-id' => 'acme', 'managed-by' => 'agentvm'), made('session-id' => uuid(), 'managed-by' => 'agentvm'), made(), made(cluster => "${cluster}0"));
-my $made = time;
+my ($unknown, $nameless, @others) = made({ cluster => $cluster, 'session-id' => $named, 'team-id' => 'acme', 'agent-id' => 'coder', 'managed-by' => 'agentvm' }, { cluster => $cluster },
+	{ cluster => $foreign, 'session-id' => uuid(), 'team-id' => 'acme', 'managed-by' => 'agentvm' }, { 'session-id' => uuid(), 'managed-by' => 'agentvm' }, {}, { cluster => "${cluster}0" });
 is(sweep(), 2, 'two VMs are found that no session has');
 is(drift($unknown), 'unknown running', 'one whose session is unknown');
 is(one("SELECT kind, team_id, session_id, region, quarantined FROM agentvm.drift WHERE vm_id = '$unknown'"), "unknown|acme|$named|us-east-1|f", 'with what its tags say');
 is(drift($nameless), 'unknown running', 'one that names none');
-is(ends($unknown) + ends($nameless), 0, 'they are too young to be ended');
-one("UPDATE agentvm.vm_drift SET first_seen_at = first_seen_at - interval '1 h'");
+one("UPDATE agentvm.vm_drift SET first_seen_at = first_seen_at - interval '2 h'");
 sweep();
-is(ends($unknown), 0, 'by their launch');
-age($made);
+is(ends($unknown) + ends($nameless), 0, 'they are too young to be ended, by their launch');
+my @all = map { { id => column($node, $_, 'vm_id'), state => 'running', tags => { cluster => $cluster, 'session-id' => $_ } } } $steady, $second;
+my @old = (@all, { id => $unknown, state => 'running', tags => { cluster => $cluster, 'session-id' => $named } }, { id => $nameless, state => 'running', tags => { cluster => $cluster } });
+answered(undef, @old);
 one("UPDATE agentvm.vm_drift SET first_seen_at = clock_timestamp() WHERE vm_id = '$nameless'");
 sweep();
-is(state_in_cloud($unknown), 'terminated', 'then one is ended');
-is(state_in_cloud($nameless), 'running', 'the other has only just been seen');
+is(states($unknown, $nameless), 'terminated running', 'one is old enough, the other has only just been seen');
 is(drift($unknown), 'unknown running', 'what was ended is told of until a list says so');
 is(one("SELECT ended_at IS NOT NULL FROM agentvm.drift WHERE vm_id = '$unknown'"), 't', 'with when it was');
 is(one("SELECT kind, reason, detail->>'vm_id', detail->>'error' FROM agentvm.session_event WHERE session_id = '$named'"), "inventory|unknown|$unknown|", 'and the log tells');
-age(time);
+grace('1s');
+one("UPDATE agentvm.vm_drift SET first_seen_at = first_seen_at - interval '2 h'");
 sweep();
-is(state_in_cloud($nameless), 'terminated', 'then the other one, too');
 is(sweep(), 0, 'nothing is left');
-is(join(' ', map { state_in_cloud($_) . ends($_) } @others, $in_flight), 'running0 ' x 4 . 'running0', 'what carries another uuid or none lives, and so does the VM of the launch');
+is(states($nameless, @others, $in_flight), 'terminated' . ' running' x 5, 'what carries another uuid or none lives, and so does the VM of the launch');
+is(join(' ', map { ends($_) } @others, $in_flight), '0 0 0 0 0', 'nobody has tried to end them');
 
 # the cloud may say what it likes: only our uuid counts
-answered(undef, { id => 'i-0f0f0f0f0f0f0f0f0', state => 'running', tags => { cluster => $foreign, 'session-id' => uuid() } }, map { { id => column($node, $_, 'vm_id'), state => 'running', tags => { cluster => $cluster, 'session-id' => $_ } } } $steady, $second);
+answered(undef, { id => 'i-0f0f0f0f0f0f0f0f0', state => 'running', tags => { cluster => $foreign, 'session-id' => uuid() } }, @all);
 is(sweep(), 0, "another installation's VM in the answer is not looked at");
 $faults->clear;
 hurry_to($node, $launching, 'ready');
@@ -100,14 +106,14 @@ my @ended = map { launch($node, 'acme', 'ready') } 1 .. 3;
 my @vms = map { column($node, $_, 'vm_id') } @ended;
 one("BEGIN; UPDATE agentvm.session SET state = 'terminating', end_reason = 'requested', next_check_at = 'infinity' WHERE session_id = '$_';
 	UPDATE agentvm.session SET state = 'terminated', ended_at = clock_timestamp(), next_check_at = NULL WHERE session_id = '$_'; COMMIT") for @ended;
-$made = time;
+grace('1h');
 is(sweep(), 3, 'VMs of sessions that have ended');
 is(drift($vms[0]), 'orphan running terminated', 'are orphans');
 $moto->run('call', 'ec2', 'modify_instance_attribute', qq({"InstanceId": "$vms[1]", "DisableApiTermination": {"Value": true}}));
-age($made);
+grace('1s');
 my $before = $faults->count('TerminateInstances');
 sweep();
-is(join(' ', map { state_in_cloud($_) } @vms), 'terminated running terminated', 'they are ended, but for one under protection');
+is(states(@vms), 'terminated running terminated', 'they are ended, but for one under protection');
 is($faults->count('TerminateInstances') - $before, 4, 'by one call, and after its refusal one for each');
 like(drift($vms[1]), qr/^orphan running terminated OperationNotPermitted: /, 'that one says why');
 like(one("SELECT error FROM agentvm.inventory WHERE account = 'acme'"), qr/^OperationNotPermitted: /, 'and so does the list');
@@ -115,7 +121,7 @@ like(one("SELECT detail->>'error' FROM agentvm.session_event WHERE session_id = 
 $moto->run('call', 'ec2', 'modify_instance_attribute', qq({"InstanceId": "$vms[1]", "DisableApiTermination": {"Value": false}}));
 $before = $faults->count('TerminateInstances');
 sweep();
-is(state_in_cloud($vms[1]) . ($faults->count('TerminateInstances') - $before), 'terminated1', 'the next list ends it, by one call');
+is(states($vms[1]) . ($faults->count('TerminateInstances') - $before), 'terminated1', 'the next list ends it, by one call');
 is(sweep() . one("SELECT failures FROM agentvm.inventory WHERE account = 'acme'"), '00', 'and all is well');
 
 # one whose session ended after the list was begun is no orphan
@@ -125,6 +131,7 @@ is(sweep(), 0, 'what has ended since the list began');
 $faults->clear;
 
 # ---- sessions that have lost their VM ----
+grace('1h');
 my $vm = column($node, $second, 'vm_id');
 $moto->terminate($vm);
 sweep();
@@ -225,33 +232,34 @@ is(one("SELECT ok FROM agentvm.health WHERE name = 'inventory'"), 't', 'and all 
 my $arn = $moto->role('agentvm', 'ec2:*');
 ec2_team($node, 'beta', $moto, options => { role_arn => $arn });
 make_role($node, $_, teams => [$_]) for qw(acme beta);
-$unknown = made(cluster => $cluster, 'session-id' => uuid(), 'team-id' => 'beta');
-$made = time;
+($unknown) = made({ cluster => $cluster, 'session-id' => uuid(), 'team-id' => 'beta' });
 sweep();
 is(one("SELECT string_agg(team_id, ' ') FROM agentvm.drift WHERE vm_id = '$unknown'"), 'beta', 'a VM is told of by the list of its team');
 is(join(' ', map { one(as_role($_, "SELECT count(*) FROM agentvm.drift WHERE vm_id = '$unknown'")) } qw(acme beta)), '0 1', 'and seen by its members');
-age($made);
+grace('1s');
 $before = $faults->count('AssumeRole');
 sweep('beta');
-is(state_in_cloud($unknown), 'terminated', 'what a role may do, it does');
+is(states($unknown), 'terminated', 'what a role may do, it does');
 is($faults->count('AssumeRole') - $before, 1, 'list and end as one');
 
 # ---- the dispatcher does it by itself, and waits for no user ----
+grace('1h');
 $node->append_conf('postgresql.conf', "agentvm.inventory_interval = '1s'\n");
 $client->run('BEGIN');
-my $waiting = made(cluster => $cluster, 'session-id' => uuid(), 'team-id' => 'acme');
+my ($waiting) = made({ cluster => $cluster, 'session-id' => uuid(), 'team-id' => 'acme' });
 $node->reload;
 await($node, "SELECT count(*) FROM agentvm.drift WHERE vm_id = '$waiting'", 1, name => 'the dispatcher finds it');
 is($client->run("SELECT agentvm.end_vm('$waiting')"), 't', 'somebody has it ended, and leaves his transaction open');
-my $beta = made(cluster => $cluster, 'session-id' => uuid(), 'team-id' => 'beta');
-await($node, "SELECT ended_at IS NOT NULL FROM agentvm.drift WHERE vm_id = '$beta'", 't', name => 'lists of others go on');
+my ($beta) = made({ cluster => $cluster, 'session-id' => uuid(), 'team-id' => 'beta' });
+await($node, "SELECT count(*) FROM agentvm.drift WHERE vm_id = '$beta'", 1, name => 'lists of others go on');
+is(one("SELECT agentvm.end_vm('$beta')"), 't', 'its VM is to be ended, too');
+await($node, "SELECT count(*) FROM agentvm.drift WHERE vm_id = '$beta'", 0, name => 'and is');
 is(column($node, launch($node, 'acme', 'ready'), 'state'), 'ready', 'sessions are served');
-is(state_in_cloud($waiting), 'running', 'nothing has come of it yet');
+is(states($waiting, $beta), 'running terminated', 'nothing has come of the other one yet');
 $client->run('COMMIT');
-await($node, "SELECT count(*) FROM agentvm.drift WHERE vm_id IN ('$waiting', '$beta')", 0, name => 'then the VM is ended');
-is(state_in_cloud($waiting) . state_in_cloud($beta), 'terminatedterminated', 'in the cloud');
+await($node, "SELECT count(*) FROM agentvm.drift WHERE vm_id = '$waiting'", 0, name => 'then it is ended, too');
 is(one("SELECT agentvm.end_vm('$waiting')"), 'f', 'what is gone cannot be ended');
-is(join(' ', map { state_in_cloud($_) . ends($_) } @others), join(' ', ('running0') x 4), "nobody else's VM was ever touched");
+is(states($waiting, @others) . join('', map { ends($_) } @others), 'terminated' . ' running' x 4 . '0000', "in the cloud, and nobody else's VM was ever touched");
 is(column($node, $steady, 'state'), 'ready', 'nor the session that has been there all the time');
 unlike(log_text($node), qr/PANIC|TRAP|terminated by signal/, 'nothing has crashed');
 done_testing();

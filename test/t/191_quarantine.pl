@@ -18,7 +18,7 @@ $standby->init_from_backup($primary, 'backup', has_streaming => 1);
 $standby->start;
 $primary->wait_for_catchup($standby);
 await($primary, 'SELECT vms FROM agentvm.inventory', 1, name => 'the primary lists');
-sub state_in_cloud { my ($vm) = @_; return (map { $_->{state} } grep { $_->{id} eq $vm } $moto->instances)[0]; }
+sub states { my %state = map { $_->{id} => $_->{state} } $moto->instances; return join(' ', map { $state{$_} } @_); }
 sub health { my ($node) = @_; return $node->safe_psql('postgres', "SELECT ok || ' ' || detail FROM agentvm.health WHERE name = 'quarantine'"); }
 
 # ---- launches that never came to the standby, which takes over ----
@@ -31,7 +31,7 @@ $standby->promote;
 my $found = "SELECT count(*) FROM agentvm.drift WHERE kind = 'unknown' AND quarantined AND vm_id IN (" . join(', ', map { "'$_'" } @vms) . ')';
 await($standby, $found, 4, name => 'their VMs are unknown to the promoted one, and quarantined');
 await($standby, "SELECT min(first_seen_at) < clock_timestamp() - interval '$grace s' - interval '2 s' FROM agentvm.drift", 't', name => 'the grace passes');
-is(join(' ', map { state_in_cloud($_) } @vms), join(' ', ('running') x 4), 'none is ended');
+is(states(@vms), join(' ', ('running') x 4), 'none is ended');
 is($faults->count('TerminateInstances'), 0, 'nor was it tried');
 like(health($standby), qr/^false 4 VMs without a session are left alone since 2/, 'health says what to do');
 is(column($standby, $kept, 'state'), 'ready', 'what it knows goes on');
@@ -47,15 +47,15 @@ await($standby, "SELECT count(*) FROM agentvm.inventory WHERE listed_at > (SELEC
 is($standby->safe_psql('postgres', "SELECT count(*) FROM agentvm.drift WHERE vm_id = '$vms[0]'"), 0, 'finds nothing amiss');
 $standby->safe_psql('postgres', "SELECT agentvm.terminate('$lost[0]')");
 hurry_to($standby, $lost[0], 'terminated requested');
-is(state_in_cloud($vms[0]), 'terminated', 'it can be ended');
+is(states($vms[0]), 'terminated', 'it can be ended');
 
 # ---- ended; released ----
 is($standby->safe_psql('postgres', "SELECT agentvm.end_vm('$vms[1]')"), 't', 'one is to be ended');
 await($standby, "SELECT count(*) FROM agentvm.drift WHERE vm_id = '$vms[1]'", 0, name => 'it is');
-is(join(' ', map { state_in_cloud($_) } @vms), 'terminated terminated running running', 'alone');
+is(states(@vms), 'terminated terminated running running', 'alone');
 is($standby->safe_psql('postgres', 'SELECT agentvm.release_quarantine()'), 2, 'the others are released');
 await($standby, $found =~ s/AND quarantined//r, 0, name => 'and ended');
-is(join(' ', map { state_in_cloud($_) } @vms), join(' ', ('terminated') x 4), 'in the cloud');
+is(states(@vms), join(' ', ('terminated') x 4), 'in the cloud');
 is(health($standby), 'true VMs without a session are ended by themselves', 'health is content');
 is($standby->safe_psql('postgres', 'SELECT count(*) FROM agentvm.installation WHERE quarantined_since IS NULL AND timeline = 2'), 1, 'the quarantine is over');
 
@@ -75,10 +75,10 @@ $standby->safe_psql('postgres', "SELECT agentvm.adopt_cluster('takeover')");
 await($standby, "SELECT quarantined FROM agentvm.drift WHERE vm_id = '$vm'", 't', name => 'a takeover quarantines, too');
 fails_with($standby, "SELECT agentvm.adopt_vm('$vm')", '55000', qr/Its tags name no session/, 'a VM that names no session cannot be adopted');
 await($standby, "SELECT first_seen_at < clock_timestamp() - interval '$grace s' - interval '2 s' FROM agentvm.drift", 't', name => 'the grace passes');
-is(state_in_cloud($vm), 'running', 'it lives');
+is(states($vm), 'running', 'it lives');
 $standby->safe_psql('postgres', "SELECT agentvm.end_vm('$vm')");
 await($standby, 'SELECT quarantined_since IS NULL FROM agentvm.installation', 't', name => 'when nothing is left and all lists have been whole, the quarantine ends');
-is(state_in_cloud($vm), 'terminated', 'with its last VM ended');
+is(states($vm), 'terminated', 'with its last VM ended');
 
 # ---- a fork: what carries the old uuid is none of ours ----
 $vm = made();
@@ -86,6 +86,6 @@ $standby->safe_psql('postgres', "SELECT agentvm.adopt_cluster('fork')");
 my $at = $standby->safe_psql('postgres', 'SELECT clock_timestamp()');
 await($standby, "SELECT count(*) FROM agentvm.inventory WHERE listed_at > timestamptz '$at' + interval '$grace s'", 1, name => 'the fork lists');
 is($standby->safe_psql('postgres', 'SELECT count(*) FROM agentvm.drift'), 0, 'and finds nothing');
-is(state_in_cloud($vm) . state_in_cloud((map { $_->{id} } $moto->for_session($kept))[0]), 'runningrunning', "the original's VMs live");
+is(states($vm, column($standby, $kept, 'vm_id')), 'running running', "the original's VMs live");
 unlike(log_text($_), qr/PANIC|TRAP|terminated by signal/, 'nothing has crashed') for $primary, $standby;
 done_testing();
