@@ -159,6 +159,92 @@ LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_command_ended';
 COMMENT ON FUNCTION agentvm.command_ended(uuid, uuid, jsonb) IS 'log what came of a command; false: it was not under way, or has been logged before';
 
 -- ---------------------------------------------------------------------------
+-- Truth: what providers have of ours, and what differs
+-- ---------------------------------------------------------------------------
+
+ALTER TABLE agentvm.installation ADD COLUMN timeline int, ADD COLUMN quarantined_since timestamptz;
+COMMENT ON COLUMN agentvm.installation.timeline IS 'of the server''s WAL when it was last looked at: another one means failover';
+COMMENT ON COLUMN agentvm.installation.quarantined_since IS 'since a failover or takeover: VMs found without a session are not ended by themselves; NULL: they are';
+UPDATE agentvm.installation SET timeline = ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int;
+
+CREATE TABLE agentvm.inventory (
+	account text NOT NULL,
+	provider text NOT NULL,
+	region text NOT NULL,
+	lane smallint NOT NULL DEFAULT 0,
+	next_at timestamptz NOT NULL DEFAULT now(),
+	lease bigint,
+	active_at timestamptz,
+	listed_at timestamptz,
+	vms int,
+	failures int NOT NULL DEFAULT 0,
+	error text,
+	PRIMARY KEY (account, provider, region)
+);
+CREATE INDEX inventory_due ON agentvm.inventory (lane, next_at);
+COMMENT ON TABLE agentvm.inventory IS 'where VMs are listed: whose account (a team''s, or empty: our own hosts), which region or host, and how it went';
+COMMENT ON COLUMN agentvm.inventory.next_at IS 'the next list; with a lease: until then somebody else is at it';
+COMMENT ON COLUMN agentvm.inventory.active_at IS 'when there last were sessions or VMs: where there are none for a while lists are made less often';
+COMMENT ON COLUMN agentvm.inventory.listed_at IS 'when the last list was begun that was whole';
+
+CREATE TABLE agentvm.vm_drift (
+	account text NOT NULL,
+	provider text NOT NULL,
+	region text NOT NULL,
+	vm_id text NOT NULL,
+	kind text NOT NULL CHECK (kind IN ('orphan', 'unknown', 'missing', 'state')),
+	team_id text,
+	session_id uuid,
+	agent_id text,
+	vm_state text NOT NULL,
+	session_state text,
+	launched_at timestamptz,
+	address text,
+	purchase text,
+	first_seen_at timestamptz NOT NULL DEFAULT now(),
+	last_seen_at timestamptz NOT NULL DEFAULT now(),
+	quarantined boolean NOT NULL DEFAULT false,
+	end_wanted boolean NOT NULL DEFAULT false,
+	ended_at timestamptz,
+	detail text,
+	PRIMARY KEY (account, provider, region, vm_id)
+);
+COMMENT ON TABLE agentvm.vm_drift IS 'the rows of view drift, as the last list of each account and region has them; written only by who holds the row of agentvm.inventory';
+COMMENT ON COLUMN agentvm.vm_drift.ended_at IS 'when its provider was last asked to end it';
+COMMENT ON COLUMN agentvm.vm_drift.end_wanted IS 'by end_vm(): the next list ends it, whatever its age';
+
+ALTER TABLE agentvm.inventory ENABLE ROW LEVEL SECURITY;
+ALTER TABLE agentvm.vm_drift ENABLE ROW LEVEL SECURITY;
+REVOKE ALL ON agentvm.inventory, agentvm.vm_drift FROM PUBLIC;
+GRANT SELECT ON agentvm.inventory, agentvm.vm_drift TO agentvm_admin;
+CREATE POLICY admin ON agentvm.inventory FOR SELECT TO agentvm_admin USING (true);
+CREATE POLICY admin ON agentvm.vm_drift FOR SELECT TO agentvm_admin USING (true);
+
+CREATE VIEW agentvm.drift WITH (security_barrier) AS
+SELECT kind, team_id, session_id, vm_id, provider, region, vm_state, session_state, first_seen_at, last_seen_at, quarantined, ended_at, detail
+FROM agentvm.vm_drift
+WHERE (SELECT agentvm.sees_all()) OR team_id = ANY ((SELECT agentvm.visible_teams())::text[]);
+COMMENT ON VIEW agentvm.drift IS 'where providers and sessions differ: orphan: a VM whose session has ended or has another one; unknown: a VM without a session; missing: a session without its VM; state: they differ in state';
+REVOKE ALL ON agentvm.drift FROM PUBLIC;
+GRANT SELECT ON agentvm.drift TO agentvm_user, agentvm_admin, agentvm_monitor;
+
+CREATE FUNCTION agentvm.sweep_inventory(team_id text DEFAULT NULL) RETURNS int
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_sweep_inventory';
+COMMENT ON FUNCTION agentvm.sweep_inventory(text) IS 'list the VMs of a team''s accounts, or of all, at once, and do what the sweep does about them; how many differ';
+
+CREATE FUNCTION agentvm.end_vm(vm_id text) RETURNS boolean
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_end_vm';
+COMMENT ON FUNCTION agentvm.end_vm(text) IS 'have a VM that is an orphan or unknown ended by the next list, which is due at once, whether quarantined or not; false: there is none';
+
+CREATE FUNCTION agentvm.adopt_vm(vm_id text) RETURNS uuid
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_adopt_vm';
+COMMENT ON FUNCTION agentvm.adopt_vm(text) IS 'make a session, without a runtime, of a VM that is unknown, from its tags; the session';
+
+CREATE FUNCTION agentvm.release_quarantine() RETURNS int
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_release_quarantine';
+COMMENT ON FUNCTION agentvm.release_quarantine() IS 'after a failover or takeover: leave the VMs that are still quarantined to the sweep, which ends them; how many';
+
+-- ---------------------------------------------------------------------------
 -- Rights
 -- ---------------------------------------------------------------------------
 
@@ -175,6 +261,8 @@ GRANT EXECUTE ON FUNCTION
 GRANT EXECUTE ON PROCEDURE agentvm.run(text, text, text, interval, int, text, text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION agentvm.attach(uuid[]), agentvm.control_key(text), agentvm.command_started(uuid, uuid, text, jsonb),
 	agentvm.command_ended(uuid, uuid, jsonb) TO agentvm_gateway;
+GRANT EXECUTE ON FUNCTION agentvm.sweep_inventory(text), agentvm.end_vm(text), agentvm.adopt_vm(text), agentvm.release_quarantine()
+	TO agentvm_admin;
 
 -- This database's default privileges may have given rights to others: nobody has any that are not granted above.
 DO $$

@@ -51,6 +51,8 @@ int avm_max_file_size_kib;
 bool avm_log_commands;
 int avm_retention_s;
 int avm_launch_settle_s;
+int avm_inventory_interval_s;
+int avm_orphan_grace_s;
 char *avm_gateway_url;
 char *avm_gateway_ca_file;
 char *avm_aws_endpoint_url;
@@ -188,6 +190,11 @@ define_settings(void)
 	define_int("agentvm.launch_settle",
 			   "Time for which a VM is looked for whose launch was never answered.",
 			   &avm_launch_settle_s, 300, 1, day_s, GUC_UNIT_S);
+	define_int("agentvm.inventory_interval",
+			   "Time between lists of the VMs in an account and region; 0: never.",
+			   &avm_inventory_interval_s, 300, 0, day_s, GUC_UNIT_S);
+	define_int("agentvm.orphan_grace", "Age at which a VM without a session is ended.",
+			   &avm_orphan_grace_s, 600, 1, 30 * day_s, GUC_UNIT_S);
 	define_string("agentvm.gateway_url", "URL that VMs dial; needed by profiles with a runtime.",
 				  &avm_gateway_url, "", check_url);
 	define_string("agentvm.gateway_ca_file",

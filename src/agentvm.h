@@ -54,6 +54,8 @@ extern int avm_deadman_allowance_s;
 extern PGDLLEXPORT int avm_lease_ms; /* these marked ones are for libraries of providers, too */
 extern int avm_retention_s;
 extern int avm_launch_settle_s;
+extern int avm_inventory_interval_s; /* 0: no lists by themselves */
+extern int avm_orphan_grace_s;
 extern char *avm_gateway_url;
 extern char *avm_gateway_ca_file;
 extern char *avm_aws_endpoint_url;

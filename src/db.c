@@ -39,6 +39,7 @@
 #include "optimizer/optimizer.h"
 #include "rewrite/rewriteHandler.h"
 #include "tcop/utility.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
@@ -255,6 +256,18 @@ db_text(uint64 row, int column, MemoryContext context)
 	MemoryContextSwitchTo(oldcontext);
 
 	return result;
+}
+
+Datum
+db_text_array(List *texts)
+{
+	Datum *elements = palloc(sizeof(Datum) * Max(list_length(texts), 1));
+	int n = 0;
+	ListCell *lc;
+
+	foreach (lc, texts)
+		elements[n++] = CStringGetTextDatum(lfirst(lc));
+	return PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
 }
 
 /* ---- below SQL ---- */

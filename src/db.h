@@ -71,6 +71,9 @@ extern Datum db_value(uint64 row, int column, bool *isnull);
 /* The same as a palloc'd C string in "context", or NULL; for text, name and uuid columns only. */
 extern char *db_text(uint64 row, int column, MemoryContext context);
 
+/* A text[] of a List of char *, palloc'd, as an argument. */
+extern Datum db_text_array(List *texts);
+
 /* ---- below SQL, for the hot path ---- */
 
 /* A relation of ours by name; what has been found out about it is forgotten when it changes. */

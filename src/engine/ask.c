@@ -52,12 +52,12 @@ typedef struct Ask
 
 /* The calls of a login, whose answers hold keys. */
 static pg_noinline void
-call_for_login(Ask *asked, const LoginRef *ref)
+call_for_login(const void *owner, const LoginRef *ref)
 {
 	HttpRequest *request;
 	HttpReply *reply = NULL;
 
-	while ((request = login_step(ref, reply, asked)) != NULL)
+	while ((request = login_step(ref, reply, owner)) != NULL)
 	{
 		if (request->timeout_ms <= 0)
 			request->timeout_ms = ASK_TIMEOUT_MS;
@@ -66,17 +66,22 @@ call_for_login(Ask *asked, const LoginRef *ref)
 	}
 }
 
-/* Fetch a login in this backend. */
-static pg_noinline void
-fetch_login(Ask *asked, const LoginRef *ref)
+void
+ask_fetch_login(const LoginRef *ref)
 {
+	/* an engine further up in this backend is at it, which goes on only after us */
+	if (login_state(ref) == LOGIN_UNDER_WAY)
+	{
+		login_forget(ref);
+		return;
+	}
 	PG_TRY();
 	{
-		call_for_login(asked, ref);
+		call_for_login(ref, ref);
 	}
 	PG_CATCH();
 	{
-		login_abandon(asked);
+		login_abandon(ref);
 		PG_RE_THROW();
 	}
 	PG_END_TRY();
@@ -108,11 +113,7 @@ log_in(Ask *asked)
 							found.error_message ? errdetail("%s", found.error_message) : 0,
 							found.error_hint ? errhint("%s", found.error_hint) : 0));
 		}
-		/* an engine further up in this backend is at it, which goes on only after us */
-		if (login_state(&found.ref) == LOGIN_UNDER_WAY)
-			login_forget(&found.ref);
-		else
-			fetch_login(asked, &found.ref);
+		ask_fetch_login(&found.ref);
 	}
 	ereport(ERROR, (errcode(AVM_PROVIDER_ERROR),
 					errmsg("provider \"%s\" does not log in", asked->provider->name)));

@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "engine/login.h"
 #include "engine/session_row.h"
 #include "providers/provider.h"
 #include "utils/jsonb.h"
@@ -23,5 +24,11 @@
  */
 extern Jsonb *provider_ask(ProviderOp op, const char *team_id, const char *provider_name,
 						   Jsonb *options, const SessionRow *row);
+
+/*
+ * Fetch a login that is wanted with calls from this backend.  Returns when it is over,
+ * however that was.  Outside a db scope; every wait is interruptible.
+ */
+extern void ask_fetch_login(const LoginRef *ref);
 
 #endif /* AGENTVM_ENGINE_ASK_H */

@@ -27,6 +27,7 @@
 #include "engine/audit.h"
 #include "engine/engine.h"
 #include "engine/identity.h"
+#include "engine/inventory.h"
 #include "engine/login.h"
 #include "engine/question.h"
 #include "engine/sweep.h"
@@ -165,9 +166,30 @@ end_unbound(void)
 	commit();
 }
 
+/* What the first dispatcher does about the lists of VMs, a few times per interval of theirs. */
+static void
+refresh_inventory(DispatcherSlot *slot)
+{
+	static TimestampTz next = 0;
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz interval = avm_inventory_interval_s * USECS_PER_SEC / 3;
+	DbScope scope;
+	int peers;
+
+	next = Min(next, now + interval);
+	if (interval == 0 || now < next || shared_rank(slot, &peers) > 0)
+		return;
+	next = now + interval;
+	begin();
+	db_enter(&scope);
+	inventory_refresh();
+	db_leave(&scope);
+	commit();
+}
+
 /* What is done once per sweep_interval. */
 static void
-periodic(Engine *engine, int lane)
+periodic(Engine *engine, DispatcherSlot *slot, int lane)
 {
 	DbScope scope;
 
@@ -182,6 +204,7 @@ periodic(Engine *engine, int lane)
 	db_leave(&scope);
 	commit();
 	end_unbound();
+	refresh_inventory(slot);
 }
 
 /* One round: everything that can be done now. Returns when to look again. */
@@ -193,7 +216,7 @@ pass(Engine *engine, DispatcherSlot *slot, int lane, TimestampTz *next_periodic)
 	if (now >= *next_periodic)
 	{
 		*next_periodic = now + avm_sweep_interval_ms * INT64CONST(1000);
-		periodic(engine, lane);
+		periodic(engine, slot, lane);
 	}
 	if (shared_take_unbound(slot))
 		end_unbound();

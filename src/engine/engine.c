@@ -46,6 +46,7 @@
 #include "catalog/pg_type.h"
 #include "db.h"
 #include "engine/engine.h"
+#include "engine/inventory.h"
 #include "engine/rate.h"
 #include "engine/retry.h"
 #include "engine/transport.h"
@@ -60,6 +61,7 @@
 
 #define SCAN_CHUNK 600 /* rows or buffers that a claim reads, each of due, overlooked and parked */
 #define RECORD_BATCH 128		 /* replies recorded in one transaction */
+#define LISTS_AT_ONCE 8			 /* lists of VMs under way */
 #define LOCKED_RETRY_US 100000	 /* how soon a record is tried again whose row a user has locked */
 #define RAISED_RETRY_US 1000000	 /* the same after an error, twice as long each time */
 #define RAISED_PAUSE_S 60		 /* how long a session is passed by whose claim has raised */
@@ -87,11 +89,12 @@ typedef struct Act
 {
 	dlist_node node;
 	MemoryContext context;
-	LoginRef fetches; /* it is no session's call, but one of this login, */
-	Joint *joint;	  /* or one for these */
-	bool joined;	  /* it is one of those: it does not count as a call of its own */
-	char *member;	  /* of CallRate, with joined */
-	char *bucket;	  /* of CallRate, whose token its call has taken; NULL: none */
+	LoginRef fetches;	  /* it is no session's call, but one of this login, */
+	Inventory *inventory; /* or of this list, */
+	Joint *joint;		  /* or one for these */
+	bool joined;		  /* it is one of those: it does not count as a call of its own */
+	char *member;		  /* of CallRate, with joined */
+	char *bucket;		  /* of CallRate, whose token its call has taken; NULL: none */
 	pg_uuid_t session_id;
 	int64 lease;
 	char *team_id;
@@ -168,6 +171,11 @@ struct Engine
 	dlist_head answered;
 	dlist_head waiting;		   /* for logins */
 	dlist_head login_answered; /* calls of logins */
+	dlist_head lists_waiting;  /* lists of VMs that wait for logins */
+	dlist_head lists_answered; /* and those that go on */
+	int lists;				   /* so many are under way */
+	Act *list_at_hand;		   /* taken out of all these */
+	TimestampTz next_list;	   /* when to claim the next ones */
 	int in_flight;
 	int joined;
 	TimestampTz low;	  /* low-water mark: nothing older is due that is not parked */
@@ -259,6 +267,9 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, int lane, EngineHost h
 	dlist_init(&engine->answered);
 	dlist_init(&engine->waiting);
 	dlist_init(&engine->login_answered);
+	dlist_init(&engine->lists_waiting);
+	dlist_init(&engine->lists_answered);
+	engine->next_list = slot != NULL ? DT_NOBEGIN : DT_NOEND;
 	ctl.keysize = AVM_MAX_ID + 1;
 	ctl.entrysize = sizeof(TeamLoad);
 	ctl.hcxt = context;
@@ -441,11 +452,14 @@ hand_out(Engine *engine, Act *act)
 static void
 push_answered(Engine *engine, Act *act)
 {
+	dlist_head *where = act->fetches.id != 0	 ? &engine->login_answered
+						: act->inventory != NULL ? &engine->lists_answered
+												 : &engine->answered;
+
 	if (act->joint != NULL)
 		hand_out(engine, act);
 	else
-		dlist_push_tail(act->fetches.id != 0 ? &engine->login_answered : &engine->answered,
-						&act->node);
+		dlist_push_tail(where, &act->node);
 }
 
 static void
@@ -930,6 +944,13 @@ run_logins(Engine *engine)
 		if (login_state(&act->waits_for) == LOGIN_WANTED)
 			step_login(engine, act->waits_for, NULL);
 	}
+	dlist_foreach_modify(iter, &engine->lists_waiting)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (login_state(&act->waits_for) == LOGIN_WANTED)
+			step_login(engine, act->waits_for, NULL);
+	}
 	while (!dlist_is_empty(&engine->login_answered))
 	{
 		Act *act = dlist_head_element(Act, node, &engine->login_answered);
@@ -944,6 +965,98 @@ run_logins(Engine *engine)
 			continue;
 		dlist_delete(&act->node);
 		dlist_push_tail(&engine->answered, &act->node);
+	}
+	dlist_foreach_modify(iter, &engine->lists_waiting)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (login_state(&act->waits_for) != LOGIN_OVER)
+			continue;
+		dlist_delete(&act->node);
+		push_answered(engine, act);
+	}
+}
+
+/* ---- lists of VMs ---- */
+
+static void
+release_list(Engine *engine, Act *act)
+{
+	engine->lists--;
+	MemoryContextDelete(act->inventory->context);
+}
+
+/* Give a list that is in none of our queues its turn. */
+static void
+step_list(Engine *engine, Act *act)
+{
+	Inventory *inventory = act->inventory;
+	InventoryTurn turn;
+	DbScope scope;
+
+	engine->list_at_hand = act;
+	begin_batch(engine, &scope);
+	inventory_turn(inventory, act->reply, &turn);
+	commit_batch(engine, &scope);
+	engine->list_at_hand = NULL;
+
+	act->context = inventory->step;
+	act->reply = NULL;
+	act->waits_for = turn.wait_for;
+	if (turn.request != NULL)
+		send_request(engine, act, turn.request);
+	else if (turn.wait_for.id != 0)
+		dlist_push_tail(&engine->lists_waiting, &act->node);
+	else
+	{
+		release_list(engine, act);
+		/* there is room for another one */
+		engine->next_list = Min(engine->next_list, GetCurrentTimestamp());
+	}
+}
+
+/* Begin lists that are due, and move those on whose call has been answered. */
+static void
+run_lists(Engine *engine)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (engine->next_list <= now && engine->lists < LISTS_AT_ONCE)
+	{
+		DbScope scope;
+		List *claimed;
+		List *acts = NIL;
+		ListCell *lc;
+
+		begin_batch(engine, &scope);
+		claimed = inventory_claim(engine->context, engine->lane, LISTS_AT_ONCE - engine->lists);
+		engine->next_list = inventory_next(engine->lane);
+		MemoryContextSwitchTo(engine->context);
+		foreach (lc, claimed)
+		{
+			Inventory *inventory = lfirst(lc);
+			Act *act = MemoryContextAllocZero(inventory->context, sizeof(Act));
+
+			act->context = inventory->step;
+			act->inventory = inventory;
+			act->provider = inventory->place.provider;
+			acts = lappend(acts, act);
+		}
+		commit_batch(engine, &scope);
+		/* of an error before this nothing is left but the leases */
+		foreach (lc, acts)
+		{
+			engine->lists++;
+			push_answered(engine, lfirst(lc));
+		}
+		list_free(acts);
+	}
+	while (!dlist_is_empty(&engine->lists_answered))
+	{
+		Act *act = dlist_head_element(Act, node, &engine->lists_answered);
+
+		dlist_delete(&act->node);
+		step_list(engine, act);
 	}
 }
 
@@ -1414,6 +1527,7 @@ engine_run(Engine *engine)
 		dlist_iter iter;
 
 		run_logins(engine);
+		run_lists(engine);
 		now = GetCurrentTimestamp();
 		dlist_foreach(iter, &engine->answered)
 		{
@@ -1451,6 +1565,8 @@ engine_next_look(Engine *engine)
 		return DT_NOBEGIN;
 	dlist_foreach(iter, &engine->answered) next =
 		Min(next, dlist_container(Act, node, iter.cur)->not_before);
+	if (engine->lists < LISTS_AT_ONCE)
+		next = Min(next, engine->next_list);
 	if (engine->full)
 		return next;
 	hash_seq_init(&scan, engine->passed_by);
@@ -1479,6 +1595,8 @@ engine_look_at_everything(Engine *engine)
 	engine->behind = DT_NOBEGIN;
 	engine->next_due = DT_NOBEGIN;
 	rates_tidy(engine->rates, GetCurrentTimestamp());
+	if (engine->slot != NULL)
+		engine->next_list = DT_NOBEGIN;
 	(void) stop_passing_by(engine, DT_NOBEGIN);
 	hash_seq_init(&scan, engine->teams);
 	while ((team = hash_seq_search(&scan)) != NULL)
@@ -1514,6 +1632,9 @@ engine_after_error(Engine *engine)
 	Job *job = &engine->suspect;
 
 	/* nothing of the transaction has taken effect, and a login may have lost its call */
+	if (engine->list_at_hand != NULL)
+		release_list(engine, engine->list_at_hand);
+	engine->list_at_hand = NULL;
 	forget_turns(engine, 0, 0, 0);
 	login_abandon(engine);
 	MemoryContextSwitchTo(engine->context);

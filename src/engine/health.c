@@ -46,6 +46,19 @@ static DbQuery hold_query = {
 	0,
 	{0}};
 
+static DbQuery inventory_query = {"SELECT count(*) FILTER (WHERE failures >= $1), max(account || ' "
+								  "in ' || region || ': ' || error) "
+								  "FILTER (WHERE failures >= $1), count(*) FROM agentvm.inventory",
+								  1,
+								  {INT4OID}};
+
+static DbQuery quarantine_query = {
+	"SELECT 'since ' || to_char(max(quarantined_since) AT TIME ZONE 'UTC', "
+	"'YYYY-MM-DD HH24:MI:SS \"UTC\"'), (SELECT count(*) FROM agentvm.vm_drift WHERE quarantined) "
+	"FROM agentvm.installation WHERE in_use",
+	0,
+	{0}};
+
 static int64
 count_at(int column)
 {
@@ -103,6 +116,36 @@ put_dispatchers(ReturnSetInfo *rsinfo)
 	put_check(rsinfo, "dispatcher", serving > 0 && why == NULL,
 			  psprintf("%d of %d dispatchers serve this database%s%s", serving, avm_dispatchers,
 					   why ? ": " : "", why ? why : ""));
+}
+
+/* Whether lists of VMs come, and whether an administrator is to decide about some. */
+static void
+put_inventory(ReturnSetInfo *rsinfo)
+{
+	Datum values[1] = {Int32GetDatum(STUCK_RETRIES)};
+	char *since;
+	int64 count;
+
+	db_run(&inventory_query, values, NULL);
+	count = count_at(1);
+	put_check(rsinfo, "inventory", count == 0,
+			  count > 0 ? psprintf("%lld of %lld lists of VMs fail, of which %s", (long long) count,
+								   (long long) count_at(3), db_text(0, 2, CurrentMemoryContext))
+						: psprintf("%lld lists of VMs are made", (long long) count_at(3)));
+	db_run(&quarantine_query, NULL, NULL);
+	count = count_at(2);
+	since = db_text(0, 1, CurrentMemoryContext);
+	if (count > 0)
+		put_check(rsinfo, "quarantine", false,
+				  psprintf("%lld VMs without a session are left alone%s%s: see agentvm.drift, then "
+						   "adopt_vm(), end_vm() or release_quarantine()",
+						   (long long) count, since ? " " : "", since ? since : ""));
+	else
+		put_check(
+			rsinfo, "quarantine", true,
+			since
+				? psprintf("%s VMs without a session would be left alone, but none is found", since)
+				: "VMs without a session are ended by themselves");
 }
 
 /* Whether a runner serves this database where one is needed. */
@@ -247,6 +290,7 @@ agentvm_health(PG_FUNCTION_ARGS)
 			  "sessions are overdue for more than two sweep intervals");
 	put_runner(rsinfo, count_at(4));
 	put_slowed(rsinfo);
+	put_inventory(rsinfo);
 
 	db_run(&hold_query, NULL, NULL);
 	put_check(rsinfo, "sweep_hold", SPI_processed == 0,

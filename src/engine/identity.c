@@ -39,6 +39,7 @@
 #include "catalog/pg_type.h"
 #include "common/file_perm.h"
 #include "db.h"
+#include "engine/drift.h"
 #include "engine/forget.h"
 #include "engine/identity.h"
 #include "engine/wake.h"
@@ -500,6 +501,8 @@ agentvm_adopt_cluster(PG_FUNCTION_ARGS)
 	}
 	nulls[0] = ' ';
 	db_run(&adopt_query, values, nulls);
+	/* of a fork's VMs none is left; what a takeover finds may be what the original was about to note */
+	drift_begin_anew(!fork);
 	db_leave(&scope);
 
 	wake_workers(LANE_ALL, DT_NOBEGIN);

@@ -45,6 +45,9 @@ static DbQuery host_query = {"SELECT " HOST_COLUMNS
 							 1,
 							 {UUIDOID}};
 
+static DbQuery host_named_query = {
+	"SELECT " HOST_COLUMNS " FROM agentvm.host h WHERE h.name = $1", 1, {TEXTOID}};
+
 static DbQuery hosts_query = {
 	"SELECT " HOST_COLUMNS " FROM agentvm.host h WHERE h.enabled ORDER BY h.name", 0, {0}};
 
@@ -116,17 +119,29 @@ host_from_result(uint64 row, MemoryContext context)
 	return host;
 }
 
-ProviderHost *
-placement_host(const pg_uuid_t *session_id)
+static ProviderHost *
+read_host(DbQuery *query, Datum key)
 {
-	Datum values[1] = {UUIDPGetDatum(session_id)};
+	Datum values[1] = {key};
 	ProviderHost *host = NULL;
 
-	db_run(&host_query, values, NULL);
+	db_run(query, values, NULL);
 	if (SPI_processed > 0)
 		host = host_from_result(0, CurrentMemoryContext);
 	SPI_freetuptable(SPI_tuptable);
 	return host;
+}
+
+ProviderHost *
+placement_host(const pg_uuid_t *session_id)
+{
+	return read_host(&host_query, UUIDPGetDatum(session_id));
+}
+
+ProviderHost *
+placement_host_named(const char *name)
+{
+	return read_host(&host_named_query, CStringGetTextDatum(name));
 }
 
 List *

@@ -33,6 +33,9 @@ extern bool placement_of(SessionRow *row, bool make, ProviderHost **host, Provid
 /* The host of a session's VM, or NULL, for whoever may wait for locks.  Inside a scope. */
 extern ProviderHost *placement_host(const pg_uuid_t *session_id);
 
+/* The host of that name, enabled or not, or NULL.  Inside a scope. */
+extern ProviderHost *placement_host_named(const char *name);
+
 /* All enabled hosts, a List of ProviderHost *, by name.  Inside a scope. */
 extern List *placement_hosts(void);
 

@@ -352,6 +352,8 @@ is_overtaken(const SessionRow *row, ProviderOp op)
 		case OP_TERMINATE:
 		case OP_INSPECT:
 		case OP_CHECK:
+		case OP_LIST:
+		case OP_REAP:
 			break;
 	}
 	return false;

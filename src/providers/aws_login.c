@@ -66,6 +66,8 @@ kind_of(ProviderOp op)
 		case OP_TIDY:
 			return KIND_LAUNCH;
 		case OP_TERMINATE:
+		case OP_LIST:
+		case OP_REAP:
 			return KIND_TERMINATE;
 		case OP_PAUSE:
 		case OP_RESUME:

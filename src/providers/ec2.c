@@ -210,7 +210,7 @@ ec2_wait(Ec2Step *step, int first, int last, int64 until)
 const char *
 ec2_region(Ec2Step *step)
 {
-	const char *region = NULL;
+	const char *region = step->context->region;
 
 	if (step->session != NULL)
 		region = step->session->region;
@@ -826,6 +826,12 @@ ec2_step(const ProviderContext *context, ProviderStep *out)
 		case OP_CHECK:
 			ec2_check(&step);
 			break;
+		case OP_LIST:
+			ec2_list(&step);
+			break;
+		case OP_REAP:
+			ec2_reap(&step);
+			break;
 	}
 	xml_free(step.doc);
 }
@@ -837,6 +843,7 @@ const Provider ec2_provider = {
 	.secrets = ec2_secrets,
 	.runtime_default = true,
 	.needs_secrets = true,
+	.lists = true,
 	.validate = ec2_validate,
 	.check_launch = ec2_check_launch,
 	.alternatives = ec2_alternatives,

@@ -103,7 +103,7 @@ typedef enum Ec2Search
 
 /* ---- ec2.c: shared by all operations ---- */
 
-/* The region of the session's VM, or of the one to be. */
+/* The region of the session's VM, or of the one to be; of OP_LIST and OP_REAP. */
 extern const char *ec2_region(Ec2Step *step);
 
 /* The step's request: this form. */
@@ -206,6 +206,11 @@ extern void ec2_check_pause(const ProviderSession *session, Jsonb *options);
 
 /* OP_PAUSE and OP_RESUME. */
 extern void ec2_power(Ec2Step *step);
+/* ---- ec2_list.c ---- */
+
+/* OP_LIST and OP_REAP. */
+extern void ec2_list(Ec2Step *step);
+extern void ec2_reap(Ec2Step *step);
 
 /* ---- ec2_check.c ---- */
 

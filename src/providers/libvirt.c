@@ -74,9 +74,10 @@ typedef struct Step
 	const ProviderContext *context;
 	const ProviderSession *session;
 	ProviderStep *out;
-	Jsonb *answer;	/* the reply's body, NULL: none */
-	bool untouched; /* the call was refused before it had made anything */
-	int64 now;		/* epoch ms */
+	Jsonb *answer;		/* the reply's body, NULL: none */
+	const char *reaped; /* the session whose VM is ended without one */
+	bool untouched;		/* the call was refused before it had made anything */
+	int64 now;			/* epoch ms */
 } Step;
 
 /* ---- checking options ---- */
@@ -329,6 +330,8 @@ send(Step *step, const char *operation, bool mutates, char *script, int script_l
 	ask = copy_options(ask, step->context->options);
 	if (step->context->op == OP_CHECK)
 		ask = add_images(ask, step->context);
+	if (step->reaped != NULL)
+		ask = handle_set_text(ask, "session", step->reaped);
 	if (session != NULL)
 	{
 		ask = handle_set_text(ask, "session", session->session_id);
@@ -469,7 +472,7 @@ take_launch(Step *step)
 	{
 		step->out->kind = STEP_DONE;
 		step->out->running = true;
-		step->out->vm_id = psprintf("agentvm-%s", step->session->session_id);
+		step->out->vm_id = psprintf(LV_NAME "%s", step->session->session_id);
 		step->out->handle = handle_set_text(handle, "sent_at", NULL);
 		return;
 	}
@@ -607,6 +610,50 @@ ask(Step *step, const char *operation)
 	}
 }
 
+/* The list has the domains that carry our metadata, however it is asked for. */
+static void
+list(Step *step)
+{
+	ask(step, LV_LIST);
+	if (step->out->kind == STEP_DONE)
+	{
+		JsonbValue *vms = option_value(step->out->result, "vms");
+
+		step->out->result = vms != NULL ? JsonbValueToJsonb(vms) : NULL;
+	}
+}
+
+/* End them one by one, as a session of theirs would. */
+static void
+reap(Step *step)
+{
+	List *vms = step->context->vm_ids;
+	int done = (int) handle_int(step->context->handle, "done", 0);
+	const char *vm_id = list_nth(vms, done);
+	bool settled;
+
+	step->out->operation = LV_TERMINATE;
+	if (step->context->reply != NULL)
+	{
+		if (succeeded(step, &settled))
+		{
+			Jsonb *vm = handle_set_text(NULL, "vm_id", vm_id);
+
+			vm = handle_set_text(vm, "state", "terminated");
+			step->out->result = DatumGetJsonbP(DirectFunctionCall2(
+				jsonb_concat, DirectFunctionCall1(jsonb_in, CStringGetDatum("[]")),
+				JsonbPGetDatum(vm)));
+		}
+		step->out->kind = STEP_DONE;
+		if (++done >= list_length(vms))
+			return;
+		vm_id = list_nth(vms, done);
+	}
+	step->reaped = vm_id + Min(strlen(vm_id), strlen(LV_NAME));
+	send(step, LV_TERMINATE, true, NULL, 0);
+	step->out->handle = handle_set_int(NULL, "done", done);
+}
+
 static void
 libvirt_step(const ProviderContext *context, ProviderStep *out)
 {
@@ -637,6 +684,12 @@ libvirt_step(const ProviderContext *context, ProviderStep *out)
 		case OP_RESUME:
 			libvirt_power(&step);
 			break;
+		case OP_LIST:
+			list(&step);
+			break;
+		case OP_REAP:
+			reap(&step);
+			break;
 	}
 }
 
@@ -647,6 +700,7 @@ static const Provider libvirt_provider = {
 	.secrets = libvirt_secrets,
 	.runtime_default = true,
 	.placed = true,
+	.lists = true,
 	.perform = lv_perform,
 	.validate = libvirt_validate,
 	.check_launch = libvirt_check_launch,

@@ -22,11 +22,14 @@
 #define LV_INSPECT "inspect"
 #define LV_PROBE "probe"
 #define LV_CHECK "check"
+#define LV_LIST "list"
 
 /* BlockingReply.status: the body is the result, or an object "error" of class, code, message,
  * and began: whether something may have been made. */
 #define LV_DONE 1
 #define LV_REFUSED 2
+
+#define LV_NAME "agentvm-" /* of a domain, before its session's id */
 
 #define LV_GATEWAY_PORT "org.agentvm.gateway" /* the virtio port of a VM with a runtime */
 

@@ -27,7 +27,7 @@ static const Operation operations[] = {
 	{LV_LAUNCH, lv_launch, true, true},	   {LV_TERMINATE, lv_terminate, true, true},
 	{LV_PAUSE, lv_pause, true, true},	   {LV_RESUME, lv_resume, true, true},
 	{LV_INSPECT, lv_inspect, true, false}, {LV_PROBE, lv_probe, false, false},
-	{LV_CHECK, lv_check, false, false},
+	{LV_CHECK, lv_check, false, false},	   {LV_LIST, lv_list, false, false},
 };
 
 static void

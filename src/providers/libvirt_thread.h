@@ -169,6 +169,7 @@ extern bool lv_pause(LvJob *job);
 extern bool lv_resume(LvJob *job);
 
 extern bool lv_inspect(LvJob *job);
+extern bool lv_list(LvJob *job);
 
 /* ---- libvirt_check.c: what a host can do ---- */
 

@@ -35,7 +35,7 @@ lv_file(const LvJob *job, bool path, const char *suffix)
 static char *
 domain_name(const LvJob *job)
 {
-	return lv_format("agentvm-%s", lv_text(job, "session"));
+	return lv_format(LV_NAME "%s", lv_text(job, "session"));
 }
 
 bool
@@ -553,5 +553,69 @@ lv_inspect(LvJob *job)
 	}
 	if (domain != NULL)
 		virDomainFree(domain);
+	return !job->failed;
+}
+
+/* ---- list ---- */
+
+/* What the contract of OP_LIST calls a state. */
+static const char *
+listed_state(virDomainPtr domain)
+{
+	const char *state = lv_state_name(domain);
+
+	if (state == NULL || strcmp(state, "crashed") == 0)
+		return "terminated";
+	return strcmp(state, "paused") == 0 ? "stopped" : state;
+}
+
+/* Result: {"vms": [...]}, as OP_LIST has them, of the domains of this installation. */
+bool
+lv_list(LvJob *job)
+{
+	const char *ours = lv_text(job, "cluster");
+	virDomainPtr *domains = NULL;
+	int n;
+
+	if (!lv_connect(job))
+		return false;
+	n = virConnectListAllDomains(job->conn, &domains, 0);
+	if (n < 0)
+		return lv_fail_libvirt(job, "list");
+	lv_put_string(job, "vms");
+	yajl_gen_array_open(job->result);
+	for (int i = 0; i < n; i++)
+	{
+		char *cluster = NULL;
+		char *session = NULL;
+		char *team = NULL;
+		int code;
+
+		if (lv_owner(domains[i], &cluster, &session, &team))
+		{
+			if (cluster != NULL && ours != NULL && strcmp(cluster, ours) == 0)
+			{
+				yajl_gen_map_open(job->result);
+				lv_put_text(job, "vm_id", virDomainGetName(domains[i]));
+				lv_put_text(job, "state", listed_state(domains[i]));
+				lv_put_text(job, "session_id", session);
+				lv_put_text(job, "team_id", team);
+				yajl_gen_map_close(job->result);
+			}
+		}
+		else
+		{
+			/* one that has just gone, or is somebody else's; with any other error the list is none */
+			code = lv_error_code();
+			if (code != VIR_ERR_NO_DOMAIN && code != VIR_ERR_NO_DOMAIN_METADATA)
+				lv_fail_libvirt(job, "metadata");
+		}
+		free(cluster);
+		free(session);
+		free(team);
+		virDomainFree(domains[i]);
+	}
+	free(domains);
+	yajl_gen_array_close(job->result);
 	return !job->failed;
 }

@@ -322,6 +322,9 @@ noop_step(const ProviderContext *context, ProviderStep *step)
 		case OP_CHECK:
 			noop_check(step);
 			break;
+		case OP_LIST: /* there is nobody to ask but ourselves */
+		case OP_REAP:
+			break;
 	}
 }
 

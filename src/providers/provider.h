@@ -61,7 +61,18 @@ typedef enum ProviderOp
 	OP_CHECK,	  /* are the credentials good? read-only; result is jsonb; no session */
 	OP_TIDY,	  /* take away what AVM_BOOT_LEFT tells of; never ends a session */
 	OP_PAUSE,	  /* halt the VM in a way that OP_RESUME undoes, and see it halted */
-	OP_RESUME	  /* let it go on, and see it running */
+	OP_RESUME,	  /* let it go on, and see it running */
+	/*
+	 * Of a provider that lists: tell of all VMs that carry our tag, ended ones included, or
+	 * (context->vm_ids) of those alone, whatever they carry; read-only; no session.  Each
+	 * step's result, also of one with another request, is an array of objects with the
+	 * texts vm_id, state ("pending", "running", "stopping", "stopped", "shutting-down",
+	 * "terminated"), and where known session_id, team_id, agent_id (as the tags have them),
+	 * launched_at, address, purchase, reason_code and reason (of an end).
+	 */
+	OP_LIST,
+	/* End the VMs that context->vm_ids names, as far as they carry our tag; no session; result as above. */
+	OP_REAP
 } ProviderOp;
 
 /* The session as a provider sees it. Strings are NULL where not known. */
@@ -106,14 +117,19 @@ typedef struct ProviderProfile
 	Jsonb *options;
 } ProviderProfile;
 
+#define AVM_MAX_LISTED 100 /* VMs that one OP_LIST or OP_REAP names */
+
 typedef struct ProviderContext
 {
 	ProviderOp op;
-	const ProviderSession *session; /* NULL for OP_CHECK */
+	const ProviderSession *session; /* NULL for OP_CHECK, OP_LIST, OP_REAP */
 	const ProviderHost
-		*host;			 /* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
-	const char *cluster; /* installation uuid, for OP_CHECK; else it is the session's */
-	Jsonb *options;		 /* merged: team, then profile, then caller; frozen at provision() */
+		*host; /* of a placed provider: where the VM is, or is to be; NULL: nowhere yet */
+	const char
+		*cluster;		/* installation uuid, where there is no session; else it is the session's */
+	const char *region; /* OP_LIST, OP_REAP: where; of a placed provider it is the host */
+	List *vm_ids;		/* OP_LIST, OP_REAP: of char *, at most AVM_MAX_LISTED */
+	Jsonb *options;		/* merged: team, then profile, then caller; frozen at provision() */
 	const SecretSet *secrets; /* what calls are signed with: of the team, or of its login */
 	bool
 		login_pending; /* a login has yet to bring them: a request is not sent, but asked for again */
@@ -175,7 +191,7 @@ typedef struct ProviderStep
 	const char *address;
 	const char *purchase;
 	int host_kvm; /* learned of the host: 1 guests run under KVM there, -1 they do not, 0 nothing */
-	Jsonb *result; /* OP_INSPECT, OP_CHECK when done */
+	Jsonb *result; /* OP_INSPECT, OP_CHECK when done; OP_LIST, OP_REAP: see there */
 } ProviderStep;
 
 /*
@@ -237,6 +253,7 @@ typedef struct Provider
 	bool runtime_default;		   /* profile.runtime when nobody says */
 	bool needs_secrets;			   /* provision() refuses a team that has none */
 	bool placed; /* its VMs run on rows of agentvm.host; OP_CHECK is asked once for each of them */
+	bool lists;	 /* it has OP_LIST and OP_REAP */
 	/*
 	 * Pairs of options that say the same in two ways, up to a pair of NULLs; may be NULL.
 	 * One that a profile or a caller sets takes the place of the other one, too.
@@ -314,6 +331,9 @@ extern const Provider *provider_get(const char *name);
 
 /* The same without raising: NULL when unknown. */
 extern const Provider *provider_find(const char *name);
+
+/* The names (char *) of the known providers that list VMs, of those that are placed or the others. */
+extern List *provider_names_listing(bool placed);
 
 /*
  * Check option names and types for a scope, then the provider's own rules.

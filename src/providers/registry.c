@@ -170,6 +170,20 @@ provider_find(const char *name)
 	return provider;
 }
 
+List *
+provider_names_listing(bool placed)
+{
+	List *names = NIL;
+
+	load_libraries();
+	for (int i = 0; i < nproviders; i++)
+	{
+		if (providers[i]->lists && providers[i]->placed == placed)
+			names = lappend(names, unconstify(char *, providers[i]->name));
+	}
+	return names;
+}
+
 /* What an error may repeat of a name that somebody has made up. */
 static char *
 shown_name(const char *name, int len)

@@ -243,6 +243,8 @@ blocking_step(const ProviderContext *context, ProviderStep *step)
 			step->host_kvm = option_int(context->options, "kvm", 0);
 			break;
 		case OP_TIDY:
+		case OP_LIST:
+		case OP_REAP:
 		case OP_TERMINATE:
 			break;
 		case OP_CHECK:

@@ -23,8 +23,8 @@ await_state($node, $live, 'ready');
 
 my @tables = qw(team team_member former_team provider_config provider_secret profile session session_heartbeat session_ending session_token session_event gateway);
 my $all = join(' UNION ALL ', map { "SELECT '$_', count(*), md5(string_agg(t::text, E'\\n' ORDER BY t::text)) FROM agentvm.$_ t" } @tables);
-is($node->safe_psql('postgres', "SELECT string_agg(relname, ' ') FROM pg_class WHERE relnamespace = 'agentvm'::regnamespace AND relkind IN ('r', 'S') "
-	  . "AND NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'agentvm' AND pg_class.oid = ANY (extconfig))"), 'sweep_hold', 'every table and sequence goes into a dump, but that of sweeps that hold');
+is($node->safe_psql('postgres', "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class WHERE relnamespace = 'agentvm'::regnamespace AND relkind IN ('r', 'S') "
+	  . "AND NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'agentvm' AND pg_class.oid = ANY (extconfig))"), 'inventory sweep_hold vm_drift', 'every table and sequence goes into a dump, but for what is found anew');
 my $storage = "SELECT string_agg(oid::regclass || ' ' || reloptions::text, E'\n' ORDER BY 1) FROM pg_class WHERE relnamespace = 'agentvm'::regnamespace AND relkind = 'r'";
 like($node->safe_psql('postgres', $storage), qr/agentvm\.session \{fillfactor=85,autovacuum_vacuum_scale_factor=0\.05\}/, 'autovacuum looks after the sessions');
 for my $format (qw(plain custom inserts))

@@ -21,7 +21,7 @@ $primary->wait_for_catchup($standby);
 is($standby->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'agentvm%'"), 0, 'no worker runs');
 my $hash = "sha256('x')";
 for my $call ("SELECT agentvm.provision('acme', profile => 'plain')", "SELECT agentvm.provision('limited', provider => 'noop')", "SELECT agentvm.terminate('$ready')", "SELECT agentvm.extend('$ready', '1 s')",
-	'CALL agentvm.dispatch()', map({ "SELECT agentvm.$_()" } qw(sweep sweep_heartbeat sweep_bootstrap sweep_lifetime)), "SELECT agentvm.create_team('x')", "SELECT agentvm.alter_team('acme', limits => '{\"max_sessions\": 1}')",
+	'CALL agentvm.dispatch()', map({ "SELECT agentvm.$_()" } qw(sweep sweep_heartbeat sweep_bootstrap sweep_lifetime sweep_inventory release_quarantine)), "SELECT agentvm.end_vm('i-1')", "SELECT agentvm.adopt_vm('i-1')", "SELECT agentvm.create_team('x')", "SELECT agentvm.alter_team('acme', limits => '{\"max_sessions\": 1}')",
 	"SELECT agentvm.drop_team('acme')", "SELECT agentvm.add_member('acme', 'agentvm_user')", "SELECT agentvm.remove_member('acme', 'agentvm_user')", "SELECT agentvm.set_provider('acme', 'noop', '{}')",
 	"SELECT agentvm.drop_provider('acme', 'ec2')", "SELECT agentvm.create_profile('p', 'noop')", "SELECT agentvm.drop_profile('plain')", "SELECT agentvm.rotate_keys()", "SELECT agentvm.seal_audit()", "SELECT agentvm.purge('1 day')",
 	"SELECT agentvm.adopt_cluster('takeover')", "SELECT agentvm.adopt_cluster('fork')", 'SELECT * FROM agentvm.abandon()', "SELECT agentvm.heartbeat_batch(ARRAY['$ready'::uuid], ARRAY[now()])", 'DROP EXTENSION agentvm')

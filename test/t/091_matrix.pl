@@ -47,6 +47,9 @@ $node->safe_psql('postgres', "SELECT agentvm.terminate('$ending')");
 $node->safe_psql('postgres', "INSERT INTO agentvm.command (command_id, session_id, team_id, kind, role) VALUES (gen_random_uuid(), '$session{$_}', '$_', 'exec', 'somebody')") for qw(acme globex);
 $node->safe_psql('postgres', "INSERT INTO agentvm.placement VALUES ('$session{acme}', 'here', 1, 512)");
 
+$node->safe_psql('postgres', "INSERT INTO agentvm.inventory (account, provider, region, next_at) VALUES ('$_', 'ec2', 'eu-west-1', 'infinity');
+	INSERT INTO agentvm.vm_drift (account, provider, region, vm_id, kind, team_id, session_id, vm_state) VALUES ('$_', 'ec2', 'eu-west-1', 'i-$_', 'unknown', '$_', gen_random_uuid(), 'running')") for qw(acme globex);
+
 my $control = AgentVM::Control->new($node);
 $control->attach(@session{qw(acme globex)});
 mkdir $control->dir . '/d' or die;
@@ -89,7 +92,7 @@ my %call = (
 	add_member => q{add_member('TEAM', 'newcomer')}, remove_member => q{remove_member('TEAM', 'member')},
 	set_provider => q{set_provider('TEAM', 'ec2', '{"region": "us-east-1"}')}, check_provider => q{check_provider('TEAM', 'noop')}, drop_provider => q{drop_provider('TEAM', 'ec2')},
 	create_profile => q{create_profile('new', 'noop', team_id => 'TEAM')}, drop_profile => q{drop_profile('shape', 'TEAM')},
-	dispatch => 'dispatch(1)', wake => 'wake()', rotate_keys => 'rotate_keys()', verify_audit => q{verify_audit('TEAM')}, seal_audit => 'seal_audit()', purge => q{purge('100 years')}, map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
+	dispatch => 'dispatch(1)', wake => 'wake()', rotate_keys => 'rotate_keys()', verify_audit => q{verify_audit('TEAM')}, seal_audit => 'seal_audit()', purge => q{purge('100 years')}, sweep_inventory => q{sweep_inventory('TEAM')}, end_vm => q{end_vm('i-TEAM')}, adopt_vm => q{adopt_vm('i-TEAM')}, release_quarantine => 'release_quarantine()', map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
 	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])}, attach => q{attach('{SESSION}')}, control_key => 'control_key()',
 	command_started => q{command_started('SESSION', 'cccccccc-0000-7000-8000-000000000000', 'exec', '{"role": "somebody"}')}, command_ended => q{command_ended('SESSION', 'cccccccc-0000-7000-8000-000000000000', '{}')},
 	deadlines => q{deadlines('{SESSION}')}, gateway_channel => 'gateway_channel()',

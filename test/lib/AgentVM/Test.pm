@@ -44,6 +44,7 @@ agentvm.databases = '$databases'
 agentvm.key_file = '$keys'
 agentvm.image_directories = '$images'
 agentvm.sweep_interval = '1s'
+agentvm.inventory_interval = 0
 agentvm.gateway_url = 'https://gateway.example'
 agentvm.aws_endpoint_url = '$endpoint'
 agentvm.allow_insecure_endpoints = on
