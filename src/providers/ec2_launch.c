@@ -21,7 +21,7 @@
 #define POLL_FIRST_MS 2000
 #define POLL_LAST_MS 10000
 #define APPEARS_WITHIN_MS 60000 /* DescribeInstances knows a new instance by then */
-#define MAX_AGAIN 3				/* attempts after tokens of no use */
+#define MAX_AGAIN 2				/* attempts after tokens of no use */
 
 static void
 add_tag(AwsForm *form, int resource, int *n, const char *key, const char *value)

@@ -12,7 +12,7 @@
 --
 -- Modes: pass; capacity; throttle; 500 (EC2's own, as XML); html (a 502 that is no XML); auth (credentials refused);
 -- error (&status=400&code=X&message=Y); slow (&ms=N, then on); drop (closed before the cloud saw it); lost (the cloud did it,
--- the caller sees the connection close); truncated (half of the cloud's answer); pending (the instance that is launched does not run yet, it says; no fault); body (&status=200&body=...&repeat=N&location=URL);
+-- the caller sees the connection close); truncated (half of the cloud's answer); body (&status=200&body=...&repeat=N&location=URL);
 -- raw (&head=...&piece=...&repeat=N&tail=...&ms=N: these very bytes instead of HTTP, the piece N times (or "endless"), N ms before
 -- each and its number for every %n% in it, then close);
 -- canned (&ms=N: answered here without a cloud). With &log=0 the
@@ -249,7 +249,7 @@ function M.serve()
     local mode = rule.mode
     ngx.var.outcome = mode
     ngx.var.log = rule.log or 1
-    if mode ~= "pass" and mode ~= "canned" and mode ~= "pending" then
+    if mode ~= "pass" and mode ~= "canned" then
         count("faulted", action)
     end
     if mode == "canned" or (mode == "pass" and ngx.var.no_cloud == "") then
@@ -292,8 +292,6 @@ function M.serve()
         return ngx.exit(444)
     elseif mode == "truncated" then
         body = body:sub(1, math.floor(#body / 2))
-    elseif mode == "pending" then
-        body = body:gsub("<code>16</code>(%s*)<name>running</name>", "<code>0</code>%1<name>pending</name>")
     end
     return reply(status, body, content_type)
 end

@@ -147,8 +147,6 @@ CONF
 		}
 	}
 	$faults->set(%$_) for @by_chance;
-	# where nothing else happens a launch is answered as EC2 answers it, and looked after until it runs
-	$faults->set(mode => 'pending', action => 'RunInstances');
 	return;
 }
 
