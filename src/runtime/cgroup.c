@@ -175,7 +175,7 @@ cgroup_make(const char *name)
 	snprintf(path, sizeof(path), "%s/%s", root, name);
 	if (!make(path))
 		return -1;
-	strcat(path, "/cgroup.procs");
+	snprintf(path, sizeof(path), "%s/%s/cgroup.procs", root, name);
 	return open(path, O_WRONLY | O_CLOEXEC);
 }
 
