@@ -3,7 +3,6 @@ use strict;
 use warnings;
 use AgentVM::Client;
 use AgentVM::Gateway;
-use AgentVM::Runtime;
 use AgentVM::Test;
 use AgentVM::VM;
 use PostgreSQL::Test::Utils;
@@ -16,15 +15,7 @@ $node->safe_psql('postgres', q{SELECT agentvm.create_team('acme'); SELECT agentv
 $node->safe_psql('postgres', "INSERT INTO agentvm.gateway (gateway_id, control_address) VALUES ('gw1', 'unix:$control')");
 my $gateway = AgentVM::Gateway->new($node, options => [ '--name', 'gw1', '--control', "unix:$control" ]);
 
-sub boot
-{
-	my ($session) = @_;
-	await($node, "SELECT running FROM agentvm.session WHERE session_id = '$session'", 't', name => 'a VM');
-	my $vm = AgentVM::VM->new($gateway->url, bootstrap_token($node, $session))->start;
-	mkdir $vm->dir . '/work';
-	return $vm;
-}
-sub ready { my $session = provision($node, 'acme', q{profile => 'vm'}); my $vm = boot($session); await_state($node, $session, 'ready'); return ($session, $vm); }
+sub ready { my $session = provision($node, 'acme', q{profile => 'vm'}); my $vm = AgentVM::VM->boot($node, $gateway, $session); await_state($node, $session, 'ready'); return ($session, $vm); }
 
 my ($session, $vm) = ready();
 my $work = $vm->dir . '/work';
@@ -85,7 +76,7 @@ is(execute(q{'echo back'}, 'stdout'), "back\n", 'what comes next, too');
 $other->send("CALL agentvm.run('acme', 'echo done; exit 5', 'vm')");
 $node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM agentvm.session WHERE bound_pid IS NOT NULL AND state = 'provisioning'}) or die;
 my $once = $node->safe_psql('postgres', 'SELECT session_id FROM agentvm.session WHERE bound_pid IS NOT NULL');
-my $twin = boot($once);
+my $twin = AgentVM::VM->boot($node, $gateway, $once);
 is($other->answer, "5|done\n|", 'run()') or diag($other->error);
 await_state($node, $once, 'terminated');
 
