@@ -58,6 +58,13 @@ is(join(' ', glob('/tmp/.agentvm-*.tar')), '', 'no archive stays behind');
 fails_with($node, "SELECT agentvm.upload_tar('$session', '$work/copy', 'no archive')", '22023', qr/could not unpack into/, 'no archive');
 fails_with($node, "SELECT agentvm.download_tar('$session', '$work/nowhere')", '58P01', qr/could not pack/, 'no directory');
 
+# ---- none of these bytes is in the database's log, nor do they take a transaction of the caller's ----
+my $bytes = q{convert_to((SELECT string_agg(md5(i::text), '') FROM generate_series(1, 100000) i), 'UTF8')};
+my $lsn = $client->run('SELECT pg_current_wal_insert_lsn()');
+is($client->run("BEGIN; SELECT agentvm.upload('$session', 'bytes', $bytes), sha256(agentvm.download('$session', 'bytes')) = sha256($bytes), (SELECT stdout FROM agentvm.exec('$session', 'wc -c; head -c 1000000 bytes >&2', stdin => $bytes)), pg_current_xact_id_if_assigned() IS NULL; COMMIT"),
+	"3200000|t|3200000\n|t", 'ten megabytes, within a transaction that has not become one');
+cmp_ok($client->run("SELECT pg_current_wal_insert_lsn() - '$lsn'"), '<', 1_000_000, 'nor have they been written');
+
 # ---- many ----
 my @more = map { [ ready() ] } 1 .. 3;
 my $list = join(',', $session, map { $_->[0] } @more);
