@@ -10,11 +10,6 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-# In a mount namespace, an authority of ours can stand in for all those that libcurl trusts
-chomp(my $bundle = `curl-config --ca`);
-my @namespace = ('unshare', '--user', '--map-root-user', '--mount');
-plan skip_all => 'no user namespaces, or no file of authorities' if !-e $bundle || system_log(@namespace, 'mount', '--bind', '/dev/null', $bundle);
-
 my $dir = certificate_directory();
 authority($_) for qw(trusted other);
 certificate('good', 'trusted', 'IP:127.0.0.1');
@@ -51,20 +46,8 @@ print("all listen")
 PYTHON
 $cloud->start->says(qr/all listen/, 'servers with certificates');
 
-# the server is started in there, as the user that it has outside
 my $node = new_node('main', start => 0, conf => "agentvm.allow_insecure_endpoints = off\n");
-mkdir "$dir/bin";
-chomp(my $pg_ctl = `which pg_ctl`);
-my ($uid, $gid) = ($>, $) + 0);
-append_to_file("$dir/bin/pg_ctl", <<"SH");
-#!/bin/sh
-exec @namespace sh -c 'mount --bind "$dir/trusted.pem" "$bundle" && exec unshare --user --map-user=$uid --map-group=$gid "\$@"' sh "$pg_ctl" "\$@"
-SH
-chmod 0755, "$dir/bin/pg_ctl";
-{
-	local $ENV{PATH} = "$dir/bin:$ENV{PATH}";
-	$node->start;
-}
+start_trusting($node, 'trusted') or plan skip_all => 'no user namespaces, or no file of authorities';
 create_extension($node);
 $node->safe_psql('postgres', "SELECT agentvm.create_profile('plain', 'ec2', runtime => false)");
 ec2_team($node, 'acme', AgentVM::Faults->new);

@@ -17,13 +17,19 @@ my %authority = map { $_ => authority($_) } qw(ours theirs);
 my $good = certificate('good', 'ours', 'IP:127.0.0.1');
 my $expired = certificate('expired', 'ours', 'IP:127.0.0.1', -1);
 my $stranger = certificate('stranger', 'theirs', 'IP:127.0.0.1');
-# the gateway's own, which change
+# the gateway's own, and what the server trusts, which change
+my $trusted = certificate_directory() . '/trusted.pem';
+sub trust { my ($name) = @_; copy($authority{$name}, $trusted) or die "could not copy: $!"; return; }
+trust('ours');
 my $pair = [ map { certificate_directory() . "/gateway.$_" } qw(pem key) ];
 sub take { my ($from) = @_; copy($from->[$_], $pair->[$_]) or die "could not copy: $!" for 0, 1; return; }
 take($good);
 
 my $port = PostgreSQL::Test::Cluster::get_free_port();
-my $node = new_node('main', conf => "agentvm.heartbeat_interval = 1\nagentvm.allow_insecure_endpoints = off\nagentvm.gateway_url = 'https://gateway.test'\nagentvm.gateway_ca_file = '$authority{ours}'\n");
+my $node = new_node('main', start => 0, conf => "agentvm.heartbeat_interval = 1\nagentvm.allow_insecure_endpoints = off\nagentvm.gateway_url = 'https://gateway.test'\nagentvm.gateway_ca_file = '$trusted'\n");
+# to the server, theirs is a public one
+my $is_public = start_trusting($node, 'theirs') or $node->start;
+create_extension($node);
 $node->safe_psql('postgres', "SELECT agentvm.create_team('acme'); INSERT INTO agentvm.gateway (gateway_id, control_address) VALUES ('gw1', 'https://127.0.0.1:$port')");
 my $gateway = AgentVM::Gateway->new($node, tls => $pair, options => [ '--name', 'gw1', '--control', "127.0.0.1:$port" ]);
 my $session = provision($node, 'acme', q{options => '{"runtime": true}'});
@@ -73,7 +79,13 @@ address("https://127.0.0.1:$port");
 renew($expired);
 refused('one that has expired', qr/SSL certificate problem: certificate has expired/);
 renew($stranger);
-refused('one of another authority', qr/SSL certificate problem: unable to get local issuer certificate/);
+refused('one of another authority, public or not', qr/SSL certificate problem: unable to get local issuer certificate/);
+SKIP:
+{
+	skip 'no authority of ours can stand for the public ones here', 2 unless $is_public;
+	set('agentvm.gateway_ca_file', '');
+	is($node->safe_psql('postgres', "SELECT stdout FROM agentvm.exec('$session', 'echo public')"), "public\n", 'with no authority set it would have been good enough');
+}
 set('agentvm.gateway_ca_file', $authority{theirs});
 is($node->safe_psql('postgres', "SELECT stdout FROM agentvm.exec('$session', 'echo theirs')"), "theirs\n", 'until that one is trusted');
 renew($good);
@@ -84,7 +96,7 @@ $client->answer;
 like($client->error, qr/AV009: gateway "gw1" cannot be reached/, 'not even by a connection that is there already');
 ok(!-e $ran, 'nothing has run by that one, either');
 set('agentvm.gateway_ca_file', '');
-refused('an authority of our own, where only public ones are trusted', qr/SSL certificate problem: unable to get local issuer certificate/);
+refused('one of our authority, where only public ones are trusted', qr/SSL certificate problem: unable to get local issuer certificate/);
 set('agentvm.gateway_ca_file', certificate_directory() . '/nowhere.pem');
 refused('a file of authorities that is not there', qr/error setting certificate file/);
 
@@ -93,9 +105,17 @@ fails_with($node, "UPDATE agentvm.gateway SET control_address = 'http://127.0.0.
 address("https://127.0.0.1:$port");
 
 # ---- and the right one again ----
-set('agentvm.gateway_ca_file', $authority{ours});
+set('agentvm.gateway_ca_file', $trusted);
 is($client->run("SELECT stdout FROM agentvm.exec('$session', 'echo again')"), "again\n", 'the same backend, the same gateway');
+trust('theirs');
+renew($stranger);
+$gateway->stop('KILL');
+$vm->stop;
+$vm->write_settings(CA_FILE => $authority{theirs});
+$gateway->start;
+$vm->start;
+is($client->run("SELECT stdout FROM agentvm.exec('$session', 'echo new')"), "new\n", 'also when all are new, and the file of the authority has the same name');
 await($node, "SELECT count(*) FROM agentvm.command", 0, name => 'nothing is under way any more');
-is($node->safe_psql('postgres', q{SELECT count(*) FROM agentvm.session_event WHERE kind = 'exec_started'}), 4, 'the log has only those that got through');
+is($node->safe_psql('postgres', q{SELECT count(*) FROM agentvm.session_event WHERE kind = 'exec_started'}), $is_public ? 6 : 5, 'the log has only those that got through');
 
 done_testing();
