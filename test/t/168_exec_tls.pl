@@ -113,7 +113,7 @@ $gateway->stop('KILL');
 $vm->stop;
 $vm->write_settings(CA_FILE => $authority{theirs});
 $gateway->start;
-$vm->start;
+$vm->start->says(qr/channel is open/, 'the VM is back');
 is($client->run("SELECT stdout FROM agentvm.exec('$session', 'echo new')"), "new\n", 'also when all are new, and the file of the authority has the same name');
 await($node, "SELECT count(*) FROM agentvm.command", 0, name => 'nothing is under way any more');
 is($node->safe_psql('postgres', q{SELECT count(*) FROM agentvm.session_event WHERE kind = 'exec_started'}), $is_public ? 6 : 5, 'the log has only those that got through');
