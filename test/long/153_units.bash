@@ -121,7 +121,7 @@ runtime() {
 		AGENTVM_BOOTSTRAP_TOKEN=$token
 		AGENTVM_PIDS_LIMIT=77
 	END
-	works 'agentvm-runtime starts' systemctl --quiet start agentvm-runtime
+	works 'agentvm-runtime starts' systemctl --quiet enable --now agentvm-runtime
 	says 60 ready 'and its session is ready' session "$id" state
 	pid=$(process agentvm-runtime)
 	is /system.slice/agentvm-runtime.service/runtime 'it has moved into a group below its own' group "$pid"
