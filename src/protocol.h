@@ -21,6 +21,8 @@
  *			   "stderr_bytes", "timed_out"}: a command has ended; said again on each new
  *			   channel until
  *		down: {"type": "noted", "command"} once that has been committed
+ *	400, 404, 405, 408, 411, 413 makes no sense, is too slow or too large
+ *	429 with Retry-After: too many tokens of this address have been refused
  *	503 with Retry-After: the database is away, or the gateway is full or draining
  *
  * Calls: what a backend of the database asks of a runtime.  It POSTs a message to
@@ -33,10 +35,11 @@
  *		EXPIRES in seconds since 1970 by the database's clock, COMMAND the uuid that the
  *		header names, HASH the SHA-256 of the message in hex
  *		200 the runtime's message
- *		400 makes no sense; 401 the ticket is not good; 404 the session has no channel
- *		here; 410 it has ended; 413 too large; 429 too many calls of it are under way;
- *		503 not passed on: no database, or draining.  With these the runtime has not
- *		seen the call.  502 the channel was lost, 504 no answer: it may have
+ *		400, 405, 411 makes no sense; 401 the ticket is not good; 404 no such path, or the
+ *		session has no channel here; 408 it has not come in time; 409 the session is not
+ *		ready; 410 it has ended; 413 too large; 429 too many calls of it are under way;
+ *		503 not passed on: no database, no memory, or draining.  With these the runtime has
+ *		not seen the call.  502 the channel was lost, 504 no answer: it may have
  *	a binary frame of the channel: number of the call (4 bytes, big-endian, chosen by the
  *		gateway, another one for each call under way), message
  *
@@ -59,7 +62,7 @@
  *			   stdout: {total, from, len, lost}, stderr: the same}; bytes: len of stdout from
  *			   offset "from", then of stderr.  From > what was asked for: what is
  *			   between is not kept; lost: how much of the whole is not
- *	kill	{signal}: 15 or 9, to all of its processes; answer {}
+ *	kill	{signal}: 15 or 9, to all of its processes; answer {running}: it was until then
  *	put		bytes at "offset" of a file that replaces "path" with the last of them:
  *			{path, mode, size, offset}; answer {written}
  *	get		{path, offset, length, remove}; answer {size, version}: another version is

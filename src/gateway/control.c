@@ -207,7 +207,6 @@ read_ticket(struct lws *wsi, Ticket *ticket)
 	int len = lws_hdr_copy(wsi, header, sizeof(header), WSI_TOKEN_HTTP_AUTHORIZATION);
 	char *key_id = header + strlen("Ticket ");
 	char *expires, *mac;
-	int i;
 
 	if (len <= 0 || strncasecmp(header, "Ticket ", 7) != 0)
 		return false;
@@ -221,19 +220,11 @@ read_ticket(struct lws *wsi, Ticket *ticket)
 		strspn(key_id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") !=
 			strlen(key_id) ||
 		expires[0] == '\0' || strlen(expires) > 15 ||
-		strspn(expires, "0123456789") != strlen(expires) || strlen(mac) != 2 * HASH_LEN ||
-		strspn(mac, "0123456789abcdef") != 2 * HASH_LEN)
+		strspn(expires, "0123456789") != strlen(expires) || !parse_hash(mac, ticket->mac))
 		return false;
 	snprintf(ticket->key_id, sizeof(ticket->key_id), "%s", key_id);
 	snprintf(ticket->expires_text, sizeof(ticket->expires_text), "%s", expires);
 	ticket->expires = strtoll(expires, NULL, 10);
-	for (i = 0; i < HASH_LEN; i++)
-	{
-		unsigned byte;
-
-		sscanf(mac + 2 * i, "%2x", &byte);
-		ticket->mac[i] = (unsigned char) byte;
-	}
 	return true;
 }
 
@@ -559,19 +550,7 @@ write_answer(Connection *connection)
 							 connection->status == 400 || connection->server->draining;
 		snprintf(text, sizeof(text), "{\"error\": \"%s\"}", reason_phrase(connection->status));
 		len = message != NULL ? message->end - message->at : strlen(text);
-		if (lws_add_http_header_status(wsi, connection->status, &at, end) ||
-			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CONTENT_TYPE,
-										 (const unsigned char *) type, (int) strlen(type), &at,
-										 end) ||
-			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CACHE_CONTROL,
-										 (const unsigned char *) "no-store", 8, &at, end) ||
-			((connection->status == 503 || connection->status == 429) &&
-			 lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
-										  (const unsigned char *) "1", 1, &at, end)) ||
-			(connection->closes &&
-			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
-										  (const unsigned char *) "close", 5, &at, end)) ||
-			lws_add_http_header_content_length(wsi, len, &at, end) ||
+		if (!add_headers(wsi, connection->status, type, 1, connection->closes, len, &at, end) ||
 			lws_finalize_http_header(wsi, &at, end))
 			return -1;
 		connection->headers_sent = true;

@@ -46,7 +46,7 @@ struct Exchange
 
 const size_t exchange_size = sizeof(Exchange);
 
-static bool
+bool
 parse_hash(const char *hex, uint8_t *hash)
 {
 	int i;
@@ -452,6 +452,28 @@ may_go_on(const Exchange *exchange)
 	return exchange->status != 400 && !exchange->server->draining;
 }
 
+bool
+add_headers(struct lws *wsi, int status, const char *type, int retry_s, bool closes, size_t len,
+			unsigned char **at, unsigned char *end)
+{
+	char retry[16];
+	int n = snprintf(retry, sizeof(retry), "%d", retry_s);
+
+	return !lws_add_http_header_status(wsi, (unsigned) status, at, end) &&
+		   !lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CONTENT_TYPE,
+										 (const unsigned char *) type, (int) strlen(type), at,
+										 end) &&
+		   !lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CACHE_CONTROL,
+										 (const unsigned char *) "no-store", 8, at, end) &&
+		   ((status != 503 && status != 429) ||
+			!lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
+										  (const unsigned char *) retry, n, at, end)) &&
+		   (!closes ||
+			!lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
+										  (const unsigned char *) "close", 5, at, end)) &&
+		   !lws_add_http_header_content_length(wsi, len, at, end);
+}
+
 /* Returns -1 where libwebsockets should close the connection: other values mean nothing to it here. */
 static int
 write_answer(Exchange *exchange)
@@ -470,23 +492,9 @@ write_answer(Exchange *exchange)
 		return 0;
 	if (!exchange->headers_sent)
 	{
-		char retry[16];
-
 		exchange->closes = !may_go_on(exchange);
-		n = snprintf(retry, sizeof(retry), "%d", RETRY_AFTER_S + (int) (random() % 4));
-		if (lws_add_http_header_status(wsi, exchange->status, &at, end) ||
-			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CONTENT_TYPE,
-										 (const unsigned char *) type, (int) strlen(type), &at,
-										 end) ||
-			lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_CACHE_CONTROL,
-										 (const unsigned char *) "no-store", 8, &at, end) ||
-			((exchange->status == 503 || exchange->status == 429) &&
-			 lws_add_http_header_by_token(wsi, WSI_TOKEN_HTTP_RETRY_AFTER,
-										  (const unsigned char *) retry, n, &at, end)) ||
-			(exchange->closes &&
-			 lws_add_http_header_by_token(wsi, WSI_TOKEN_CONNECTION,
-										  (const unsigned char *) "close", 5, &at, end)) ||
-			lws_add_http_header_content_length(wsi, exchange->answer_len, &at, end) ||
+		if (!add_headers(wsi, exchange->status, type, RETRY_AFTER_S + (int) (random() % 4),
+						 exchange->closes, exchange->answer_len, &at, end) ||
 			add_date(wsi, &at, end) ||
 			lws_finalize_write_http_header(wsi, buffer + LWS_PRE, &at, end))
 			return -1;

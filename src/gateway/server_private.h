@@ -166,6 +166,17 @@ extern Server *server_of(struct lws *wsi);
  */
 extern int add_date(struct lws *wsi, unsigned char **at, unsigned char *end);
 
+/*
+ * Begin an answer: its status and headers, with so many seconds in Retry-After where the
+ * status asks for that.  Returns false when there is no room; else the headers may be
+ * added to, and are to be finalized.
+ */
+extern bool add_headers(struct lws *wsi, int status, const char *type, int retry_s, bool closes,
+						size_t len, unsigned char **at, unsigned char *end);
+
+/* Read a hash of HASH_LEN bytes from its hex digits; false when they are none, or hex is NULL. */
+extern bool parse_hash(const char *hex, uint8_t *hash);
+
 /* Answer an upgrade with that status, which is counted; the connection is then to be closed. */
 extern void refuse_upgrade(struct lws *wsi, int status);
 

@@ -599,7 +599,14 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 	SETOPT(CURLOPT_SSL_VERIFYHOST, 2L);
 	SETOPT(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
 	if (request->ca_file != NULL)
+	{
+		/* and nobody else: a build may know a directory of public ones, too */
 		SETOPT(CURLOPT_CAINFO, request->ca_file);
+		SETOPT(CURLOPT_CAPATH, (char *) NULL);
+#if LIBCURL_VERSION_NUM >= 0x075700
+		SETOPT(CURLOPT_CA_CACHE_TIMEOUT, 0L); /* it may be another file of that name by now */
+#endif
+	}
 
 	SETOPT(CURLOPT_BUFFERSIZE, request->large_reply ? (long) LARGE_BUFFER : (long) SMALL_BUFFER);
 	SETOPT(CURLOPT_PRIVATE, (char *) call);

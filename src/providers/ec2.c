@@ -260,6 +260,7 @@ static const struct
 	int members;
 } limits[] = {
 	{RUN, 5, 2, 1},
+	{START, 5, 2, 1},
 	{TERMINATE, 100, 5, 1000},
 	{DESCRIBE, 50, 10, 200},
 	{DESCRIBE_BY_FILTER, 100, 20, 1},

@@ -82,6 +82,7 @@ send_call(Ec2Step *step, const Way *way, const char *vm_id)
 	aws_form_init(&form, way->call, EC2_VERSION);
 	aws_form_add(&form, "InstanceId.1", vm_id);
 	ec2_send(step, "ec2", way->call, &form);
+	ec2_limit(step, way->call, NULL);
 }
 
 /* The matter is settled: nothing of it is left in the handle. */

@@ -104,6 +104,41 @@ gateway() {
 	is "$pid" 'in the same process' process agentvm-gateway
 }
 
+# Commands through the control socket, to the runtime of a VM that only pretends: the machine that it is in is this one
+runtime() {
+	local id key token pid
+	is 'agentvm-gateway postgres 660' "the control socket is for PostgreSQL's group, also after a reload" stat -c '%U %G %a' /run/agentvm-gateway/control
+	sql "UPDATE agentvm.gateway SET control_address = 'unix:/run/agentvm-gateway/control';
+		SELECT FROM agentvm.create_team('here'), agentvm.create_profile('here', 'noop', options => '{\"runtime\": true}', runtime => true)"
+	id=$(sql "SELECT agentvm.provision('here', profile => 'here')")
+	says 60 t 'a session with a runtime' sql "SELECT running FROM agentvm.session WHERE session_id = '$id'"
+	key=$(sed -n 's/^k1://p' /etc/postgresql/agentvm.keys | base64 -d | od -An -v -tx1 | tr -d ' \n')
+	token=$(printf '%s:1' "$id" | openssl dgst -sha256 -mac HMAC -macopt "hexkey:$key" -r | cut -d' ' -f1)
+	mkdir -p /workspace
+	install -m 600 /dev/stdin /etc/agentvm/runtime.env <<-END
+		AGENTVM_GATEWAY_URL=https://gateway.internal:8443
+		AGENTVM_CA_FILE=/etc/agentvm/second.crt
+		AGENTVM_BOOTSTRAP_TOKEN=$token
+		AGENTVM_PIDS_LIMIT=77
+	END
+	works 'agentvm-runtime starts' systemctl --quiet enable --now agentvm-runtime
+	says 60 ready 'and its session is ready' session "$id" state
+	pid=$(process agentvm-runtime)
+	is /system.slice/agentvm-runtime.service/runtime 'it has moved into a group below its own' group "$pid"
+	says 60 /system.slice/agentvm-runtime.service/commands 'a command, asked for by its socket, has one beside it' \
+		sql "SELECT substring(stdout FROM '^0::(.*)/[0-9a-f-]{36}') FROM agentvm.exec('$id', 'cat /proc/self/cgroup')"
+	is 77 'with a bound of processes' cat /sys/fs/cgroup/system.slice/agentvm-runtime.service/commands/pids.max
+	is t 'a file goes in and out' sql "SELECT agentvm.upload('$id', '/root/file', 'content') = 7 AND agentvm.download('$id', '/root/file') = 'content'"
+	kill -KILL "$pid"
+	says 60 '' 'it is killed' ended "$pid"
+	says 60 active 'and started anew' property agentvm-runtime ActiveState
+	says 60 /system.slice/agentvm-runtime.service/commands 'with commands as before' \
+		sql "SELECT substring(stdout FROM '^0::(.*)/[0-9a-f-]{36}') FROM agentvm.exec('$id', 'cat /proc/self/cgroup')"
+	is t 'terminate()' sql "SELECT agentvm.terminate('$id')"
+	says 60 inactive 'ends it' property agentvm-runtime ActiveState
+	is '1 0' 'by itself, with 0' exit_of agentvm-runtime
+}
+
 outside() {
 	local id vm libvirtd postmaster
 	works 'agentvm-libvirtd starts' systemctl --quiet enable --now agentvm-libvirtd
@@ -168,6 +203,7 @@ finish() {
 trap finish EXIT
 prepare
 gateway
+runtime
 outside
 inside
 is '' 'no unit has failed' systemctl --failed --plain --no-legend

@@ -1,5 +1,5 @@
-# infra/systemd under a real systemd, in a machine of QEMU's: PostgreSQL, the gateway and a libvirtd of its own, by the units
-# and as their comments say. What is checked in there is in 153_units.bash
+# infra/systemd under a real systemd, in a machine of QEMU's: PostgreSQL, the gateway, a runtime and a libvirtd of its own, by the
+# units and as their comments say. What is checked in there is in 153_units.bash
 use strict;
 use warnings;
 use AgentVM::QEMU;
@@ -21,9 +21,10 @@ packages=(systemd-sysv dbus "postgresql-$("$config" --version | sed 's/[^0-9]*\(
 	libxml2 libyajl2 libwebsockets17 libwebsockets-evlib-uv libjansson4)
 
 # as the README has them installed
-make -s -C "$1" install install-libvirt install-gateway PG_CONFIG="$config" DESTDIR="$2/overlay" bindir=/usr/local/bin
+make -s -C "$1" install install-libvirt install-gateway install-runtime PG_CONFIG="$config" DESTDIR="$2/overlay" bindir=/usr/local/bin
 install -D -m 644 -t overlay/var/cache/agentvm/images/micro "$3"/{kernel,initrd}
-install -D -m 644 -t overlay/etc/systemd/system "$1"/infra/systemd/agentvm-{gateway,libvirtd}.service
+install -D -m 644 -t overlay/etc/systemd/system "$1"/infra/systemd/agentvm-{gateway,libvirtd,runtime}.service
+install -m 644 -t overlay "$1"/infra/systemd/agentvm.tmpfiles # where the comments of the units are followed
 install -D "$1/test/long/153_units.bash" overlay/usr/local/sbin/units
 printf '%s\n' '[Service]' 'ExecStart=/usr/local/sbin/units' >overlay/etc/systemd/system/units.service
 mkdir overlay/etc/systemd/system/multi-user.target.wants

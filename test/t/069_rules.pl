@@ -84,7 +84,10 @@ foreach my $script (glob("$root/sql/*.sql"))
 	my $text = slurp_file($script) =~ s/--[^\n]*//gr;
 	unlike($text, qr/CREATE OR REPLACE|IF NOT EXISTS|DROP \w+ IF EXISTS/i, "$name takes over nothing that is there");
 }
-my %released = ('agentvm--0.1.sql' => '4e27cfb6e50331c8bee25afa3a26b32eefbafe6685064f30283711ecd88a9632');
+my %released = (
+	'agentvm--0.1.sql' => '4e27cfb6e50331c8bee25afa3a26b32eefbafe6685064f30283711ecd88a9632',
+	'agentvm--0.1--0.2.sql' => '89772985dc50e3911d8e56db3943858f4d982246a8c649ef7710a26a27de4add',
+	'agentvm--0.2.sql' => '0df6576c8f05123d2fffbb45cb85040e98fefa290ff40eadbfa03d0983619c98');
 is(sha256_hex(slurp_file("$root/sql/$_")), $released{$_}, "$_ is as it was released") for sort keys %released;
 
 # ---- test/RULES.md ----

@@ -1,6 +1,7 @@
 # Whom the server believes that it is the cloud: the authority, the name and the dates of a certificate are checked, by workers and backends
 use strict;
 use warnings;
+use AgentVM::Certificates;
 use AgentVM::EC2;
 use AgentVM::Faults;
 use AgentVM::Process;
@@ -9,27 +10,12 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-# In a mount namespace, an authority of ours can stand in for all those that libcurl trusts
-chomp(my $bundle = `curl-config --ca`);
-my @namespace = ('unshare', '--user', '--map-root-user', '--mount');
-plan skip_all => 'no user namespaces, or no file of authorities' if !-e $bundle || system_log(@namespace, 'mount', '--bind', '/dev/null', $bundle);
-
-my $dir = PostgreSQL::Test::Utils::tempdir('certificates');
-sub openssl { my (@arguments) = @_; return PostgreSQL::Test::Utils::run_command([ 'openssl', @arguments ]); }
-sub authority { my ($name) = @_; return openssl('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-subj', "/CN=$name", '-days', 10, '-keyout', "$dir/$name.key", '-out', "$dir/$name.pem"); }
-sub certificate
-{
-	my ($name, $authority, $names, $days) = @_;
-	append_to_file("$dir/$name.ext", "subjectAltName = $names\n");
-	openssl('req', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-subj', "/CN=$name", '-keyout', "$dir/$name.key", '-out', "$dir/$name.csr");
-	openssl('x509', '-req', '-in', "$dir/$name.csr", '-CA', "$dir/$authority.pem", '-CAkey', "$dir/$authority.key", '-CAcreateserial', '-extfile', "$dir/$name.ext", '-out', "$dir/$name.pem", '-days', $days);
-	return ok(-s "$dir/$name.pem", "certificate $name");
-}
+my $dir = certificate_directory();
 authority($_) for qw(trusted other);
-certificate('good', 'trusted', 'IP:127.0.0.1', 10);
-certificate('named', 'trusted', 'DNS:elsewhere.test', 10);
+certificate('good', 'trusted', 'IP:127.0.0.1');
+certificate('named', 'trusted', 'DNS:elsewhere.test');
 certificate('expired', 'trusted', 'IP:127.0.0.1', -1);
-certificate('stranger', 'other', 'IP:127.0.0.1', 10);
+certificate('stranger', 'other', 'IP:127.0.0.1');
 
 # Servers that answer everything with 418, and say what they have heard
 my %port = map { $_ => PostgreSQL::Test::Cluster::get_free_port() } qw(good named expired stranger);
@@ -60,20 +46,8 @@ print("all listen")
 PYTHON
 $cloud->start->says(qr/all listen/, 'servers with certificates');
 
-# the server is started in there, as the user that it has outside
 my $node = new_node('main', start => 0, conf => "agentvm.allow_insecure_endpoints = off\n");
-mkdir "$dir/bin";
-chomp(my $pg_ctl = `which pg_ctl`);
-my ($uid, $gid) = ($>, $) + 0);
-append_to_file("$dir/bin/pg_ctl", <<"SH");
-#!/bin/sh
-exec @namespace sh -c 'mount --bind "$dir/trusted.pem" "$bundle" && exec unshare --user --map-user=$uid --map-group=$gid "\$@"' sh "$pg_ctl" "\$@"
-SH
-chmod 0755, "$dir/bin/pg_ctl";
-{
-	local $ENV{PATH} = "$dir/bin:$ENV{PATH}";
-	$node->start;
-}
+start_trusting($node, 'trusted') or plan skip_all => 'no user namespaces, or no file of authorities';
 create_extension($node);
 $node->safe_psql('postgres', "SELECT agentvm.create_profile('plain', 'ec2', runtime => false)");
 ec2_team($node, 'acme', AgentVM::Faults->new);

@@ -105,6 +105,14 @@ catalog(\%routine, q{SELECT proname, prokind, oid FROM pg_proc WHERE pronamespac
 catalog(\%relation, q{SELECT relname, relkind, oid FROM pg_class WHERE relnamespace = 'agentvm'::regnamespace AND relkind NOT IN ('i', 'I', 'c', 't')});
 is_deeply([ sort keys %readme ], [ sort(keys %routine, keys %relation) ], "README's table has a row for every function, procedure, table, view and sequence, and no other");
 is_deeply([ sort keys %call ], [ sort keys %routine ], 'and this test calls every routine');
+# those of whole lists, also up to "..."
+my %arguments;
+push @{ $arguments{ $_->[0] } }, $_->[1] // '' for map { [ split /\|/ ] } split /\n/, $node->safe_psql('postgres', q{SELECT proname, (SELECT string_agg(name, ', ' ORDER BY n) FROM unnest(proargnames, proargmodes) WITH ORDINALITY a (name, mode, n)
+	WHERE coalesce(mode, 'i') IN ('i', 'b')) FROM pg_proc WHERE pronamespace = 'agentvm'::regnamespace});
+my ($functions) = slurp_file("$FindBin::RealBin/../../README.md") =~ /^## SQL functions\n(.*?)^## /ms or die 'no functions in README.md';
+my @told = $functions =~ /`(?:CALL )?(\w+\([^)`]*\))/g;
+cmp_ok(scalar(@told), '>', 50, "README's tables of functions");
+is(join(' ', grep { my ($name, $list, $more) = /^(\w+)\((.*?)(,? ?\.\.\.)?\)$/; $list ne '' && !grep { $_ eq $list || ($more && index($_, $list) == 0) } @{ $arguments{$name} // [] } } @told), '', 'have the names of their arguments');
 is($node->safe_psql('postgres', q{SELECT proname, count(*), count(DISTINCT proacl::text) FROM pg_proc WHERE pronamespace = 'agentvm'::regnamespace GROUP BY 1 HAVING count(*) > 1}), 'download|2|1', 'no two of them have the same name, but for download(), where both forms have the same rights');
 is($node->safe_psql('postgres', q{SELECT string_agg(pg_describe_object(classid, objid, 0), ', ') FROM pg_depend WHERE refclassid = 'pg_extension'::regclass AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'agentvm')
 	AND classid NOT IN ('pg_proc'::regclass, 'pg_class'::regclass, 'pg_namespace'::regclass, 'pg_type'::regclass)}), 'event trigger agentvm_guard_drop', 'nor has the extension objects of another kind, but for the one that guards it');

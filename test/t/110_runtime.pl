@@ -37,6 +37,7 @@ my $binary = $AgentVM::VM::binary;
 like(scalar `$binary --version`, qr/^agentvm-runtime [0-9.]+\n$/, '--version');
 my $help = `$binary --help`;
 like($help, qr/--config=FILE.*AGENTVM_GATEWAY_URL.*Exit codes: 0/s, '--help');
+like($help, qr/AGENTVM_BOOTSTRAP_TRIES\n.*default: 30\).*\n +AGENTVM_BOOTSTRAP_INTERVAL .*\n.*default: 5\)/, 'it bootstraps 30 times, 5 s apart');
 ok(index($help, $_) > 0, "--help tells of $_") for slurp_file("$ENV{TESTDIR}/src/providers/boot.c") =~ /add_env\(&env, "(\w+)"/g;
 like(scalar `ldd $binary 2>&1`, qr/not a dynamic executable/, 'it needs no library');
 my $stripped = PostgreSQL::Test::Utils::tempdir() . '/stripped';

@@ -19,6 +19,10 @@ my $gateway = AgentVM::Gateway->new($node);
 my $url = $gateway->url;
 my $token = 'f' x 64;
 
+# One that is refused all the time: when it tries again is looked at in the end
+my $refusing = AgentVM::FakeGateway->new(sub { return (503, {}, '') });
+my $refused = AgentVM::VM->new($refusing->url, $token, BOOTSTRAP_INTERVAL => 0.5, BOOTSTRAP_TRIES => 24)->start;
+
 sub launched
 {
 	my (@arguments) = @_;
@@ -290,5 +294,14 @@ $vm = AgentVM::VM->new($fake->url, $token, CLONE_TIMEOUT => 1)->start;
 $vm->says(qr/was not cloned" url=\S+mute.git reason="git was killed"/, 'git is given so much time');
 $vm->stop;
 $fake->stop('KILL');
+
+# not all of those that have lost a gateway come back at once
+$refused->exits(1, 'tries, with time between them');
+my @times = map { $_->{at} } $refusing->requests('/v1/bootstrap');
+my @between = sort { $a <=> $b } map { $times[$_] - $times[ $_ - 1 ] } 1 .. $#times;
+is(scalar(@times), 24, 'as many as were set');
+cmp_ok($between[0], '>=', 0.39, sprintf 'at least four fifths of the interval apart: %.3f s', $between[0]);
+cmp_ok($between[0], '<', 0.49, 'but not the interval itself');
+$refusing->stop('KILL');
 
 done_testing();

@@ -1,6 +1,7 @@
 # agentvm-runtime and those it believes: certificates, names, and a root with nothing in it but the binary
 use strict;
 use warnings;
+use AgentVM::Certificates;
 use AgentVM::Gateway;
 use AgentVM::Runtime;
 use AgentVM::Test;
@@ -13,31 +14,11 @@ my $node = new_node('main', conf => "agentvm.heartbeat_interval = 1\nagentvm.hea
 $node->safe_psql('postgres', "SELECT agentvm.create_team('acme')");
 
 # ---- certificates ----
-my $dir = PostgreSQL::Test::Utils::tempdir('certificates');
-sub openssl { my (@arguments) = @_; return PostgreSQL::Test::Utils::run_command([ 'openssl', @arguments ]); }
-sub authority
-{
-	my ($name) = @_;
-	openssl('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-subj', "/CN=$name", '-days', 10, '-keyout', "$dir/$name.key", '-out', "$dir/$name.pem");
-	return "$dir/$name.pem";
-}
-# [certificate, key] of a server; extra arguments for its dates
-sub certificate
-{
-	my ($name, $authority, $names, @dates) = @_;
-	append_to_file("$dir/$name.ext", "subjectAltName = $names\n");
-	openssl('req', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-subj', "/CN=$name", '-keyout', "$dir/$name.key", '-out', "$dir/$name.csr");
-	openssl('x509', '-req', '-in', "$dir/$name.csr", '-CA', "$dir/$authority.pem", '-CAkey', "$dir/$authority.key", '-CAcreateserial', '-extfile', "$dir/$name.ext", '-out', "$dir/$name.pem", '-days', @dates ? @dates : 10);
-	ok(-s "$dir/$name.pem", "certificate $name");
-	return [ "$dir/$name.pem", "$dir/$name.key" ];
-}
-sub fingerprint { my ($out) = openssl('x509', '-in', $_[0], '-noout', '-fingerprint', '-sha256'); return $out =~ /=([0-9A-F:]+)/ ? $1 : die $out; }
-
 my $ca = authority('ca');
 my $other_ca = authority('other');
 my $good = certificate('good', 'ca', 'IP:127.0.0.1, DNS:gateway.test');
 my $named = certificate('named', 'ca', 'DNS:elsewhere.test');
-my $expired = certificate('expired', 'ca', 'IP:127.0.0.1', '-1');
+my $expired = certificate('expired', 'ca', 'IP:127.0.0.1', -1);
 
 sub launched
 {

@@ -3,7 +3,6 @@ use strict;
 use warnings;
 use AgentVM::Client;
 use AgentVM::Gateway;
-use AgentVM::Runtime;
 use AgentVM::Test;
 use AgentVM::VM;
 use PostgreSQL::Test::Utils;
@@ -16,15 +15,7 @@ $node->safe_psql('postgres', q{SELECT agentvm.create_team('acme'); SELECT agentv
 $node->safe_psql('postgres', "INSERT INTO agentvm.gateway (gateway_id, control_address) VALUES ('gw1', 'unix:$control')");
 my $gateway = AgentVM::Gateway->new($node, options => [ '--name', 'gw1', '--control', "unix:$control" ]);
 
-sub boot
-{
-	my ($session) = @_;
-	await($node, "SELECT running FROM agentvm.session WHERE session_id = '$session'", 't', name => 'a VM');
-	my $vm = AgentVM::VM->new($gateway->url, bootstrap_token($node, $session))->start;
-	mkdir $vm->dir . '/work';
-	return $vm;
-}
-sub ready { my $session = provision($node, 'acme', q{profile => 'vm'}); my $vm = boot($session); await_state($node, $session, 'ready'); return ($session, $vm); }
+sub ready { my $session = provision($node, 'acme', q{profile => 'vm'}); my $vm = AgentVM::VM->boot($node, $gateway, $session); await_state($node, $session, 'ready'); return ($session, $vm); }
 
 my ($session, $vm) = ready();
 my $work = $vm->dir . '/work';
@@ -67,6 +58,13 @@ is(join(' ', glob('/tmp/.agentvm-*.tar')), '', 'no archive stays behind');
 fails_with($node, "SELECT agentvm.upload_tar('$session', '$work/copy', 'no archive')", '22023', qr/could not unpack into/, 'no archive');
 fails_with($node, "SELECT agentvm.download_tar('$session', '$work/nowhere')", '58P01', qr/could not pack/, 'no directory');
 
+# ---- none of these bytes is in the database's log, nor do they take a transaction of the caller's ----
+my $bytes = q{convert_to((SELECT string_agg(md5(i::text), '') FROM generate_series(1, 100000) i), 'UTF8')};
+my $lsn = $client->run('SELECT pg_current_wal_insert_lsn()');
+is($client->run("BEGIN; SELECT agentvm.upload('$session', 'bytes', $bytes), sha256(agentvm.download('$session', 'bytes')) = sha256($bytes), (SELECT stdout FROM agentvm.exec('$session', 'wc -c; head -c 1000000 bytes >&2', stdin => $bytes)), pg_current_xact_id_if_assigned() IS NULL; COMMIT"),
+	"3200000|t|3200000\n|t", 'ten megabytes, within a transaction that has not become one');
+cmp_ok($client->run("SELECT pg_current_wal_insert_lsn() - '$lsn'"), '<', 1_000_000, 'nor have they been written');
+
 # ---- many ----
 my @more = map { [ ready() ] } 1 .. 3;
 my $list = join(',', $session, map { $_->[0] } @more);
@@ -85,7 +83,7 @@ is(execute(q{'echo back'}, 'stdout'), "back\n", 'what comes next, too');
 $other->send("CALL agentvm.run('acme', 'echo done; exit 5', 'vm')");
 $node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM agentvm.session WHERE bound_pid IS NOT NULL AND state = 'provisioning'}) or die;
 my $once = $node->safe_psql('postgres', 'SELECT session_id FROM agentvm.session WHERE bound_pid IS NOT NULL');
-my $twin = boot($once);
+my $twin = AgentVM::VM->boot($node, $gateway, $once);
 is($other->answer, "5|done\n|", 'run()') or diag($other->error);
 await_state($node, $once, 'terminated');
 

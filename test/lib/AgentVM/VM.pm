@@ -3,6 +3,7 @@
 #
 #	my $vm = AgentVM::VM->new($gateway->url, bootstrap_token($node, $session), MORE => 'setting');   # without AGENTVM_
 #	$vm->start;
+#	my $vm = AgentVM::VM->boot($node, $gateway, $session, MORE => 'setting');   # both at once, when its launch is over; with its work directory
 #	$vm->file('state/session.json');          # its content; file_mode() likewise
 #	$vm->is_off;                              # whether it has been powered off: it would run a program of ours
 package AgentVM::VM;
@@ -10,6 +11,8 @@ package AgentVM::VM;
 use strict;
 use warnings;
 use parent 'AgentVM::Process';
+use AgentVM::Runtime qw(bootstrap_token);
+use AgentVM::Test qw(await);
 use File::Basename qw(dirname);
 use PostgreSQL::Test::Utils ();
 use Test::More;
@@ -31,6 +34,16 @@ sub new
 	};
 	$self->write_settings;
 	return $self;
+}
+
+sub boot
+{
+	my ($class, $node, $gateway, $session, %settings) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	await($node, "SELECT running FROM agentvm.session WHERE session_id = '$session'", 't', name => 'a VM');
+	my $self = $class->new($gateway->url, bootstrap_token($node, $session), %settings);
+	mkdir $self->dir . '/work';
+	return $self->start;
 }
 
 # runtime.env anew, as the boot script would write it; undefined settings are left out
