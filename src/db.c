@@ -191,7 +191,8 @@ db_run(DbQuery *query, Datum *values, const char *nulls)
 
 	if (query->plan == NULL)
 	{
-		SPIPlanPtr plan = SPI_prepare(query->sql, query->nargs, query->argtypes);
+		SPIPlanPtr plan = SPI_prepare_cursor(query->sql, query->nargs, query->argtypes,
+											 query->generic ? CURSOR_OPT_GENERIC_PLAN : 0);
 
 		if (plan == NULL)
 			elog(ERROR, "SPI_prepare failed: %s: %s", SPI_result_code_string(SPI_result),

@@ -53,6 +53,7 @@ typedef struct DbQuery
 	const char *sql;
 	int nargs;
 	Oid argtypes[24];
+	bool generic; /* planned once, whatever its values are: there is one way to do it */
 	SPIPlanPtr plan;
 } DbQuery;
 

@@ -62,7 +62,9 @@ static DbQuery save_query = {
 	{UUIDOID,		 TEXTOID,		 TEXTOID,		 TEXTOID,  TEXTOID,
 	 TEXTOID,		 TEXTOID,		 TEXTOID,		 INT4OID,  TIMESTAMPTZOID,
 	 TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID,  INT4OID,
-	 TIMESTAMPTZOID, INT4OID,		 BOOLOID,		 JSONBOID, TIMESTAMPTZOID}};
+	 TIMESTAMPTZOID, INT4OID,		 BOOLOID,		 JSONBOID, TIMESTAMPTZOID},
+	/* a plan made for NULLs looks cheaper each time, which costs more than it saves */
+	true};
 
 /*
  * Somebody may hold a beat in a transaction that stays open: then the row is left

@@ -140,22 +140,24 @@ read_progress(Jsonb *handle, Ec2Progress *progress)
 		TEXT_AT(progress, i) = option_text(handle, texts[i].name);
 }
 
+/* All members at once: to set one after the other is a tenth of what a launch costs. */
 static Jsonb *
 write_progress(Ec2Progress *progress)
 {
-	Jsonb *handle = NULL;
+	HandleMember members[lengthof(integers) + lengthof(texts)];
+	int count = 0;
 
 	for (int i = 0; i < lengthof(integers); i++)
 	{
 		if (INTEGER_AT(progress, i) != 0)
-			handle = handle_set_int(handle, integers[i].name, INTEGER_AT(progress, i));
+			members[count++] = (HandleMember){integers[i].name, NULL, INTEGER_AT(progress, i)};
 	}
 	for (int i = 0; i < lengthof(texts); i++)
 	{
 		if (TEXT_AT(progress, i) != NULL)
-			handle = handle_set_text(handle, texts[i].name, TEXT_AT(progress, i));
+			members[count++] = (HandleMember){texts[i].name, TEXT_AT(progress, i), 0};
 	}
-	return handle != NULL ? handle : handle_set_text(NULL, "phase", NULL);
+	return handle_make(members, count);
 }
 
 /* Forget the launch attempt: it is settled. */

@@ -228,6 +228,14 @@ option_list(Jsonb *options, const char *name)
 	return result;
 }
 
+static void
+set_string(JsonbValue *value, const char *text)
+{
+	value->type = jbvString;
+	value->val.string.val = unconstify(char *, text);
+	value->val.string.len = strlen(text);
+}
+
 /* A copy of "object" with one member replaced, or removed when "value" is NULL. */
 static Jsonb *
 set_member(Jsonb *object, const char *name, JsonbValue *value)
@@ -255,9 +263,7 @@ set_member(Jsonb *object, const char *name, JsonbValue *value)
 	}
 	if (value != NULL)
 	{
-		key.type = jbvString;
-		key.val.string.val = unconstify(char *, name);
-		key.val.string.len = strlen(name);
+		set_string(&key, name);
 		pushJsonbValue(&state, WJB_KEY, &key);
 		pushJsonbValue(&state, WJB_VALUE, value);
 	}
@@ -274,9 +280,7 @@ handle_set_text(Jsonb *object, const char *name, const char *value)
 	if (value == NULL)
 		return set_member(object, name, NULL);
 
-	member.type = jbvString;
-	member.val.string.val = unconstify(char *, value);
-	member.val.string.len = strlen(value);
+	set_string(&member, value);
 	return set_member(object, name, &member);
 }
 
@@ -309,4 +313,31 @@ handle_set_int(Jsonb *object, const char *name, int64 value)
 	member.type = jbvNumeric;
 	member.val.numeric = int64_to_numeric(value);
 	return set_member(object, name, &member);
+}
+
+Jsonb *
+handle_make(const HandleMember *members, int count)
+{
+	JsonbParseState *state = NULL;
+	JsonbValue *result;
+
+	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	for (int i = 0; i < count; i++)
+	{
+		JsonbValue key;
+		JsonbValue value;
+
+		set_string(&key, members[i].name);
+		if (members[i].text != NULL)
+			set_string(&value, members[i].text);
+		else
+		{
+			value.type = jbvNumeric;
+			value.val.numeric = int64_to_numeric(members[i].number);
+		}
+		pushJsonbValue(&state, WJB_KEY, &key);
+		pushJsonbValue(&state, WJB_VALUE, &value);
+	}
+	result = pushJsonbValue(&state, WJB_END_OBJECT, NULL);
+	return JsonbValueToJsonb(result);
 }

@@ -377,6 +377,17 @@ extern PGDLLEXPORT Jsonb *handle_set_bool(Jsonb *object, const char *name, bool 
 extern PGDLLEXPORT Jsonb *handle_set_document(Jsonb *object, const char *name, Jsonb *value);
 extern PGDLLEXPORT Jsonb *handle_set_int(Jsonb *object, const char *name, int64 value);
 
+/* A member of a handle: a string, or with text NULL an integer. */
+typedef struct HandleMember
+{
+	const char *name;
+	const char *text;
+	int64 number;
+} HandleMember;
+
+/* A whole handle at once, in CurrentMemoryContext. */
+extern PGDLLEXPORT Jsonb *handle_make(const HandleMember *members, int count);
+
 /* Integer member of a handle, or the default. */
 extern PGDLLEXPORT int64 handle_int(Jsonb *object, const char *name, int64 fallback);
 
