@@ -133,7 +133,7 @@ raise_not_adopted(const char *vm_id, const char *why)
 {
 	ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					errmsg("VM \"%s\" cannot be adopted", vm_id), errdetail("%s", why),
-					errhint("agentvm.end_vm() ends it.")));
+					errhint("End it with agentvm.end_vm().")));
 	pg_unreachable();
 }
 
