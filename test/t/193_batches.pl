@@ -4,7 +4,7 @@ use strict;
 use warnings;
 use AgentVM::EC2;
 use AgentVM::Test;
-use List::Util qw(max sum);
+use List::Util qw(max);
 use Test::More;
 use Time::HiRes qw(sleep time);
 
