@@ -21,7 +21,7 @@ like(state_of($node, $broken), qr/^failed provider_error StepFailed: the tiny pr
 
 # A library that does not fit is told about and takes nobody with it
 my ($code, $out, $error) = $node->psql('postgres', "SELECT agentvm.provision('strange', provider => 'stranger')");
-like($error, qr/WARNING:.*"agentvm_test_stranger".*version 4 of the provider interface/, 'a library for another version of the interface: a clear warning');
+like($error, qr/WARNING:.*"agentvm_test_stranger".*version 5 of the provider interface/, 'a library for another version of the interface: a clear warning');
 like($error, qr/WARNING:.*"no_such_library"/, 'as for one that is missing');
 like($error, qr/ERROR:.*stranger.*/, 'its provider does not exist');
 like($error, qr/noop.*tiny|tiny.*noop/s, 'the known ones are named');
