@@ -153,13 +153,16 @@ $session = ready();
 for my $case ([ 'pause', 'StopInstances', 'paused', 'stopped' ], [ 'resume', 'StartInstances', 'ready', 'running' ])
 {
 	my ($way, $action, $state, $instance) = @$case;
-	my $before = $faults->count($action);
+	my ($before, $taken) = ($faults->count($action), $faults->count($action, 'cloud'));
 	$faults->set(action => $action, mode => 'slow', ms => 1500, n => 1);
 	sql("SELECT agentvm.$way('$session')");
 	asked($action, $before);
 	$node->stop('immediate');
 	$node->start;
 	hurry_to($node, $session, $state);
+	# the first one is still on its way, and must not get there later than the next case's
+	my $end = time + 30;
+	sleep 0.05 while $faults->count($action, 'cloud') < $taken + 2 && time < $end;
 	is(seen($session), $instance, "a crash amid $way(): it goes on");
 	$faults->clear;
 }
