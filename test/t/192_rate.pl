@@ -2,6 +2,7 @@
 # Who waits holds nothing, keeps his place, and is in the way of no other operation and no other account
 use strict;
 use warnings;
+use AgentVM::Client;
 use AgentVM::EC2;
 use AgentVM::Test;
 use List::Util qw(max);
@@ -44,7 +45,14 @@ sub set
 my @sessions = launch_many('acme', 12);
 await($node, "SELECT count(*) FROM agentvm.session WHERE detail = 'RunInstances waits for what the account grants' AND lease IS NULL", 7, name => 'who is beyond the burst waits without a lease');
 is(sql("SELECT count(*) FROM agentvm.session WHERE handle::text ~ 'sent_at' AND lease IS NULL"), 0, 'and nothing says that its launch has been sent');
+# who waits is held up until a token is there, for which another one comes first
+my $client = AgentVM::Client->new($node);
+$client->run("BEGIN; SELECT count(*) FROM (SELECT FROM agentvm.session WHERE detail ~ 'waits' FOR UPDATE) s");
+sleep 0.7;
 my ($late) = launch_many('acme', 1);
+await($node, "SELECT detail ~ 'waits' FROM agentvm.session WHERE session_id = '$late'", 't', name => 'who comes later waits, too, though there is a token');
+$client->run('COMMIT');
+sql('SELECT agentvm.wake()');
 my ($elsewhere) = launch_many('other', 1);
 cmp_ok(seconds_until('RunInstances', $elsewhere), '<', 2, 'another account does not wait');
 my $ready = sql("SELECT session_id FROM agentvm.sessions WHERE team_id = 'acme' AND vm_id IS NOT NULL LIMIT 1");
