@@ -142,6 +142,7 @@ for my $rule ({ action => 'StopInstances', mode => 'slow', ms => 700 }, { action
 	is(changes($session), 'provisioning ready pausing terminating terminated', 'nothing came in between');
 	$faults->clear;
 }
+log_lacks($node, 'is put off', 'no answer was taken for what it was not any more');
 $session = ready();
 hurried($session, 'pause', 'paused');
 sql("SELECT agentvm.terminate('$session')");
@@ -203,5 +204,4 @@ hurried($session, 'resume', 'ready');
 sql('SELECT agentvm.terminate(session_id) FROM agentvm.sessions WHERE ended_at IS NULL');
 hurry_until($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0);
 is(scalar(grep { $_->{state} ne 'terminated' } $moto->instances), 0, 'nothing is left');
-log_lacks($node, 'is put off');
 done_testing();
