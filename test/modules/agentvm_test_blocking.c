@@ -245,6 +245,8 @@ blocking_step(const ProviderContext *context, ProviderStep *step)
 		case OP_TIDY:
 		case OP_LIST:
 		case OP_REAP:
+		case OP_PAUSE:
+		case OP_RESUME:
 		case OP_TERMINATE:
 			break;
 		case OP_CHECK:
