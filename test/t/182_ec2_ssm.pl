@@ -1,6 +1,7 @@
 # secret_delivery = 'ssm': the boot payload is a parameter, which the VM reads with its role, and which is gone afterwards, whatever happens
 use strict;
 use warnings;
+use AgentVM::Client;
 use AgentVM::EC2;
 use AgentVM::Metadata;
 use AgentVM::Test;
@@ -201,7 +202,11 @@ one("SELECT agentvm.terminate('$session')");
 await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND detail ->> 'operation' = 'DeleteParameter'");
 my $sent_at = one("SELECT (handle ->> 'put_at')::bigint FROM agentvm.session WHERE session_id = '$session'");
 is(column($node, $session, 'state'), 'terminating', 'deleted, but not believed yet');
+# while we have the row nothing more is asked for, however long the late one takes
+my $holder = AgentVM::Client->new($node);
+$holder->run("BEGIN; SELECT FROM agentvm.session WHERE session_id = '$session' FOR UPDATE");
 $moto->run('call', 'ssm', 'put_parameter', encode_json({ Name => name_of($session), Value => 'late', Type => 'SecureString' }));
+$holder->run('COMMIT');
 hurry_to($node, $session, 'terminated');
 cmp_ok(one("SELECT extract(epoch FROM ended_at) * 1000 FROM agentvm.sessions WHERE session_id = '$session'"), '>=', $sent_at + 3000, 'but after a whole lease');
 is_deeply([ grep { /\Q$session\E/ } parameters() ], [], 'when the late one is gone, too');
