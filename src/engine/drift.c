@@ -60,7 +60,8 @@
 static DbQuery missed_query = {"WITH v AS MATERIALIZED " VMS("5") "SELECT s.vm_id FROM " MISSED
 																  "ORDER BY s.vm_id LIMIT 1000",
 							   5,
-							   {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, JSONBARRAYOID}};
+							   {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, JSONBARRAYOID},
+							   .generic = true};
 
 #define UPSERT                                                                                     \
 	"INSERT INTO agentvm.vm_drift AS d (account, provider, region, vm_id, kind, team_id, "         \
@@ -111,7 +112,8 @@ static DbQuery seen_query = {
 			 "FROM k WHERE kind IS NOT NULL " ON_CONFLICT
 			 ") SELECT count(*) FILTER (WHERE NOT over) FROM v",
 	7,
-	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, JSONBARRAYOID, TIMESTAMPTZOID, BOOLOID}};
+	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, JSONBARRAYOID, TIMESTAMPTZOID, BOOLOID},
+	.generic = true};
 
 /* Of those missed that were asked for by themselves ($8): what came of that ($7). */
 static DbQuery missing_query = {
@@ -163,7 +165,8 @@ static DbQuery gone_query = {
 	"DELETE FROM agentvm.vm_drift WHERE account = $1 AND provider = $2 AND region = $3 "
 	"AND last_seen_at < $4",
 	4,
-	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID}};
+	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID},
+	.generic = true};
 
 static DbQuery to_end_query = {
 	"WITH due AS MATERIALIZED (SELECT vm_id FROM agentvm.vm_drift WHERE account = $1 "
@@ -175,7 +178,8 @@ static DbQuery to_end_query = {
 	"WHERE d.account = $1 AND d.provider = $2 AND d.region = $3 AND d.vm_id = due.vm_id "
 	"RETURNING d.vm_id",
 	6,
-	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, INT4OID, INT4OID}};
+	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, INT4OID, INT4OID},
+	.generic = true};
 
 static DbQuery ended_query = {
 	"WITH e AS MATERIALIZED " VMS(

@@ -37,7 +37,8 @@ static DbQuery scan_query = {"SELECT session_id, team_id, next_check_at FROM age
 							 "WHERE lane = $1 AND next_check_at > $2 AND next_check_at <= $3 "
 							 "ORDER BY next_check_at LIMIT $4",
 							 4,
-							 {INT2OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID}};
+							 {INT2OID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID},
+							 .generic = true};
 
 /* The rows of one team among the next so many; the last of these in any case, so that the mark can move there. */
 static DbQuery parked_query = {

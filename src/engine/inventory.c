@@ -46,6 +46,8 @@ PG_FUNCTION_INFO_V1(agentvm_sweep_inventory);
 
 #define LEASE_S 300			 /* of a list, all its calls together */
 #define IDLE_FACTOR 12		 /* intervals between lists where there is nothing */
+#define CHEAP_US 20000		 /* going through all sessions for places takes no longer, */
+#define SELDOM 5000			 /* or is done again after that many times what it takes longer */
 #define MAX_ERROR 300		 /* bytes kept */
 #define CALL_MS 20000		 /* of a backend that sweeps */
 #define WAIT_FOR_OTHERS_S 60 /* how long such a backend waits for a list under way */
@@ -58,16 +60,21 @@ static DbQuery claim_query = {
 	"FROM due WHERE i.account = due.account AND i.provider = due.provider "
 	"AND i.region = due.region RETURNING i.account, i.provider, i.region, i.failures",
 	4,
-	{INT2OID, INT4OID, INT8OID, INT4OID}};
+	{INT2OID, INT4OID, INT8OID, INT4OID},
+	.generic = true};
 
 static DbQuery next_query = {
-	"SELECT next_at FROM agentvm.inventory WHERE lane = $1 ORDER BY next_at LIMIT 1", 1, {INT2OID}};
+	"SELECT next_at FROM agentvm.inventory WHERE lane = $1 ORDER BY next_at LIMIT 1",
+	1,
+	{INT2OID},
+	.generic = true};
 
 static DbQuery lock_query = {
 	"SELECT FROM agentvm.inventory WHERE account = $1 AND provider = $2 AND region = $3 "
 	"AND lease = $4 FOR UPDATE SKIP LOCKED",
 	4,
-	{TEXTOID, TEXTOID, TEXTOID, INT8OID}};
+	{TEXTOID, TEXTOID, TEXTOID, INT8OID},
+	.generic = true};
 
 /* With the row locked: $5 begun at, if it was whole; $6 VMs; $7 the error; $8 ms until the next. */
 static DbQuery finish_query = {
@@ -81,13 +88,15 @@ static DbQuery finish_query = {
 	"THEN $9 ELSE 1 END) * $8 * interval '1 ms' "
 	"WHERE account = $1 AND provider = $2 AND region = $3 AND lease = $4",
 	9,
-	{TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INT4OID, TEXTOID, FLOAT8OID, INT4OID}};
+	{TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, INT4OID, TEXTOID, FLOAT8OID, INT4OID},
+	.generic = true};
 
 /*
  * ON CONFLICT alone would wait for whoever has a row locked that he has changed.
  *
  * Places with live sessions; and those that a team's configuration names, where a VM may be
- * whose session was lost with a primary.
+ * whose session was lost with a primary.  With $3 all sessions are gone through, without it one
+ * of each place that is known (LIMIT: whatever the planner thinks of their number).
  */
 static DbQuery refresh_query = {
 	"WITH c AS MATERIALIZED (SELECT c.team_id, c.provider, c.options FROM "
@@ -96,7 +105,11 @@ static DbQuery refresh_query = {
 	"AND s.provider = c.provider))), "
 	"w AS (SELECT team_id, provider, region, bool_or(active) AS active FROM ("
 	"SELECT DISTINCT team_id, provider, region, true AS active FROM agentvm.session "
-	"WHERE ended_at IS NULL AND lane = 0 AND region IS NOT NULL AND provider = ANY ($1) "
+	"WHERE $3 AND ended_at IS NULL AND lane = 0 AND region IS NOT NULL AND provider = ANY ($1) "
+	"UNION ALL SELECT i.account, i.provider, i.region, true FROM agentvm.inventory i, LATERAL "
+	"(SELECT FROM agentvm.session s WHERE s.team_id = i.account AND s.ended_at IS NULL "
+	"AND s.lane = 0 AND s.provider = i.provider AND s.region = i.region LIMIT 1) one "
+	"WHERE NOT $3 AND i.lane = 0 AND i.provider = ANY ($1) "
 	"UNION ALL SELECT team_id, provider, options->>'region', false FROM c "
 	"UNION ALL SELECT c.team_id, c.provider, p.options->>'region', false FROM c "
 	"JOIN agentvm.profile p ON p.provider = c.provider "
@@ -125,8 +138,8 @@ static DbQuery refresh_query = {
 	"CASE WHEN active THEN clock_timestamp() END FROM w WHERE NOT EXISTS (SELECT "
 	"FROM agentvm.inventory i WHERE i.account = w.team_id AND i.provider = w.provider "
 	"AND i.region = w.region) ON CONFLICT DO NOTHING",
-	2,
-	{TEXTARRAYOID, FLOAT8OID}};
+	3,
+	{TEXTARRAYOID, FLOAT8OID, BOOLOID}};
 
 /* Our own hosts, of the placed providers $1. */
 static DbQuery hosts_query = {
@@ -583,10 +596,11 @@ claim_refresh(bool wait)
 }
 
 static void
-refresh(void)
+refresh(bool all)
 {
-	Datum values[2];
+	Datum values[3];
 
+	values[2] = BoolGetDatum(all);
 	values[1] = Float8GetDatum(Max(avm_inventory_interval_s, 1) * 1000.0);
 	for (int placed = 0; placed <= 1; placed++)
 	{
@@ -599,8 +613,16 @@ refresh(void)
 void
 inventory_refresh(void)
 {
-	if (claim_refresh(false))
-		refresh();
+	static TimestampTz next_all = 0;
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz longest = avm_inventory_interval_s * USECS_PER_SEC * IDLE_FACTOR;
+	bool all = now >= next_all;
+
+	if (!claim_refresh(false))
+		return;
+	refresh(all);
+	if (all)
+		next_all = now + Min(Max(GetCurrentTimestamp() - now - CHEAP_US, 0) * SELDOM, longest);
 }
 
 /* ---- SQL ---- */
@@ -695,7 +717,7 @@ agentvm_sweep_inventory(PG_FUNCTION_ARGS)
 
 	db_enter(&scope);
 	(void) claim_refresh(true);
-	refresh();
+	refresh(true);
 	db_run(&places_query, values, nulls);
 	MemoryContextSwitchTo(caller);
 	for (i = 0; i < SPI_processed; i++)

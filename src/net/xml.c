@@ -342,6 +342,8 @@ xml_count(XmlDoc *doc, const char *path)
 	{
 		if (node_matches(node, &parsed))
 			count++;
+		if (!parsed.anywhere && parsed.nsteps == 1)
+			break; /* that was the root */
 	}
 	return count;
 }

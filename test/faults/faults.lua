@@ -15,7 +15,8 @@
 -- the caller sees the connection close); truncated (half of the cloud's answer); body (&status=200&body=...&repeat=N&location=URL);
 -- raw (&head=...&piece=...&repeat=N&tail=...&ms=N: these very bytes instead of HTTP, the piece N times (or "endless"), N ms before
 -- each and its number for every %n% in it, then close);
--- canned (&ms=N: answered here without a cloud). With &log=0 the
+-- canned (&ms=N: answered here without a cloud; with &copies=N lists tell of N more like each instance: the copy's number,
+-- in hexadecimal, stands for the first eight digits of its id and of its session's). With &log=0 the
 -- calls are not written to requests.log, which benches would make large.
 local M = {}
 local rules, counts, tokens, canned = ngx.shared.rules, ngx.shared.counts, ngx.shared.tokens, ngx.shared.canned
@@ -150,6 +151,79 @@ local function envelope(action, inside)
         .. "</requestId>%s</%sResponse>", action, ngx.var.request_id, inside, action)
 end
 
+local function access_key()
+    return (ngx.var.http_authorization or ""):match("Credential=([^/]+)/") or ""
+end
+
+local function escape(text)
+    return (text:gsub("[&<>]", { ["&"] = "&amp;", ["<"] = "&lt;", [">"] = "&gt;" }))
+end
+
+-- As long as what EC2 tells of an instance
+local function listed_xml(id)
+    local market, state = canned:get(id .. "|market"), canned:get(id .. "|state")
+    local codes = { running = 16, ["shutting-down"] = 32, terminated = 48 }
+    local group = "<groupSet><item><groupId>sg-12345678</groupId><groupName>default</groupName></item></groupSet>"
+    return string.format("<item><reservationId>r-%s</reservationId><ownerId>123456789012</ownerId><groupSet/><instancesSet><item>"
+        .. "<instanceId>%s</instanceId><imageId>ami-12345678</imageId><instanceState><code>%d</code><name>%s</name></instanceState>"
+        .. "<privateDnsName>ip-10-0-0-1.ec2.internal</privateDnsName><dnsName/><reason/><amiLaunchIndex>0</amiLaunchIndex><productCodes/>"
+        .. "<instanceType>t3.micro</instanceType><launchTime>%s</launchTime><placement><availabilityZone>us-east-1a</availabilityZone>"
+        .. "<groupName/><tenancy>default</tenancy></placement><monitoring><state>disabled</state></monitoring><subnetId>%s</subnetId>"
+        .. "<vpcId>vpc-12345678</vpcId><privateIpAddress>10.0.0.1</privateIpAddress><sourceDestCheck>true</sourceDestCheck>%s"
+        .. "<architecture>x86_64</architecture><rootDeviceType>ebs</rootDeviceType><rootDeviceName>/dev/sda1</rootDeviceName>"
+        .. "<blockDeviceMapping><item><deviceName>/dev/sda1</deviceName><ebs><volumeId>vol-0123456789abcdef0</volumeId>"
+        .. "<status>attached</status><attachTime>%s</attachTime><deleteOnTermination>true</deleteOnTermination></ebs></item>"
+        .. "</blockDeviceMapping>%s<virtualizationType>hvm</virtualizationType><clientToken>%s</clientToken><tagSet>%s</tagSet>"
+        .. "<hypervisor>xen</hypervisor><networkInterfaceSet><item><networkInterfaceId>eni-0123456789abcdef0</networkInterfaceId>"
+        .. "<subnetId>%s</subnetId><vpcId>vpc-12345678</vpcId><description/><ownerId>123456789012</ownerId><status>in-use</status>"
+        .. "<macAddress>02:00:00:00:00:01</macAddress><privateIpAddress>10.0.0.1</privateIpAddress>"
+        .. "<privateDnsName>ip-10-0-0-1.ec2.internal</privateDnsName><sourceDestCheck>true</sourceDestCheck>%s<attachment>"
+        .. "<attachmentId>eni-attach-0123456789abcdef0</attachmentId><deviceIndex>0</deviceIndex><status>attached</status>"
+        .. "<attachTime>%s</attachTime><deleteOnTermination>true</deleteOnTermination><networkCardIndex>0</networkCardIndex></attachment>"
+        .. "<privateIpAddressesSet><item><privateIpAddress>10.0.0.1</privateIpAddress>"
+        .. "<privateDnsName>ip-10-0-0-1.ec2.internal</privateDnsName><primary>true</primary></item></privateIpAddressesSet>"
+        .. "<ipv6AddressesSet/><interfaceType>interface</interfaceType></item></networkInterfaceSet><ebsOptimized>false</ebsOptimized>"
+        .. "<enaSupport>true</enaSupport><cpuOptions><coreCount>1</coreCount><threadsPerCore>2</threadsPerCore></cpuOptions>"
+        .. "<capacityReservationSpecification><capacityReservationPreference>open</capacityReservationPreference>"
+        .. "</capacityReservationSpecification><hibernationOptions><configured>false</configured></hibernationOptions><metadataOptions>"
+        .. "<state>applied</state><httpTokens>required</httpTokens><httpPutResponseHopLimit>1</httpPutResponseHopLimit>"
+        .. "<httpEndpoint>enabled</httpEndpoint><httpProtocolIpv6>disabled</httpProtocolIpv6>"
+        .. "<instanceMetadataTags>disabled</instanceMetadataTags></metadataOptions><enclaveOptions><enabled>false</enabled></enclaveOptions>"
+        .. "<platformDetails>Linux/UNIX</platformDetails><usageOperation>RunInstances</usageOperation><privateDnsNameOptions>"
+        .. "<hostnameType>ip-name</hostnameType><enableResourceNameDnsARecord>false</enableResourceNameDnsARecord>"
+        .. "</privateDnsNameOptions><maintenanceOptions><autoRecovery>default</autoRecovery></maintenanceOptions>"
+        .. "<currentInstanceBootMode>legacy-bios</currentInstanceBootMode></item></instancesSet></item>",
+        id:sub(3), id, codes[state], state, canned:get(id .. "|at"), canned:get(id .. "|subnet"), group, canned:get(id .. "|at"),
+        market == "spot" and "<instanceLifecycle>spot</instanceLifecycle>" or "", canned:get(id .. "|token"), canned:get(id .. "|tags"),
+        canned:get(id .. "|subnet"), group, canned:get(id .. "|at"))
+end
+
+-- A page of what was launched with the caller's key and this cluster's tag
+local function list(action, args, cluster, copies)
+    local key, items, n = access_key(), {}, 0
+    local first = tonumber(args.NextToken) or 0
+    local last = first + (tonumber(args.MaxResults) or 1000)
+    for i = 1, canned:get("of:" .. key) or 0 do
+        local id = canned:get("of:" .. key .. ":" .. i)
+        if canned:get(id .. "|cluster") == cluster then
+            local item
+            for copy = math.max(first - n, 0), math.min(copies, last - n - 1) do
+                item = item or listed_xml(id)
+                if copy == 0 then
+                    items[#items + 1] = item
+                else
+                    local session, number = canned:get(id .. "|session"), string.format("%08x", copy)
+                    local other = item:gsub(id:sub(3), number .. id:sub(11))
+                    items[#items + 1] = other:gsub(session:gsub("-", "%%-"), number .. session:sub(9))
+                end
+            end
+            n = n + copies + 1
+        end
+    end
+    return reply(200, envelope(action, "<reservationSet>" .. table.concat(items) .. "</reservationSet>"
+        .. (n > last and "<nextToken>" .. last .. "</nextToken>" or "")))
+end
+
 local function from_the_can(action, args, rule)
     local ids, items = {}, {}
     if rule.ms then
@@ -167,18 +241,24 @@ local function from_the_can(action, args, rule)
             id = canned:get(key)
             count("replayed", action)
         else
-            local session = ""
+            local tags, of = {}, {}
             for i = 1, 50 do
-                if args["TagSpecification.1.Tag." .. i .. ".Key"] == "agentvm-session-id" then
-                    session = args["TagSpecification.1.Tag." .. i .. ".Value"]
-                end
+                local name, value = args["TagSpecification.1.Tag." .. i .. ".Key"], args["TagSpecification.1.Tag." .. i .. ".Value"]
+                if not name then break end
+                of[name] = value
+                tags[i] = "<item><key>" .. escape(name) .. "</key><value>" .. escape(value) .. "</value></item>"
             end
+            local session = of["agentvm-session-id"] or ""
             canned:set(id .. "|state", "running")
             canned:set(id .. "|subnet", subnet_of(args))
             canned:set(id .. "|market", args["InstanceMarketOptions.MarketType"] or "on-demand")
             canned:set(id .. "|token", args.ClientToken or "")
             canned:set(id .. "|session", session)
+            canned:set(id .. "|cluster", of["agentvm-cluster"])
+            canned:set(id .. "|tags", table.concat(tags))
+            canned:set(id .. "|at", os.date("!%Y-%m-%dT%H:%M:%S.000Z"))
             canned:set("session:" .. session, id)
+            canned:set("of:" .. access_key() .. ":" .. canned:incr("of:" .. access_key(), 1, 0), id)
         end
         return reply(200, envelope(action, "<reservationId>r-1</reservationId><instancesSet>" .. instance_xml(id) .. "</instancesSet>"))
     elseif action == "TerminateInstances" then
@@ -196,7 +276,9 @@ local function from_the_can(action, args, rule)
             for v = 1, 200 do
                 local value = args["Filter." .. i .. ".Value." .. v]
                 if not value then break end
-                if name == "tag:agentvm-session-id" then
+                if name == "tag:agentvm-cluster" then
+                    return list(action, args, value, tonumber(rule.copies) or 0)
+                elseif name == "tag:agentvm-session-id" then
                     ids[#ids + 1] = canned:get("session:" .. value)
                 elseif name == "client-token" then
                     ids[#ids + 1] = canned:get("token:" .. value .. "|")
