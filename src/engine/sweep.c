@@ -97,10 +97,10 @@ static DbQuery silent_query = {
 	"max(h.lost_after) FILTER (WHERE i.is_silent) OVER () AS longest "
 	"FROM agentvm.session_heartbeat h JOIN agentvm.session s USING (session_id), "
 	"LATERAL (SELECT " IS_SILENT " AS is_silent) i "
-	"WHERE greatest(h.last_heartbeat_at, $1) + h.lost_after < clock_timestamp()) q "
+	"WHERE greatest(h.last_heartbeat_at, $1) + h.lost_after < $3) q "
 	"WHERE is_silent ORDER BY since LIMIT $2",
-	2,
-	{TIMESTAMPTZOID, INT8OID}};
+	3,
+	{TIMESTAMPTZOID, INT8OID, TIMESTAMPTZOID}};
 
 static DbQuery silent_lock_query = {
 	"SELECT session_id FROM agentvm.session WHERE session_id = ANY ($1) "
@@ -286,7 +286,7 @@ hold_back(int64 silent, int64 fleet, Datum longest_timeout)
 int
 sweep_heartbeat(int max_sessions)
 {
-	Datum values[2];
+	Datum values[3];
 	Datum floor;
 	Datum longest;
 	Datum ids;
@@ -305,6 +305,7 @@ sweep_heartbeat(int max_sessions)
 
 	values[0] = floor;
 	values[1] = Int64GetDatum(limit_of(max_sessions));
+	values[2] = TimestampTzGetDatum(GetCurrentTimestamp()); /* the clock is dear, a million times */
 	db_run(&silent_query, values, NULL);
 	if (SPI_processed == 0)
 	{
