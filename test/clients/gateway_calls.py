@@ -177,11 +177,11 @@ class Cable(threading.Thread):
         self.listener.listen(1)
         self.cable = self.listener.accept()[0]
         self.own, self.rest, self.credit, self.taken = b"12345678", b"", 16384, 0
-        self.put(self.HELLO, 1, self.own + bytes(8), b"\xc0")
+        self.put(self.HELLO, 2, self.own + bytes(8), b"\xc0")
         while True:
             frames = [frame for frame in self.frames() if frame[0] == self.HELLO]
             if frames:
-                self.put(self.HELLO, 1, self.own + frames[-1][2:10])
+                self.put(self.HELLO, 2, self.own + frames[-1][2:10])
                 if frames[-1][10:] == self.own:
                     break
         self.end, self.stream = socket.socketpair()
@@ -217,7 +217,7 @@ class Cable(threading.Thread):
                     self.stream.sendall(frame[2:])
                     self.taken += len(frame) - 2
                     if self.taken >= 8192:
-                        self.put(self.CREDIT, 0, self.taken.to_bytes(2, "big"))
+                        self.put(self.CREDIT, 0, self.taken.to_bytes(4, "big"))
                         self.taken = 0
 
 
