@@ -28,9 +28,10 @@
  * teams with a backlog keeps the others out.
  *
  * Calls that a provider can make for several sessions at once (Provider.join) gather
- * as long as claims bring more of them, which is a matter of milliseconds, and leave as one
- * call: it counts as one against the caps, and its answer is taken apart into one for each
- * session, whose lease and record are as ever.
+ * as long as claims bring more of them, and leave as one call: it counts as one against the
+ * caps, and its answer is taken apart into one for each session, whose lease and record are
+ * as ever.  That is a matter of milliseconds, or when thousands are due a second: where those
+ * of hundreds of accounts are due in turn, a call for each would take longer.
  *
  * One session's error is its own affair.  The turns of a transaction are taken in
  * a subtransaction; if one raises (a trigger of the administrator's, say) the
@@ -66,7 +67,7 @@
 #define RAISED_RETRY_US 1000000	 /* the same after an error, twice as long each time */
 #define RAISED_PAUSE_S 60		 /* how long a session is passed by whose claim has raised */
 #define DEFAULT_TIMEOUT_MS 30000 /* of a call; never above two thirds of the lease */
-#define GATHER_US 100000		 /* a call for several sessions leaves after that at the latest */
+#define GATHER_US 1000000		 /* a call for several sessions leaves after that at the latest */
 #define JOINED_PER_TEAM 2000	 /* sessions of a team that wait for such calls at most, */
 #define JOINED 20000			 /* and of all teams */
 
@@ -344,6 +345,7 @@ begin_batch(Engine *engine, DbScope *scope)
 
 static TeamLoad *team_load(Engine *engine, const char *team_id);
 static void release_act(Engine *engine, Act *act);
+static int our_share(Engine *engine, int total);
 
 /* In PG_CATCH: a reply, in memory of the act, that tells of the error. */
 static HttpReply *
@@ -497,34 +499,6 @@ send_request(Engine *engine, Act *act, HttpRequest *request)
 		push_answered(engine, act);
 }
 
-/* A call for several sessions leaves. */
-static void
-send_joint(Engine *engine, Act *act)
-{
-	MemoryContext old = MemoryContextSwitchTo(act->context);
-
-	dlist_delete(&act->node);
-	rates_close(engine->rates, act->joint->batch);
-	send_request(engine, act, act->joint->request);
-	MemoryContextSwitchTo(old);
-}
-
-/* Let the calls for several sessions go that have gathered: all of them, or those that have for long enough. */
-static void
-send_gathered(Engine *engine, bool all)
-{
-	TimestampTz now = GetCurrentTimestamp();
-	dlist_mutable_iter iter;
-
-	dlist_foreach_modify(iter, &engine->gathering)
-	{
-		Act *act = dlist_container(Act, node, iter.cur);
-
-		if (all || act->joint->since + GATHER_US <= now)
-			send_joint(engine, act);
-	}
-}
-
 /* What is counted of an act that comes ("by" 1) or goes (-1). */
 static void
 count_act(Engine *engine, Act *act, int by)
@@ -541,6 +515,40 @@ set_joined(Engine *engine, Act *act, bool joined)
 	count_act(engine, act, -1);
 	act->joined = joined;
 	count_act(engine, act, 1);
+}
+
+/* A call for several sessions leaves. */
+static void
+send_joint(Engine *engine, Act *act)
+{
+	MemoryContext old = MemoryContextSwitchTo(act->context);
+
+	dlist_delete(&act->node);
+	set_joined(engine, act, false);
+	rates_close(engine->rates, act->joint->batch);
+	send_request(engine, act, act->joint->request);
+	MemoryContextSwitchTo(old);
+}
+
+/* Let the calls for several sessions go that have gathered: all of them, or those that have for long enough. */
+static void
+send_gathered(Engine *engine, bool all)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	dlist_mutable_iter iter;
+
+	dlist_foreach_modify(iter, &engine->gathering)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (!all && act->joint->since > now - GATHER_US)
+			continue;
+		act->joint->since = DT_NOBEGIN; /* it leaves as soon as there is room */
+		if (engine->in_flight < our_share(engine, avm_max_in_flight) &&
+			team_load(engine, act->team_id)->in_flight <
+				our_share(engine, avm_max_in_flight_per_team))
+			send_joint(engine, act);
+	}
 }
 
 /* An act of a team that counts as a call. */
@@ -592,6 +600,7 @@ join(Engine *engine, Act *act, HttpRequest *request, const CallRate *rate)
 		dlist_init(&carrier->joint->acts);
 		carrier->joint->since = GetCurrentTimestamp();
 		MemoryContextSwitchTo(old);
+		set_joined(engine, carrier, true); /* it counts as a call from when it leaves */
 		dlist_push_tail(&engine->gathering, &carrier->node);
 	}
 	joint = carrier->joint;
