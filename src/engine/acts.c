@@ -4,9 +4,10 @@
  *		Calls under way: for a session each, or for several at once.
  *
  * Calls that a provider can make for several sessions at once (Provider.join) gather
- * as long as claims bring more of them, which is a matter of milliseconds, and leave as one
- * call: it counts as one against the caps, and its answer is taken apart into one for each
- * session, whose lease and record are as ever.
+ * as long as claims bring more of them, and leave as one call: it counts as one against the
+ * caps, and its answer is taken apart into one for each session, whose lease and record are
+ * as ever.  That is a matter of milliseconds, or when thousands are due a second: where those
+ * of hundreds of accounts are due in turn, a call for each would take longer.
  *
  *-------------------------------------------------------------------------
  */
@@ -18,7 +19,7 @@
 #include "utils/timestamp.h"
 
 #define DEFAULT_TIMEOUT_MS 30000 /* of a call; never above two thirds of the lease */
-#define GATHER_US 100000		 /* a call for several sessions leaves after that at the latest */
+#define GATHER_US 1000000		 /* a call for several sessions leaves after that at the latest */
 
 /* In PG_CATCH: a reply, in memory of the act, that tells of the error. */
 static HttpReply *
@@ -169,33 +170,6 @@ act_send(Engine *engine, Act *act, HttpRequest *request)
 		act_answered(engine, act);
 }
 
-/* A call for several sessions leaves. */
-static void
-send_joint(Engine *engine, Act *act)
-{
-	MemoryContext old = MemoryContextSwitchTo(act->context);
-
-	dlist_delete(&act->node);
-	rates_close(engine->rates, act->joint->batch);
-	act_send(engine, act, act->joint->request);
-	MemoryContextSwitchTo(old);
-}
-
-void
-acts_send_gathered(Engine *engine, bool all)
-{
-	TimestampTz now = GetCurrentTimestamp();
-	dlist_mutable_iter iter;
-
-	dlist_foreach_modify(iter, &engine->gathering)
-	{
-		Act *act = dlist_container(Act, node, iter.cur);
-
-		if (all || act->joint->since + GATHER_US <= now)
-			send_joint(engine, act);
-	}
-}
-
 /* What is counted of an act that comes ("by" 1) or goes (-1). */
 static void
 count_act(Engine *engine, Act *act, int by)
@@ -212,6 +186,39 @@ set_joined(Engine *engine, Act *act, bool joined)
 	count_act(engine, act, -1);
 	act->joined = joined;
 	count_act(engine, act, 1);
+}
+
+/* A call for several sessions leaves. */
+static void
+send_joint(Engine *engine, Act *act)
+{
+	MemoryContext old = MemoryContextSwitchTo(act->context);
+
+	dlist_delete(&act->node);
+	set_joined(engine, act, false);
+	rates_close(engine->rates, act->joint->batch);
+	act_send(engine, act, act->joint->request);
+	MemoryContextSwitchTo(old);
+}
+
+void
+acts_send_gathered(Engine *engine, bool all)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	dlist_mutable_iter iter;
+
+	dlist_foreach_modify(iter, &engine->gathering)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (!all && act->joint->since > now - GATHER_US)
+			continue;
+		act->joint->since = DT_NOBEGIN; /* it leaves as soon as there is room */
+		if (engine->in_flight < due_share(engine, avm_max_in_flight) &&
+			team_of(engine, act->team_id)->in_flight <
+				due_share(engine, avm_max_in_flight_per_team))
+			send_joint(engine, act);
+	}
 }
 
 /* An act of a team that counts as a call. */
@@ -263,6 +270,7 @@ join(Engine *engine, Act *act, HttpRequest *request, const CallRate *rate)
 		dlist_init(&carrier->joint->acts);
 		carrier->joint->since = GetCurrentTimestamp();
 		MemoryContextSwitchTo(old);
+		set_joined(engine, carrier, true); /* it counts as a call from when it leaves */
 		dlist_push_tail(&engine->gathering, &carrier->node);
 	}
 	joint = carrier->joint;

@@ -46,8 +46,7 @@ PG_FUNCTION_INFO_V1(agentvm_sweep_inventory);
 
 #define LEASE_S 300			 /* of a list, all its calls together */
 #define IDLE_FACTOR 12		 /* intervals between lists where there is nothing */
-#define CHEAP_US 20000		 /* going through all sessions for places takes no longer, */
-#define SELDOM 5000			 /* or is done again after that many times what it takes longer */
+#define SELDOM 5000			 /* times what it takes until all sessions are gone through again */
 #define MAX_ERROR 300		 /* bytes kept */
 #define CALL_MS 20000		 /* of a backend that sweeps */
 #define WAIT_FOR_OTHERS_S 60 /* how long such a backend waits for a list under way */
@@ -622,7 +621,7 @@ inventory_refresh(void)
 		return;
 	refresh(all);
 	if (all)
-		next_all = now + Min(Max(GetCurrentTimestamp() - now - CHEAP_US, 0) * SELDOM, longest);
+		next_all = now + Min((GetCurrentTimestamp() - now) * SELDOM, longest);
 }
 
 /* ---- SQL ---- */
