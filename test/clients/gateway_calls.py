@@ -176,7 +176,7 @@ class Cable(threading.Thread):
         self.listener.bind(os.path.join(directory, name + ".sock"))
         self.listener.listen(1)
         self.cable = self.listener.accept()[0]
-        self.own, self.rest, self.credit, self.taken = b"12345678", b"", 16384, 0
+        self.own, self.rest, self.credit, self.taken = b"12345678", b"", 256 * 1024, 0
         self.put(self.HELLO, 2, self.own + bytes(8), b"\xc0")
         while True:
             frames = [frame for frame in self.frames() if frame[0] == self.HELLO]
