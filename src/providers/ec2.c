@@ -110,6 +110,7 @@ static const ProgressMember integers[] = {
 	{"put", offsetof(Ec2Progress, put)},
 	{"puts", offsetof(Ec2Progress, puts)},
 	{"put_at", offsetof(Ec2Progress, put_at)},
+	{"put_open", offsetof(Ec2Progress, put_open)},
 	{AVM_POWER_SENT, offsetof(Ec2Progress, power_sent)},
 };
 

@@ -67,7 +67,8 @@ typedef struct Ec2Progress
 	const char *parameter; /* it is there, or may be; kept as AVM_BOOT_LEFT */
 	int64 put;			   /* the attempt whose payload it has, 0: none */
 	int64 puts;			   /* how often another one may have been sent since */
-	int64 put_at;		   /* epoch ms of the last time, 0: settled */
+	int64 put_at;		   /* epoch ms of the last one that may still be on its way, 0: none */
+	int64 put_open;		   /* the same without the one that is under way, if one is */
 
 	int64
 		power_sent; /* how often a stop or start may have been sent, 0: settled; kept as AVM_POWER_SENT */

@@ -12,8 +12,8 @@
  * later one overwrites it.  Its bytes are the same each time that the same attempt
  * writes it, so a write that may have been lost is just repeated.  The name is in the handle, and
  * so committed, before it is written the first time: whatever happens then, the end
- * of the session deletes it.  If a write was never answered, it is deleted
- * once more when no copy of it can be on its way any more.
+ * of the session deletes it.  If a write was never answered, also one that was then
+ * repeated, it is deleted once more when no copy of it can be on its way any more.
  *
  *-------------------------------------------------------------------------
  */
@@ -68,6 +68,7 @@ ec2_put_parameter(Ec2Step *step)
 	progress->parameter = ec2_parameter_name(step->session);
 	progress->phase = PUT_PHASE;
 	progress->puts++;
+	progress->put_open = progress->put_at;
 	progress->put_at = step->now;
 
 	/* base64, ids: nothing in it has to be escaped */
@@ -100,7 +101,11 @@ ec2_parameter_is_put(Ec2Step *step)
 	if (error.class == CLASS_NONE)
 	{
 		progress->put = progress->attempt;
-		progress->puts = progress->put_at = 0;
+		progress->puts = 0;
+		/* one before it that was not answered may arrive yet */
+		if (reply->sends <= 1)
+			progress->put_at = progress->put_open;
+		progress->put_open = 0;
 		return true;
 	}
 
@@ -108,8 +113,10 @@ ec2_parameter_is_put(Ec2Step *step)
 	refused = error.class != CLASS_TRANSIENT || (reply->status == 0 && !reply->maybe_sent);
 	if (refused && progress->puts <= 1)
 	{
-		progress->puts = progress->put_at = 0;
-		if (progress->put == 0)
+		progress->puts = 0;
+		progress->put_at = progress->put_open;
+		progress->put_open = 0;
+		if (progress->put == 0 && progress->put_at == 0)
 			progress->parameter = NULL;
 	}
 	ec2_fail(step, error.class, error.code, error.message);
@@ -144,7 +151,7 @@ ec2_drop_parameter(Ec2Step *step)
 	{
 		progress->parameter = NULL;
 		progress->phase = NULL;
-		progress->put = progress->puts = progress->put_at = 0;
+		progress->put = progress->puts = progress->put_at = progress->put_open = 0;
 		step->out->kind = STEP_DONE;
 	}
 }
