@@ -187,7 +187,8 @@ is(against($session, 'resume', 'resume'), 'f', 'of two resumes, too');
 await_state($node, $session, 'ready');
 is(against($session, 'pause', 'terminate'), 't', 'terminate() after a pause that has just been begun');
 await_state($node, $session, 'terminated');
-is(changes($session), 'provisioning ready pausing paused resuming ready pausing terminating terminated', 'the end wins');
+# the engine may have had the row in between
+like(changes($session), qr/^provisioning ready pausing paused resuming ready pausing (paused )?terminating terminated$/, 'the end wins');
 $session = ready();
 against($session, 'terminate', 'pause');
 like($second->error, qr/AV006.*cannot be paused/, 'pause() after an end that has just been begun');
