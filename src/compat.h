@@ -56,21 +56,6 @@
 #define AVM_CONNLIMIT_INVALID_DB (-2)
 #endif
 
-/* 16 lets the actions of the JSON parser return an error; 17 has its lexer's state be the caller's. */
-#if PG_VERSION_NUM >= 160000
-#define AVM_JSON_ACTION JsonParseErrorType
-#define AVM_JSON_GO_ON return JSON_SUCCESS
-#else
-#define AVM_JSON_ACTION void
-#define AVM_JSON_GO_ON return
-#endif
-#if PG_VERSION_NUM >= 170000
-#define AvmJsonLexer(json, len, encoding)                                                          \
-	makeJsonLexContextCstringLen(NULL, json, len, encoding, true)
-#else
-#define AvmJsonLexer(json, len, encoding) makeJsonLexContextCstringLen(json, len, encoding, true)
-#endif
-
 /* 17 gives extensions wait events of their own name. */
 #if PG_VERSION_NUM >= 170000
 #define AvmWaitEvent(name) WaitEventExtensionNew(name)

@@ -21,15 +21,15 @@
 #include "utils/timestamp.h"
 
 #define MAX_BUCKETS 4096
-#define KEY_SIZE 128					 /* bytes of a bucket's or batch's name that count */
-#define MIN_FACTOR (1.0 / 32)			 /* of the published rate is what refusals leave */
-#define RECOVERY (1.0 / 20)				 /* of the published rate is what an answer brings back */
-#define SPLIT_DEBT 100					 /* tokens beside a full bucket: for 7 times in halves */
-#define ENOUGH 0.999					 /* of a token: sums of fractions are not exact */
-#define LONGEST_US (300 * USECS_PER_SEC) /* until a row that waits asks again at the latest */
-#define MARGIN_US 2000					 /* a row comes that much later than its token */
-#define IDLE_US (600 * USECS_PER_SEC)	 /* after that a bucket is forgotten */
-#define GATHER_US (60 * USECS_PER_SEC)	 /* after that nobody comes to make a call any more */
+#define KEY_SIZE 128					  /* bytes of a bucket's or batch's name that count */
+#define MIN_FACTOR (1.0 / 32)			  /* of the published rate is what refusals leave */
+#define RECOVERY (1.0 / 20)				  /* of the published rate is what an answer brings back */
+#define SPLIT_DEBT 100					  /* tokens beside a full bucket: for 7 times in halves */
+#define ENOUGH 0.999					  /* of a token: sums of fractions are not exact */
+#define LONGEST_US (300 * USECS_PER_SEC)  /* until a row that waits asks again at the latest */
+#define MARGIN_US 2000					  /* a row comes that much later than its token */
+#define IDLE_US (600 * USECS_PER_SEC)	  /* after that a bucket is forgotten */
+#define ABANDONED_US (60 * USECS_PER_SEC) /* after that nobody comes to make a call any more */
 
 typedef struct Bucket
 {
@@ -273,7 +273,7 @@ rates_tidy(Rates *rates, TimestampTz now)
 	hash_seq_init(&scan, rates->gathering);
 	while ((gathering = hash_seq_search(&scan)) != NULL)
 	{
-		if (gathering->since + GATHER_US < now)
+		if (gathering->since + ABANDONED_US < now)
 			hash_search(rates->gathering, gathering->name, HASH_REMOVE, NULL);
 	}
 }

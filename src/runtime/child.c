@@ -227,8 +227,8 @@ fork_into(int cgroup)
 	pid_t pid = (pid_t) syscall(SYS_clone3, &how, sizeof(how));
 	int procs;
 
-	/* its group cannot be had that way, or no system call that new is let through */
-	if (pid >= 0 || (errno != ENOSYS && errno != E2BIG && errno != EINVAL && errno != EPERM))
+	/* else its group cannot be had that way, or no system call that new is let through */
+	if (pid >= 0 || errno == EAGAIN || errno == ENOMEM)
 		return pid;
 	pid = fork();
 	if (pid == 0)

@@ -133,21 +133,21 @@ typedef struct Reading
 	bool wrong;
 } Reading;
 
-static AVM_JSON_ACTION
+static JsonActionResult
 on_open(void *state)
 {
 	((Reading *) state)->depth++;
-	AVM_JSON_GO_ON;
+	return JSON_ACTION_OK;
 }
 
-static AVM_JSON_ACTION
+static JsonActionResult
 on_close(void *state)
 {
 	((Reading *) state)->depth--;
-	AVM_JSON_GO_ON;
+	return JSON_ACTION_OK;
 }
 
-static AVM_JSON_ACTION
+static JsonActionResult
 on_member(void *state, char *name, bool isnull)
 {
 	Reading *reading = state;
@@ -159,7 +159,7 @@ on_member(void *state, char *name, bool isnull)
 		reading->name = psprintf("%s.%s", reading->outer, name);
 	else
 		reading->name = "";
-	AVM_JSON_GO_ON;
+	return JSON_ACTION_OK;
 }
 
 /* An integer in the range that JSON's numbers have everywhere. */
@@ -173,7 +173,7 @@ read_number(const char *token, int64 *value)
 	return errno == 0 && *end == '\0' && *value >= -MAX_OFFSET && *value <= MAX_OFFSET;
 }
 
-static AVM_JSON_ACTION
+static JsonActionResult
 on_scalar(void *state, char *token, JsonTokenType type)
 {
 	Reading *reading = state;
@@ -199,7 +199,7 @@ on_scalar(void *state, char *token, JsonTokenType type)
 		else
 			reading->wrong = true;
 	}
-	AVM_JSON_GO_ON;
+	return JSON_ACTION_OK;
 }
 
 static bool

@@ -48,7 +48,7 @@ is(sql("SELECT count(*) FROM agentvm.session WHERE handle::text ~ 'sent_at' AND 
 # who waits is held up until a token is there, for which another one comes first
 my $client = AgentVM::Client->new($node);
 $client->run("BEGIN; SELECT count(*) FROM (SELECT FROM agentvm.session WHERE detail ~ 'waits' FOR UPDATE) s");
-sleep 0.7;
+await($node, "SELECT min(next_check_at) < clock_timestamp() FROM agentvm.session WHERE detail ~ 'waits'", 't', name => 'the first one could have its token');
 my ($late) = launch_many('acme', 1);
 await($node, "SELECT detail ~ 'waits' FROM agentvm.session WHERE session_id = '$late'", 't', name => 'who comes later waits, too, though there is a token');
 $client->run('COMMIT');
