@@ -137,6 +137,7 @@ def instances(cloud, running):
                 "image": instance["ImageId"],
                 "subnet": instance.get("SubnetId"),
                 "zone": instance["Placement"]["AvailabilityZone"],
+                "address": instance.get("PublicIpAddress") or instance.get("PrivateIpAddress"),
                 "token": instance.get("ClientToken"),
                 "tags": {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])},
             })

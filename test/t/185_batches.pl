@@ -43,9 +43,11 @@ await($node, in_state('ready', @sessions), 100, name => 'and found running');
 my @calls = calls_since('DescribeInstances', $since);
 cmp_ok(scalar @calls, '<=', 12, 'by a few looks');
 cmp_ok(max(map { scalar ids($_) } @calls), '>=', 30, 'at many of them');
-is(join(' ', sort(vm(@sessions))), join(' ', sort map { $_->{id} } $moto->running), 'each session has a VM of its own');
+my @running = $moto->running;
+is(join(' ', sort(vm(@sessions))), join(' ', sort map { $_->{id} } @running), 'each session has a VM of its own');
+# two of moto's may have the same one
 my %address = map { split / / } split /\n/, sql("SELECT vm_id || ' ' || address FROM agentvm.sessions");
-is(scalar keys %{ { reverse %address } }, 100, 'and the address of that one');
+is_deeply(\%address, { map { $_->{id} => $_->{address} } @running }, 'and the address of that one');
 
 # ---- ends ----
 sql("ALTER SYSTEM SET agentvm.api_rate = 1; SELECT pg_reload_conf()");
