@@ -311,7 +311,7 @@ relation_oid(DbRelation *relation)
 }
 
 void
-db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const char *const *keys)
+db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const Datum *keys)
 {
 	ScanKeyData scankeys[2];
 	int i;
@@ -322,7 +322,7 @@ db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const char *const *keys
 	lookup->table = table_open(relation_oid(&key->table), AccessShareLock);
 	for (i = 0; i < nkeys; i++)
 		ScanKeyEntryInitialize(&scankeys[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
-							   DEFAULT_COLLATION_OID, F_TEXTEQ, CStringGetTextDatum(keys[i]));
+							   DEFAULT_COLLATION_OID, key->equal, keys[i]);
 	lookup->scan = systable_beginscan(lookup->table, relation_oid(&key->index), true,
 									  lookup->snapshot, nkeys, scankeys);
 }

@@ -87,11 +87,12 @@ typedef struct DbRelation
 	struct DbRelation *next;
 } DbRelation;
 
-/* One of our tables and the index to look into; static, begins as {{"table"}, {"index"}}. */
+/* One of our tables, the index to look into and how its columns compare; static, begins as {{"table"}, {"index"}, F_...EQ}. */
 typedef struct DbKey
 {
 	DbRelation table;
 	DbRelation index;
+	RegProcedure equal;
 } DbKey;
 
 typedef struct DbLookup
@@ -103,12 +104,12 @@ typedef struct DbLookup
 
 /*
  * Find the rows of one of our tables whose first columns (in the order of both
- * table and index, all of type text) have the given values, as last committed
+ * table and index, all of the type that key->equal compares) have the given values, as last committed
  * plus this transaction's own changes.  db_lookup_next() returns them one by
  * one, valid until the next call, then NULL; db_lookup_end() closes in any case.
  * Costs a tenth of a query.  Inside a scope.
  */
-extern void db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const char *const *keys);
+extern void db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const Datum *keys);
 extern HeapTuple db_lookup_next(DbLookup *lookup);
 extern void db_lookup_end(DbLookup *lookup);
 

@@ -176,7 +176,8 @@ static DbQuery to_end_query = {
 	"ORDER BY vm_id LIMIT $6) "
 	"UPDATE agentvm.vm_drift d SET ended_at = clock_timestamp(), detail = NULL FROM due "
 	"WHERE d.account = $1 AND d.provider = $2 AND d.region = $3 AND d.vm_id = due.vm_id "
-	"RETURNING d.vm_id",
+	"RETURNING d.vm_id, CASE WHEN NOT EXISTS (SELECT FROM agentvm.session s "
+	"WHERE s.session_id = d.session_id AND s.ended_at IS NULL) THEN d.session_id END",
 	6,
 	{TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID, INT4OID, INT4OID},
 	.generic = true};
@@ -351,18 +352,25 @@ drift_write(const Place *place, List *pages, List *missed, List *looked, Timesta
 }
 
 List *
-drift_to_end(const Place *place, TimestampTz started_at)
+drift_to_end(const Place *place, TimestampTz started_at, List **sessions)
 {
 	Datum values[6];
-	List *ids;
+	uint64 i;
 
 	set_place(values, place);
 	values[3] = TimestampTzGetDatum(started_at);
 	values[4] = Int32GetDatum(avm_orphan_grace_s);
 	values[5] = Int32GetDatum(AVM_MAX_LISTED);
 	db_run(&to_end_query, values, NULL);
-	ids = result_texts();
-	return ids;
+	*sessions = NIL;
+	for (i = 0; i < SPI_processed; i++)
+	{
+		char *session = db_text(i, 2, CurrentMemoryContext);
+
+		if (session != NULL)
+			*sessions = lappend(*sessions, session);
+	}
+	return result_texts();
 }
 
 void

@@ -43,9 +43,10 @@ extern int drift_write(const Place *place, List *pages, List *missed, List *look
 /*
  * The next VMs of a place that are to be ended, of those that the last list had: a List
  * of vm_ids, at most AVM_MAX_LISTED.  They are noted as asked for, so each is returned once
- * a list.
+ * a list.  *sessions is set to a List of the ids (char *) of the sessions that they name and
+ * that do not live (any more).
  */
-extern List *drift_to_end(const Place *place, TimestampTz started_at);
+extern List *drift_to_end(const Place *place, TimestampTz started_at, List **sessions);
 
 /*
  * Log that the end of these VMs has been asked for: "ended" is a List of Jsonb as OP_REAP has them,

@@ -61,7 +61,7 @@ PG_FUNCTION_INFO_V1(agentvm_adopt_cluster);
 static char restore_id[UUID_TEXT_LEN + 1];
 static bool restore_id_known = false;
 
-static DbKey installation_key = {{"installation"}, {"installation_pkey"}};
+static DbKey installation_key = {{"installation"}, {"installation_pkey"}, InvalidOid};
 
 static DbQuery live_query = {"SELECT FROM agentvm.session WHERE ended_at IS NULL LIMIT 1", 0, {0}};
 

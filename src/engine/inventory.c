@@ -363,12 +363,14 @@ operation_of(const Inventory *inventory)
 static bool
 begin_reaping(Inventory *inventory)
 {
-	List *ids = drift_to_end(&inventory->place, inventory->started_at);
+	List *sessions;
+	List *ids = drift_to_end(&inventory->place, inventory->started_at, &sessions);
 
 	inventory->phase = INVENTORY_REAP;
 	inventory->handle = NULL;
 	inventory->reaped = NIL;
 	inventory->ids = keep_texts(inventory, ids);
+	inventory->sessions = keep_texts(inventory, sessions);
 	return ids != NIL;
 }
 
@@ -494,6 +496,7 @@ take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 		context.host = host;
 		context.region = inventory->place.region;
 		context.vm_ids = inventory->ids;
+		context.vm_sessions = inventory->sessions;
 		context.options = options;
 		context.secrets = login.secrets;
 		context.login_pending = login.secrets == NULL;

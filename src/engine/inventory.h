@@ -33,12 +33,13 @@ typedef struct Inventory
 	int failures; /* of lists before */
 	InventoryPhase phase;
 	Jsonb *handle;
-	List *pages;  /* of Jsonb: what the list has told */
-	List *missed; /* vm_ids that it lacks, */
-	int asked;	  /* so many of which have been asked for, */
-	List *looked; /* and the pages that came of it */
-	List *ids;	  /* vm_ids of the operation under way */
-	List *reaped; /* pages of OP_REAP */
+	List *pages;	/* of Jsonb: what the list has told */
+	List *missed;	/* vm_ids that it lacks, */
+	int asked;		/* so many of which have been asked for, */
+	List *looked;	/* and the pages that came of it */
+	List *ids;		/* vm_ids of the operation under way */
+	List *sessions; /* of those that OP_REAP ends */
+	List *reaped;	/* and its pages */
 	int vms;
 	char *error; /* of what has gone wrong, without stopping it */
 	TurnCall call;

@@ -185,14 +185,20 @@ extern void ec2_provision(Ec2Step *step);
 /* Whether a session's payload is to be in a parameter. */
 extern bool ec2_uses_parameter(Jsonb *options, bool runtime);
 
-/* The name of a session's parameter, palloc'd. */
-extern char *ec2_parameter_name(const ProviderSession *session);
+/* The name of a session's parameter, palloc'd; "cluster" is the installation's uuid. */
+extern char *ec2_parameter_name(const char *cluster, const char *session_id);
 
 /* Send the payload of the attempt that is under way. */
 extern void ec2_put_parameter(Ec2Step *step);
 
 /* Take the answer to that; returns whether the payload is there, else the step has ended. */
 extern bool ec2_parameter_is_put(Ec2Step *step);
+
+/* The step's request: take away a parameter, whose name needs no escape in JSON. */
+extern void ec2_delete_parameter(Ec2Step *step, const char *name);
+
+/* What came of it: CLASS_NONE also where there was none. */
+extern AwsError ec2_parameter_deleted(const HttpReply *reply);
 
 /* Take the parameter away, if there is one: ends the step, done when it is gone for good. */
 extern void ec2_drop_parameter(Ec2Step *step);

@@ -202,8 +202,9 @@ send_launch(Ec2Step *step)
 			ec2_put_parameter(step);
 			return;
 		}
-		script = boot_script_of_parameter(&progress->boot, progress->region,
-										  ec2_parameter_name(step->session), &len);
+		script = boot_script_of_parameter(
+			&progress->boot, progress->region,
+			ec2_parameter_name(step->session->cluster, step->session->session_id), &len);
 	}
 	else
 		script =

@@ -29,6 +29,7 @@
 #define PAGES "pages"
 #define SINGLE                                                                                     \
 	"single" /* index of the instance that is asked for alone, from 1 on; 0: all at once */
+#define DROPPED "dropped" /* so many parameters of sessions have been asked for */
 
 /* Append a member to an object that is being written, if there is a value. */
 static void
@@ -205,15 +206,56 @@ ask_end(Ec2Step *step, int64 single)
 	ec2_send(step, "ec2", TERMINATE, &form);
 }
 
+/*
+ * The payloads of boots that were kept as parameters, one by one, before the VMs: while
+ * those are there somebody comes back to them.  False: none is left.
+ */
+static bool
+drop_parameters(Ec2Step *step)
+{
+	List *sessions = step->context->vm_sessions;
+	int64 dropped = handle_int(step->context->handle, DROPPED, 0);
+
+	if (!ec2_uses_parameter(step->context->options, true))
+		return false;
+	if (step->reply == NULL && dropped > 0)
+		dropped--; /* that answer has been lost */
+	else if (step->reply != NULL)
+	{
+		AwsError error = ec2_parameter_deleted(step->reply);
+
+		step->out->operation = DELETE_PARAMETER;
+		if (error.class == CLASS_THROTTLED || error.class == CLASS_TRANSIENT)
+		{
+			ec2_fail(step, error.class, error.code, error.message);
+			return true;
+		}
+		if (error.class != CLASS_NONE)
+			ec2_note_error(step, &error); /* what may not be deleted keeps no VM alive */
+	}
+	if (dropped >= list_length(sessions))
+		return false;
+	step->out->handle = handle_set_int(NULL, DROPPED, dropped + 1);
+	ec2_delete_parameter(step,
+						 ec2_parameter_name(step->context->cluster, list_nth(sessions, dropped)));
+	return true;
+}
+
 void
 ec2_reap(Ec2Step *step)
 {
-	int64 single = handle_int(step->context->handle, SINGLE, 0);
+	int64 single = handle_int(step->context->handle, SINGLE, -1);
 	int count = list_length(step->context->vm_ids);
 	AwsError error;
 	XmlNode *item;
 	StringInfoData json;
 
+	if (single < 0)
+	{
+		if (!drop_parameters(step))
+			ask_end(step, 0);
+		return;
+	}
 	step->out->operation = TERMINATE;
 	if (step->reply == NULL)
 	{

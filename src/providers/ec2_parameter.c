@@ -39,9 +39,9 @@ ec2_uses_parameter(Jsonb *options, bool runtime)
 }
 
 char *
-ec2_parameter_name(const ProviderSession *session)
+ec2_parameter_name(const char *cluster, const char *session_id)
 {
-	return psprintf("/agentvm/%s/%s", session->cluster, session->session_id);
+	return psprintf("/agentvm/%s/%s", cluster, session_id);
 }
 
 /* The step's request: a call of SSM. */
@@ -65,7 +65,7 @@ ec2_put_parameter(Ec2Step *step)
 
 	payload =
 		boot_payload(&progress->boot, step->session->session_id, (int) progress->attempt, &len);
-	progress->parameter = ec2_parameter_name(step->session);
+	progress->parameter = ec2_parameter_name(step->session->cluster, step->session->session_id);
 	progress->phase = PUT_PHASE;
 	progress->puts++;
 	progress->put_open = progress->put_at;
@@ -124,6 +124,22 @@ ec2_parameter_is_put(Ec2Step *step)
 }
 
 void
+ec2_delete_parameter(Ec2Step *step, const char *name)
+{
+	send(step, DELETE_PARAMETER, psprintf("{\"Name\":\"%s\"}", name));
+}
+
+AwsError
+ec2_parameter_deleted(const HttpReply *reply)
+{
+	AwsError error = aws_judge(reply);
+
+	if (error.class != CLASS_NONE && strcmp(error.code, "ParameterNotFound") == 0)
+		error.class = CLASS_NONE;
+	return error;
+}
+
+void
 ec2_drop_parameter(Ec2Step *step)
 {
 	Ec2Progress *progress = &step->progress;
@@ -138,12 +154,12 @@ ec2_drop_parameter(Ec2Step *step)
 	}
 	if (step->reply == NULL)
 	{
-		send(step, DELETE_PARAMETER, psprintf("{\"Name\":\"%s\"}", progress->parameter));
+		ec2_delete_parameter(step, progress->parameter);
 		return;
 	}
 
-	error = aws_judge(step->reply);
-	if (error.class != CLASS_NONE && strcmp(error.code, "ParameterNotFound") != 0)
+	error = ec2_parameter_deleted(step->reply);
+	if (error.class != CLASS_NONE)
 		ec2_fail(step, error.class, error.code, error.message);
 	else if (progress->put_at != 0 && step->now < settled)
 		ec2_wait(step, WAIT_FIRST_MS, WAIT_LAST_MS, settled);

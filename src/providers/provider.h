@@ -71,7 +71,11 @@ typedef enum ProviderOp
 	 * launched_at, address, purchase, reason_code and reason (of an end).
 	 */
 	OP_LIST,
-	/* End the VMs that context->vm_ids names, as far as they carry our tag; no session; result as above. */
+	/*
+	 * End the VMs that context->vm_ids names, as far as they carry our tag, and take away what
+	 * was kept outside of them for the sessions of context->vm_sessions; no session; result as
+	 * above.
+	 */
 	OP_REAP
 } ProviderOp;
 
@@ -129,6 +133,7 @@ typedef struct ProviderContext
 		*cluster;		/* installation uuid, where there is no session; else it is the session's */
 	const char *region; /* OP_LIST, OP_REAP: where; of a placed provider it is the host */
 	List *vm_ids;		/* OP_LIST, OP_REAP: of char *, at most AVM_MAX_LISTED */
+	List *vm_sessions;	/* OP_REAP: of char *, sessions of such VMs that have no live row */
 	Jsonb *options;		/* merged: team, then profile, then caller; frozen at provision() */
 	const SecretSet *secrets; /* what calls are signed with: of the team, or of its login */
 	bool

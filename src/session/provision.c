@@ -34,6 +34,7 @@
 #include "session/session.h"
 #include "team/team.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/datum.h"
 #include "utils/timestamp.h"
 
@@ -86,10 +87,10 @@ static DbQuery profile_query = {
 	2,
 	{TEXTOID, TEXTOID}};
 
-static DbKey team_key = {{"team"}, {"team_pkey"}};
-static DbKey team_member_key = {{"team_member"}, {"team_member_pkey"}};
-static DbKey provider_config_key = {{"provider_config"}, {"provider_config_pkey"}};
-static DbKey provider_secret_key = {{"provider_secret"}, {"provider_secret_pkey"}};
+static DbKey team_key = {{"team"}, {"team_pkey"}, F_TEXTEQ};
+static DbKey team_member_key = {{"team_member"}, {"team_member_pkey"}, F_TEXTEQ};
+static DbKey provider_config_key = {{"provider_config"}, {"provider_config_pkey"}, F_TEXTEQ};
+static DbKey provider_secret_key = {{"provider_secret"}, {"provider_secret_pkey"}, F_TEXTEQ};
 
 /* Columns of agentvm.team and its satellites, in the order of the tables. */
 enum
@@ -417,10 +418,11 @@ team_number(const DbLookup *lookup, HeapTuple row, int column, int64 fallback)
 static bool
 read_team(const char *team_id, Resolved *resolved)
 {
+	Datum key = CStringGetTextDatum(team_id);
 	DbLookup lookup;
 	HeapTuple row;
 
-	db_lookup_begin(&lookup, &team_key, 1, &team_id);
+	db_lookup_begin(&lookup, &team_key, 1, &key);
 	row = db_lookup_next(&lookup);
 	if (row != NULL)
 	{
@@ -448,13 +450,14 @@ read_team(const char *team_id, Resolved *resolved)
 static bool
 acts_for_team(const char *team_id, Oid role)
 {
+	Datum key = CStringGetTextDatum(team_id);
 	DbLookup lookup;
 	HeapTuple row;
 	bool found = false;
 
 	if (caller_is_admin(role))
 		return true;
-	db_lookup_begin(&lookup, &team_member_key, 1, &team_id);
+	db_lookup_begin(&lookup, &team_member_key, 1, &key);
 	while (!found && (row = db_lookup_next(&lookup)) != NULL)
 	{
 		bool isnull;
@@ -470,7 +473,7 @@ acts_for_team(const char *team_id, Oid role)
 static void
 read_provider_config(const char *team_id, const char *provider, Resolved *resolved)
 {
-	const char *keys[2] = {team_id, provider};
+	Datum keys[2] = {CStringGetTextDatum(team_id), CStringGetTextDatum(provider)};
 	DbLookup lookup;
 	HeapTuple row;
 

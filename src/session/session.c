@@ -22,6 +22,7 @@
 #include "miscadmin.h"
 #include "session/session.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
@@ -66,10 +67,8 @@ static DbQuery extend_query = {
 	2,
 	{UUIDOID, INTERVALOID}};
 
-static DbQuery begin_end_query = {
-	"INSERT INTO agentvm.session_ending (session_id) VALUES ($1) ON CONFLICT DO NOTHING",
-	1,
-	{UUIDOID}};
+static DbKey ending_key = {{"session_ending"}, {"session_ending_pkey"}, F_UUID_EQ};
+static DbInsert ending_insert = {{"session_ending"}, 1, {"session_id"}};
 
 static DbQuery has_ended_query = {
 	"DELETE FROM agentvm.session_ending WHERE session_id = $1", 1, {UUIDOID}};
@@ -336,23 +335,70 @@ agentvm_session_is_sound(PG_FUNCTION_ARGS)
 	PG_RETURN_BOOL(true);
 }
 
-/* AFTER UPDATE of the state: refuse what the design does not know, log the rest. */
+/* What the trigger reads of a row. */
+enum
+{
+	ROW_SESSION_ID,
+	ROW_TEAM_ID,
+	ROW_STATE,
+	ROW_END_REASON,
+	ROW_DETAIL,
+	ROW_RUNTIME,
+	ROW_LANE,
+	ROW_COLUMNS
+};
+
+/* Where they are: looked up once per statement, since names are compared one by one. */
+static const AttrNumber *
+row_columns(FunctionCallInfo fcinfo, TupleDesc desc)
+{
+	static const char *const names[ROW_COLUMNS] = {"session_id", "team_id", "state", "end_reason",
+												   "detail",	 "runtime", "lane"};
+	AttrNumber *columns = fcinfo->flinfo->fn_extra;
+	int i;
+
+	if (columns != NULL)
+		return columns;
+	columns = MemoryContextAlloc(fcinfo->flinfo->fn_mcxt, sizeof(AttrNumber) * ROW_COLUMNS);
+	for (i = 0; i < ROW_COLUMNS; i++)
+		columns[i] = SPI_fnumber(desc, names[i]);
+	fcinfo->flinfo->fn_extra = columns;
+	return columns;
+}
+
 /* A text column of a trigger's tuple, or NULL. */
 static char *
-text_column(HeapTuple tuple, TupleDesc desc, const char *name)
+text_column(HeapTuple tuple, TupleDesc desc, AttrNumber column)
 {
 	bool isnull;
-	Datum value = heap_getattr(tuple, SPI_fnumber(desc, name), desc, &isnull);
+	Datum value = heap_getattr(tuple, column, desc, &isnull);
 
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
+/* Tell heartbeats that a session is ending; whoever may do so holds its row's lock. */
+static void
+begin_end(const pg_uuid_t *id)
+{
+	Datum values[1] = {UUIDPGetDatum(id)};
+	DbLookup lookup;
+	bool known;
+
+	db_lookup_begin(&lookup, &ending_key, 1, values);
+	known = db_lookup_next(&lookup) != NULL;
+	db_lookup_end(&lookup);
+	if (!known)
+		db_insert(&ending_insert, values, NULL);
+}
+
+/* AFTER UPDATE of the state: refuse what the design does not know, log the rest. */
 Datum
 agentvm_session_transition(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigger = (TriggerData *) fcinfo->context;
 	HeapTuple row;
 	TupleDesc desc;
+	const AttrNumber *columns;
 	DbScope scope;
 	char *old_state;
 	char *new_state;
@@ -367,11 +413,12 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 		ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 						errmsg("agentvm.session_transition() is a trigger on agentvm.session")));
 	desc = RelationGetDescr(trigger->tg_relation);
+	columns = row_columns(fcinfo, desc);
 	row = trigger->tg_newtuple;
-	id = DatumGetUUIDP(heap_getattr(row, SPI_fnumber(desc, "session_id"), desc, &isnull));
-	old_state = text_column(trigger->tg_trigtuple, desc, "state");
-	new_state = text_column(row, desc, "state");
-	detail = text_column(row, desc, "detail");
+	id = DatumGetUUIDP(heap_getattr(row, columns[ROW_SESSION_ID], desc, &isnull));
+	old_state = text_column(trigger->tg_trigtuple, desc, columns[ROW_STATE]);
+	new_state = text_column(row, desc, columns[ROW_STATE]);
+	detail = text_column(row, desc, columns[ROW_DETAIL]);
 	from = state_parse(old_state);
 	to = state_parse(new_state);
 	if (!state_may_become(from, to))
@@ -383,20 +430,22 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 							: 0));
 
 	db_enter(&scope);
-	event_add(id, text_column(row, desc, "team_id"), "state", old_state, new_state,
-			  text_column(row, desc, "end_reason"),
+	event_add(id, text_column(row, desc, columns[ROW_TEAM_ID]), "state", old_state, new_state,
+			  text_column(row, desc, columns[ROW_END_REASON]),
 			  detail ? handle_set_text(NULL, "detail", detail) : NULL);
-	/* where heartbeats look */
 	values[0] = UUIDPGetDatum(id);
-	if (DatumGetBool(heap_getattr(row, SPI_fnumber(desc, "runtime"), desc, &isnull)) &&
-		(to == STATE_TERMINATING || state_is_ended(to)))
+	if (DatumGetBool(heap_getattr(row, columns[ROW_RUNTIME], desc, &isnull)))
 	{
-		db_run(to == STATE_TERMINATING ? &begin_end_query : &has_ended_query, values, NULL);
-		if (state_is_ended(to))
+		if (to == STATE_TERMINATING)
+			begin_end(id);
+		else if (state_is_ended(to))
+		{
+			db_run(&has_ended_query, values, NULL);
 			commands_end(id);
+		}
 	}
 	if (state_is_ended(to) &&
-		DatumGetInt16(heap_getattr(row, SPI_fnumber(desc, "lane"), desc, &isnull)) == LANE_BLOCKING)
+		DatumGetInt16(heap_getattr(row, columns[ROW_LANE], desc, &isnull)) == LANE_BLOCKING)
 		db_run(&displace_query, values, NULL);
 	db_leave(&scope);
 	wake_waiters(id);

@@ -32,7 +32,7 @@ packages() {
 			try) names+=(python3-venv) ;;
 			check) names+=("$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/libclang-rt-\1-dev/p')" valgrind libc6-dbg) ;;
 			test)
-				names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86 openssh-server openssh-client netcat-openbsd faketime default-jdk-headless libpostgresql-jdbc-java)
+				names+=(clang clang-format cppcheck shellcheck libipc-run-perl nginx-light libnginx-mod-http-lua postgresql-"$version"-cron openssl ca-certificates busybox-static git prometheus qemu-system-x86 openssh-server openssh-client netcat-openbsd dnsmasq-base iproute2 faketime default-jdk-headless libpostgresql-jdbc-java)
 				command -v npm >/dev/null || names+=(nodejs npm)
 				# Debian 12 has the last free one
 				if apt-cache show packer >/dev/null 2>&1; then names+=(packer); fi
@@ -51,7 +51,7 @@ packages() {
 			as_root chmod +x "$policy"
 		fi
 		# shellcheck disable=SC2086
-		log=$(as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $missing 2>&1 </dev/null) || { status=$? && say "$log" && exit $status; }
+		log=$(as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600 install -y --no-install-recommends $missing 2>&1 </dev/null) || { status=$? && say "$log" && exit $status; }
 	)
 }
 

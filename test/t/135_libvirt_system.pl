@@ -47,6 +47,22 @@ await($node, "SELECT agentvm.inspect('$session') ->> 'state'", 'running', name =
 is($libvirt->qemu($session), $qemu, 'it is the same');
 $stack->beats($session);
 
+# ---- a network, for those whose profile names it ----
+$libvirt->network('agents0');
+$stack->profile('online', { network => 'agents0' });
+my $online = $stack->ready('online') or diag($libvirt->output);
+my $exec = "SELECT rtrim(stdout || stderr, E'\\n') FROM agentvm.exec('%s', '%s')";
+await($node, sprintf($exec, $online, 'echo GET /hello | nc -w 10 192.168.77.1 8080'), 'hello from outside', timeout => 60, name => 'a VM whose profile names a network has an address, and reaches what is there') or diag($libvirt->output);
+like(sql(sprintf($exec, $online, 'ip -4 -o addr show dev eth0')), qr/192\.168\.77\.\d\d\/24/, 'its address is of that network');
+$stack->beats($online);
+is(sql(sprintf($exec, $session, 'cd /sys/class/net; echo *; echo GET /hello | nc -w 10 192.168.77.1 8080 2>/dev/null || echo no')), "lo\nno", 'a VM beside it, whose profile names none, has none, and reaches nothing');
+psql_ok($node, "SELECT agentvm.terminate('$online')");
+$stack->ended($online, 'requested');
+$stack->profile('lost', { network => 'nowhere' });
+my $lost = $stack->vm('lost');
+await($node, "SELECT end_reason || ' ' || (detail ~ 'nowhere') FROM agentvm.sessions WHERE session_id = '$lost'", 'provider_error true', timeout => 60, name => 'a network that is not there is named in the error')
+  or diag(state_of($node, $lost));
+
 psql_ok($node, "SELECT agentvm.terminate('$session')", 'terminate()');
 $stack->ended($session, 'requested');
 is(join(' ', $libvirt->domains, $libvirt->files, $libvirt->qemu), '', 'nothing is left');

@@ -67,18 +67,25 @@ my $image = $moto->options->{image_id};
 my $cluster = $standby->safe_psql('postgres', 'SELECT installation_id FROM agentvm.installation');
 sub made
 {
+	my %tags = ('agentvm-cluster' => $cluster, @_);
 	return $moto->run('call', 'ec2', 'run_instances', encode_json({ ImageId => $image, MinCount => 1, MaxCount => 1, InstanceType => 't3.micro',
-		TagSpecifications => [ { ResourceType => 'instance', Tags => [ { Key => 'agentvm-cluster', Value => $cluster } ] } ] }))->{Instances}[0]{InstanceId};
+		TagSpecifications => [ { ResourceType => 'instance', Tags => [ map { { Key => $_, Value => $tags{$_} } } sort keys %tags ] } ] }))->{Instances}[0]{InstanceId};
 }
 my $vm = made();
+my $session = $standby->safe_psql('postgres', 'SELECT gen_random_uuid()');
+my $foreign = made('agentvm-session-id' => $session, 'agentvm-team-id' => 'other');
+my $stopped = made('agentvm-session-id' => $session, 'agentvm-team-id' => 'acme');
+$moto->run('call', 'ec2', 'stop_instances', encode_json({ InstanceIds => [$stopped] }));
 $standby->safe_psql('postgres', "SELECT agentvm.adopt_cluster('takeover')");
-await($standby, "SELECT quarantined FROM agentvm.drift WHERE vm_id = '$vm'", 't', name => 'a takeover quarantines, too');
+await($standby, "SELECT count(*) FROM agentvm.drift WHERE quarantined AND vm_id IN ('$vm', '$foreign', '$stopped')", 3, name => 'a takeover quarantines, too');
 fails_with($standby, "SELECT agentvm.adopt_vm('$vm')", '55000', qr/Its tags name no session/, 'a VM that names no session cannot be adopted');
-await($standby, "SELECT first_seen_at < clock_timestamp() - interval '$grace s' - interval '2 s' FROM agentvm.drift", 't', name => 'the grace passes');
-is(states($vm), 'running', 'it lives');
-$standby->safe_psql('postgres', "SELECT agentvm.end_vm('$vm')");
+fails_with($standby, "SELECT agentvm.adopt_vm('$foreign')", '55000', qr/Its tags name another team/, 'nor one in the account of another team than it names');
+fails_with($standby, "SELECT agentvm.adopt_vm('$stopped')", '55000', qr/It does not run/, 'nor one that is stopped');
+await($standby, "SELECT min(first_seen_at) < clock_timestamp() - interval '$grace s' - interval '2 s' FROM agentvm.drift", 't', name => 'the grace passes');
+is(states($vm, $foreign, $stopped), 'running running stopped', 'they live');
+$standby->safe_psql('postgres', "SELECT agentvm.end_vm('$_')") for $vm, $foreign, $stopped;
 await($standby, 'SELECT quarantined_since IS NULL FROM agentvm.installation', 't', name => 'when nothing is left and all lists have been whole, the quarantine ends');
-is(states($vm), 'terminated', 'with its last VM ended');
+is(states($vm, $foreign, $stopped), 'terminated terminated terminated', 'with its last VM ended');
 
 # ---- a fork: what carries the old uuid is none of ours ----
 $vm = made();
