@@ -87,11 +87,12 @@ typedef struct DbRelation
 	struct DbRelation *next;
 } DbRelation;
 
-/* One of our tables and the index to look into; static, begins as {{"table"}, {"index"}}. */
+/* One of our tables and the index to look into; static, begins as {{"table"}, {"index"}, first}. */
 typedef struct DbKey
 {
 	DbRelation table;
 	DbRelation index;
+	AttrNumber first; /* column of the table that is the index's first; 0 stands for 1 */
 } DbKey;
 
 typedef struct DbLookup
@@ -102,8 +103,8 @@ typedef struct DbLookup
 } DbLookup;
 
 /*
- * Find the rows of one of our tables whose first columns (in the order of both
- * table and index, all of type text) have the given values, as last committed
+ * Find the rows of one of our tables whose columns from key->first on (in the order of
+ * both table and index, all of type text) have the given values, as last committed
  * plus this transaction's own changes.  db_lookup_next() returns them one by
  * one, valid until the next call, then NULL; db_lookup_end() closes in any case.
  * Costs a tenth of a query.  Inside a scope.
