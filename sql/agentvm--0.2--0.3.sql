@@ -145,7 +145,7 @@ COMMENT ON FUNCTION agentvm.provision_warm(text, text, text, jsonb, interval) IS
 
 CREATE FUNCTION agentvm.hydrate(session_token_sha256 bytea, problem text DEFAULT NULL) RETURNS jsonb
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_hydrate';
-COMMENT ON FUNCTION agentvm.hydrate(bytea, text) IS 'what the runtime of a warm VM needs once provision() has taken it; NULL: unknown token; AV006: gone; AV007: not taken yet. With a problem: it cannot be used, and is ended';
+COMMENT ON FUNCTION agentvm.hydrate(bytea, text) IS 'what the runtime of a warm VM needs once provision() has taken it, until then no more than the session''s id; NULL: unknown token; AV006: gone. With a problem: it cannot be used, and is ended';
 
 -- ---------------------------------------------------------------------------
 -- All of it at once

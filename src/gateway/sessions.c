@@ -383,7 +383,10 @@ bootstrap_answered(void *arg, const PGresult *result)
 static void
 hydration_answered(void *arg, const PGresult *result)
 {
-	pass_on(arg, result, "hydration");
+	if (sessions_outcome(result) == OUTCOME_OK && PQgetvalue(result, 0, 2)[0] == 0)
+		finish(arg, OUTCOME_NOT_READY, NULL);
+	else
+		pass_on(arg, result, "hydration");
 }
 
 Request *
@@ -416,8 +419,9 @@ sessions_hydrate(Sessions *sessions, const uint8_t *hash, const char *problem, R
 	Request *request = make_request(sessions, hash, done, arg);
 
 	if (database_send(sessions->database,
-					  "SELECT a::text, (a->>'session_id')::uuid FROM agentvm.hydrate($1, $2) a", 2,
-					  types, values, lengths, formats, hydration_answered, request))
+					  "SELECT a::text, (a->>'session_id')::uuid, a ? 'env' "
+					  "FROM agentvm.hydrate($1, $2) a",
+					  2, types, values, lengths, formats, hydration_answered, request))
 		return request;
 	finish(request, OUTCOME_AWAY, NULL);
 	return NULL;

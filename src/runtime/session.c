@@ -510,6 +510,7 @@ on_bootstrap(void *arg, const Answer *answer)
 		return;
 	}
 	deadman_contact(boot.deadline);
+	last_deadline = boot.deadline;
 	if (state->hydrated)
 		repos_clone(settings, boot.repos, boot.env);
 	json_decref(boot.root);

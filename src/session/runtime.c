@@ -408,14 +408,16 @@ agentvm_hydrate(PG_FUNCTION_ARGS)
 	if (state == STATE_TERMINATING || state_is_ended(state))
 		raise_gone(&id);
 	if (state == STATE_PROVISIONING || state == STATE_WARM)
-		ereport(ERROR, (errcode(AVM_NOT_READY), errmsg("session %s is %s: nobody has taken it yet",
-													   session_text(&id), state_name(state))));
-	if (!PG_ARGISNULL(1))
+		answer = handle_set_text(NULL, "session_id", session_text(&id)); /* no error: it is usual */
+	else
 	{
-		end_unusable(&id, PG_GETARG_TEXT_PP(1));
-		payload = NULL;
+		if (!PG_ARGISNULL(1))
+		{
+			end_unusable(&id, PG_GETARG_TEXT_PP(1));
+			payload = NULL;
+		}
+		answer = boot_answer(&id, team_id, payload, key_id, deadline);
 	}
-	answer = boot_answer(&id, team_id, payload, key_id, deadline);
 	old = MemoryContextSwitchTo(caller);
 	answer = (Jsonb *) PG_DETOAST_DATUM_COPY(JsonbPGetDatum(answer));
 	MemoryContextSwitchTo(old);
