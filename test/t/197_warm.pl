@@ -111,6 +111,12 @@ for my $second ('warm', 'cold')
 }
 $open->quit;
 
+# ---- what it costs: scans of the table and of its indexes, by one provision() ----
+sub scans { my ($team) = @_; return $node->safe_psql('postgres', "BEGIN; SELECT FROM agentvm.provision('$team'); SELECT seq_scan, idx_scan FROM pg_stat_xact_all_tables WHERE relid = 'agentvm.session'::regclass; ROLLBACK"); }
+is(scans('globex'), '0|1', 'a team without warm VMs: a look into one index');
+warm('globex');
+is(scans('globex'), '0|3', 'with one: a look, the choice, the row');
+
 # ---- many at once ----
 my $count = 8;
 $node->safe_psql('postgres', "SELECT agentvm.provision_warm('rush') FROM generate_series(1, $count)");
