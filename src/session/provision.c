@@ -945,73 +945,94 @@ has_warm(const char *team_id)
 	return found;
 }
 
-/* Lock a warm VM of that shape whose ceiling is not before "until"; false where there is none. */
-static bool
-find_warm(const Request *request, const bytea *shape, TimestampTz now, TimestampTz until,
-		  pg_uuid_t *id)
+/* What a claim goes by, and what it writes. */
+typedef struct Claim
 {
-	Datum values[4] = {CStringGetTextDatum(request->team_id), PointerGetDatum(shape),
-					   TimestampTzGetDatum(now), TimestampTzGetDatum(until)};
-	bool found;
+	const Request *request;
+	const bytea *shape;
+	bytea *hash; /* of the request; NULL: it has no key */
+	Name created_by;
+	bool has_payload;
+	TimestampTz now;
+	TimestampTz deadline;
+	TimestampTz ceiling;
+} Claim;
+
+/* Take a warm VM into *id; false where there is none. */
+static bool
+claim_warm(const Claim *claim, pg_uuid_t *id)
+{
+	const Request *request = claim->request;
+	bytea *payload = NULL;
+	char *key_id = NULL;
+	Datum values[10] = {CStringGetTextDatum(request->team_id), PointerGetDatum(claim->shape),
+						TimestampTzGetDatum(claim->now), TimestampTzGetDatum(claim->deadline)};
+	char nulls[10];
 	bool isnull;
 
 	db_plan_without(warm_without, lengthof(warm_without));
 	db_run(&warm_query, values, NULL);
-	found = SPI_processed > 0;
-	if (found)
-		*id = *DatumGetUUIDP(db_value(0, 1, &isnull));
-	SPI_freetuptable(SPI_tuptable);
-	return found;
+	if (SPI_processed == 0)
+		return false;
+	*id = *DatumGetUUIDP(db_value(0, 1, &isnull));
+	if (claim->has_payload)
+		payload = make_payload(request, session_text(id), &key_id);
+
+	memset(nulls, ' ', sizeof(nulls));
+	values[0] = UUIDPGetDatum(id);
+	set_optional_text(values, nulls, 1, request->agent_id);
+	values[2] = JsonbPGetDatum(request->tags);
+	set_optional_text(values, nulls, 3, request->idempotency_key);
+	nulls[4] = claim->hash ? ' ' : 'n';
+	values[4] = PointerGetDatum(claim->hash);
+	values[5] = NameGetDatum(claim->created_by);
+	values[6] = TimestampTzGetDatum(claim->deadline);
+	values[7] = TimestampTzGetDatum(claim->ceiling);
+	nulls[8] = payload ? ' ' : 'n';
+	values[8] = PointerGetDatum(payload);
+	set_optional_text(values, nulls, 9, key_id);
+	db_run(&claim_query, values, nulls);
+	wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
+					DatumGetTimestampTz(db_value(0, 1, &isnull)));
+	note_claim(id);
+	return true;
 }
 
-/* What a claim writes into a row, in the order of claim_query. */
-typedef struct Claim
-{
-	Datum values[10];
-	char nulls[10];
-	bool has_key;
-} Claim;
-
 /*
- * Write it; false: somebody else's transaction with the same idempotency key has
- * committed meanwhile, and the VM is as it was.
+ * The same; where somebody else's transaction with the same idempotency key has
+ * committed meanwhile, his session it is, and the VM stays what it was.  Lock and
+ * change are both in the subtransaction: a row that two transactions of one family
+ * have marked would stay in the way of claims until a vacuum.
  */
 static bool
-write_claim(Claim *claim)
+claim_warm_once(const Claim *claim, pg_uuid_t *id)
 {
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
-	volatile bool written = false;
-	bool isnull;
+	volatile bool failed = false;
+	volatile bool found = false;
 
-	if (!claim->has_key)
-		db_run(&claim_query, claim->values, claim->nulls);
-	else
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
 	{
-		BeginInternalSubTransaction(NULL);
+		found = claim_warm(claim, id);
+		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(context);
-		PG_TRY();
-		{
-			db_run(&claim_query, claim->values, claim->nulls);
-			ReleaseCurrentSubTransaction();
-			MemoryContextSwitchTo(context);
-			CurrentResourceOwner = owner;
-			written = true;
-		}
-		PG_CATCH();
-		{
-			ErrorData *error = abort_subtransaction(context, owner);
-
-			if (error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION)
-				ReThrowError(error);
-		}
-		PG_END_TRY();
-		if (!written)
-			return false;
+		CurrentResourceOwner = owner;
 	}
-	wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
-					DatumGetTimestampTz(db_value(0, 1, &isnull)));
-	return true;
+	PG_CATCH();
+	{
+		ErrorData *error = abort_subtransaction(context, owner);
+
+		if (error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION)
+			ReThrowError(error);
+		failed = true;
+	}
+	PG_END_TRY();
+	if (failed && !find_by_key(claim->request, claim->hash, id))
+		raise_key_conflict(claim->request);
+	return failed || found;
 }
 
 /* Calling where nobody works is never a silent no-op; said once per transaction. */
@@ -1062,7 +1083,6 @@ provision(const Request *request, pg_uuid_t *id)
 	char *key_id = NULL;
 	bool runtime;
 	bool has_payload;
-	bool taken;
 	int64 lifetime;
 	int64 ceiling;
 	int lane;
@@ -1109,54 +1129,40 @@ provision(const Request *request, pg_uuid_t *id)
 	}
 
 	identity_take_into_use();
-	if (request->idle_timeout_s > 0 || has_warm(request->team_id))
-		shape = hash_shape(request, provider, &resolved, options, runtime);
-	taken = request->idle_timeout_s == 0 && shape != NULL &&
-			find_warm(request, shape, now, now + lifetime * USECS_PER_SEC, id);
-	if (!taken)
-		session_make_id(id, now);
 	has_payload = JB_ROOT_COUNT(request->env) > 0 || JB_ROOT_COUNT(request->repos) > 0;
-	if (runtime)
-	{
-		if (has_payload)
-			payload = make_payload(
-				request, DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id))),
-				&key_id);
-		else if (!taken)
-			key_id = keyring_current_id();
-	}
-	else if (has_payload)
+	if (has_payload && !runtime)
 		ereport(
 			WARNING,
 			(errcode(ERRCODE_WARNING),
 			 errmsg(
 				 "env and repos are ignored: the session has no runtime that could receive them"),
 			 hide_caller()));
-
-	if (taken)
+	if (request->idle_timeout_s > 0 || has_warm(request->team_id))
+		shape = hash_shape(request, provider, &resolved, options, runtime);
+	if (shape != NULL && request->idle_timeout_s == 0)
 	{
-		Claim claim = {.has_key = request->idempotency_key != NULL};
+		Claim claim = {.request = request,
+					   .shape = shape,
+					   .hash = hash,
+					   .created_by = created_by,
+					   .has_payload = has_payload && runtime,
+					   .now = now,
+					   .deadline = now + lifetime * USECS_PER_SEC,
+					   .ceiling = now + ceiling * USECS_PER_SEC};
 
-		memset(claim.nulls, ' ', sizeof(claim.nulls));
-		claim.values[0] = UUIDPGetDatum(id);
-		set_optional_text(claim.values, claim.nulls, 1, request->agent_id);
-		claim.values[2] = JsonbPGetDatum(request->tags);
-		set_optional_text(claim.values, claim.nulls, 3, request->idempotency_key);
-		claim.nulls[4] = hash ? ' ' : 'n';
-		claim.values[4] = PointerGetDatum(hash);
-		claim.values[5] = NameGetDatum(created_by);
-		claim.values[6] = TimestampTzGetDatum(now + lifetime * USECS_PER_SEC);
-		claim.values[7] = TimestampTzGetDatum(now + ceiling * USECS_PER_SEC);
-		claim.nulls[8] = payload ? ' ' : 'n';
-		claim.values[8] = PointerGetDatum(payload);
-		set_optional_text(claim.values, claim.nulls, 9, key_id);
-		if (write_claim(&claim))
-			note_claim(id);
-		else if (!find_by_key(request, hash, id))
-			raise_key_conflict(request);
-		db_leave(&scope);
-		return;
+		if (hash != NULL ? claim_warm_once(&claim, id) : claim_warm(&claim, id))
+		{
+			db_leave(&scope);
+			return;
+		}
+		shape = NULL;
 	}
+
+	session_make_id(id, now);
+	if (runtime && has_payload)
+		payload = make_payload(request, session_text(id), &key_id);
+	else if (runtime)
+		key_id = keyring_current_id();
 
 	memset(nulls, ' ', sizeof(nulls));
 	values[0] = UUIDPGetDatum(id);
@@ -1189,7 +1195,7 @@ provision(const Request *request, pg_uuid_t *id)
 	set_optional_text(values, nulls, 20, key_id);
 	values[21] = Int16GetDatum(lane);
 	values[22] = TimestampTzGetDatum(now);
-	nulls[23] = shape && request->idle_timeout_s > 0 ? ' ' : 'n';
+	nulls[23] = shape ? ' ' : 'n';
 	values[23] = PointerGetDatum(shape);
 
 	lock_for_quota(request->team_id, &resolved);
