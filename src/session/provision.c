@@ -945,6 +945,15 @@ has_warm(const char *team_id)
 	return found;
 }
 
+/* Whether the team's warm VMs are ours to give: those of a copied database are the other one's, too. */
+static bool
+may_take_warm(const char *team_id)
+{
+	char *problem;
+
+	return has_warm(team_id) && identity_look(&problem) == IDENTITY_IN_ORDER;
+}
+
 /* What a claim goes by, and what it writes. */
 typedef struct Claim
 {
@@ -1137,7 +1146,7 @@ provision(const Request *request, pg_uuid_t *id)
 			 errmsg(
 				 "env and repos are ignored: the session has no runtime that could receive them"),
 			 hide_caller()));
-	if (request->idle_timeout_s > 0 || has_warm(request->team_id))
+	if (request->idle_timeout_s > 0 || may_take_warm(request->team_id))
 		shape = hash_shape(request, provider, &resolved, options, runtime);
 	if (shape != NULL && request->idle_timeout_s == 0)
 	{

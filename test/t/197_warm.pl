@@ -33,6 +33,7 @@ is(provision($node, 'acme', q{agent_id => 'coder', tags => '{"a": 1}', idempoten
 is(row($first, q{state, agent_id, tags, created_by = current_user, idempotency_key, warm_key IS NULL, deadline_at BETWEEN now() + interval '59 min' AND now() + interval '1 h'}), 'ready|coder|{"a": 1}|t|k|t|t', 'and makes it its own');
 is($node->safe_psql('postgres', "SELECT string_agg(concat_ws(' ', old_state, new_state, reason), ', ' ORDER BY event_id) FROM agentvm.session_event WHERE session_id = '$first' AND kind = 'state'"),
 	'provisioning, provisioning warm, warm ready claimed', 'the log tells of it');
+fails_with($node, "SELECT agentvm.wait('$first', 'warm')", '55000', qr/is ready and will never be warm/, 'nobody waits in vain for what is over');
 is(provision($node, 'acme', q{agent_id => 'coder', tags => '{"a": 1}', idempotency_key => 'k', max_lifetime => '1 h'}), $first, 'the same key again: the same session');
 fails_with($node, q{SELECT agentvm.provision('acme', idempotency_key => 'k')}, 'AV008', undef, 'with other arguments');
 isnt(my $cold = provision($node, 'acme'), $first, 'there is none left: the next one boots');
@@ -111,11 +112,19 @@ for my $second ('warm', 'cold')
 }
 $open->quit;
 
+# ---- a copy of the database has the same rows, but not the VMs ----
+my $ours = warm('globex');
+$node->safe_psql('postgres', 'UPDATE agentvm.installation SET system_identifier = system_identifier + 1');
+isnt(my $copied = provision($node, 'globex'), $ours, 'a copy takes none');
+$node->safe_psql('postgres', 'UPDATE agentvm.installation SET system_identifier = system_identifier - 1');
+is(provision($node, 'globex'), $ours, 'the original does');
+
 # ---- what it costs: scans of the table and of its indexes, by one provision() ----
 sub scans { my ($team) = @_; return $node->safe_psql('postgres', "BEGIN; SELECT FROM agentvm.provision('$team'); SELECT seq_scan, idx_scan FROM pg_stat_xact_all_tables WHERE relid = 'agentvm.session'::regclass; ROLLBACK"); }
 is(scans('globex'), '0|1', 'a team without warm VMs: a look into one index');
 warm('globex');
 is(scans('globex'), '0|3', 'with one: a look, the choice, the row');
+ends($copied);
 
 # ---- many at once ----
 my $count = 8;

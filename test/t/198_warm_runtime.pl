@@ -44,7 +44,7 @@ sub hydrations { my ($vm) = @_; return scalar(() = $vm->output =~ /msg=hydrated/
 my ($id, $vm) = warm();
 like($vm->output, qr/on duty.*mode=warm/, 'it knows that it is warm');
 ok(!-e $vm->dir . "/state/$_", "it has no $_") for qw(env.json repos.json);
-fails_with($node, "SELECT agentvm.exec('$id', 'true')", 'AV007', qr/is not ready, but warm/, 'and runs no command');
+fails_with($node, "SELECT agentvm.exec('$id', 'true')", 'AV007', qr/is not ready, but warm.*HINT.*waits for a provision/s, 'and runs no command');
 ok(!-e $vm->dir . '/work/one', 'nor is there a repository');
 my $begin = time;
 take($id, 'alice');
