@@ -77,6 +77,7 @@ for my $first ('command', 'file')
 	$vm->exits(0);
 }
 ($id, $vm) = warm();
+fails_with($node, "BEGIN; SELECT agentvm.exec(agentvm.provision($wants '{}'), 'true')", 'AV007', qr/session $id is not ready, but warm.*has not committed.*COMMIT first/s, 'but not within the transaction that takes it, which gives it back');
 is($client->run("SELECT agentvm.provision($wants '{\"WHO\": \"carol\"}')") . ' ' . who($id), "$id carol\n", 'so it has with all awake');
 psql_ok($node, "SELECT agentvm.terminate('$id')");
 $vm->exits(0);
