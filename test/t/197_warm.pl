@@ -89,8 +89,8 @@ is($open->query_safe("SELECT agentvm.provision('acme')"), $again, 'after which i
 $open->query_safe('COMMIT');
 fails_with($node, "BEGIN; SELECT agentvm.wait(agentvm.provision('acme'), 'ready', '1 s')", '55000', qr/could never end/, 'no wait for a cold one of the same transaction');
 my $same = warm('acme');
-fails_with($node, "BEGIN; SELECT agentvm.provision('acme'); SELECT agentvm.wait('$same')", '55000', qr/could never end.*COMMIT first/s, 'nor for a warm one: it is not ready for anybody else');
-is($node->safe_psql('postgres', "SELECT agentvm.provision('acme'); SELECT agentvm.wait('$same')"), "$same\nready", 'after its commit it is');
+fails_with($node, "BEGIN; SELECT agentvm.provision('acme'); SELECT agentvm.wait('$same', 'ready', '1 s')", '55000', qr/could never end.*COMMIT first/s, 'nor for a warm one: it is not ready for anybody else');
+is($node->safe_psql('postgres', "SELECT agentvm.provision('acme'); SELECT agentvm.wait('$same', 'ready', '1 s')"), "$same\nready", 'after its commit it is');
 
 # the same key, at once: one takes a VM and the other gets the same session, whether that one was warm or not
 for my $second ('warm', 'cold')
