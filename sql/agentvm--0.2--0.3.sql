@@ -130,6 +130,24 @@ LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_resume';
 COMMENT ON FUNCTION agentvm.resume(uuid) IS 'let a paused session''s VM go on; true if this call began it, false if it is under way or done';
 
 -- ---------------------------------------------------------------------------
+-- Warm VMs
+-- ---------------------------------------------------------------------------
+
+ALTER TABLE agentvm.session ADD COLUMN warm_key bytea;
+COMMENT ON COLUMN agentvm.session.warm_key IS 'of a warm VM, until provision() takes it: SHA-256 of what a request has to ask for to get it';
+-- state is in neither key nor predicate, as with the other indexes
+CREATE INDEX session_warm ON agentvm.session (team_id, warm_key, created_at) WHERE warm_key IS NOT NULL AND ended_at IS NULL;
+
+CREATE FUNCTION agentvm.provision_warm(team_id text, profile text DEFAULT NULL, provider text DEFAULT NULL, options jsonb DEFAULT '{}',
+	idle_timeout interval DEFAULT '30 minutes') RETURNS uuid
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_provision_warm';
+COMMENT ON FUNCTION agentvm.provision_warm(text, text, text, jsonb, interval) IS 'ask for a VM in advance: it boots and waits, warm, for a provision() with the same profile, provider and options, which takes it at once';
+
+CREATE FUNCTION agentvm.hydrate(session_token_sha256 bytea, problem text DEFAULT NULL) RETURNS jsonb
+LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_hydrate';
+COMMENT ON FUNCTION agentvm.hydrate(bytea, text) IS 'what the runtime of a warm VM needs once provision() has taken it, until then no more than the session''s id; NULL: unknown token; AV006: gone. With a problem: it cannot be used, and is ended';
+
+-- ---------------------------------------------------------------------------
 -- All of it at once
 -- ---------------------------------------------------------------------------
 
@@ -249,7 +267,8 @@ COMMENT ON FUNCTION agentvm.release_quarantine() IS 'after a failover or takeove
 -- ---------------------------------------------------------------------------
 
 REVOKE ALL ON ALL ROUTINES IN SCHEMA agentvm FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION agentvm.pause(uuid), agentvm.resume(uuid) TO agentvm_user;
+GRANT EXECUTE ON FUNCTION agentvm.pause(uuid), agentvm.resume(uuid), agentvm.provision_warm(text, text, text, jsonb, interval)
+	TO agentvm_user;
 GRANT EXECUTE ON FUNCTION
 	agentvm.exec(uuid, text, interval, text, jsonb, bytea), agentvm.exec_bytes(uuid, text, interval, text, jsonb, bytea),
 	agentvm.exec_start(uuid, text, interval, text, jsonb, bytea), agentvm.exec_output(uuid, uuid, bigint, bigint),
@@ -260,7 +279,7 @@ GRANT EXECUTE ON FUNCTION
 	TO agentvm_user;
 GRANT EXECUTE ON PROCEDURE agentvm.run(text, text, text, interval, int, text, text) TO agentvm_user;
 GRANT EXECUTE ON FUNCTION agentvm.attach(uuid[]), agentvm.control_key(text), agentvm.command_started(uuid, uuid, text, jsonb),
-	agentvm.command_ended(uuid, uuid, jsonb) TO agentvm_gateway;
+	agentvm.command_ended(uuid, uuid, jsonb), agentvm.hydrate(bytea, text) TO agentvm_gateway;
 GRANT EXECUTE ON FUNCTION agentvm.sweep_inventory(text), agentvm.end_vm(text), agentvm.adopt_vm(text), agentvm.release_quarantine()
 	TO agentvm_admin;
 

@@ -321,8 +321,8 @@ db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const Datum *keys)
 	lookup->snapshot = RegisterSnapshot(GetLatestSnapshot());
 	lookup->table = table_open(relation_oid(&key->table), AccessShareLock);
 	for (i = 0; i < nkeys; i++)
-		ScanKeyEntryInitialize(&scankeys[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
-							   DEFAULT_COLLATION_OID, key->equal, keys[i]);
+		ScanKeyEntryInitialize(&scankeys[i], 0, Max(key->first, 1) + i, BTEqualStrategyNumber,
+							   InvalidOid, DEFAULT_COLLATION_OID, key->equal, keys[i]);
 	lookup->scan = systable_beginscan(lookup->table, relation_oid(&key->index), true,
 									  lookup->snapshot, nkeys, scankeys);
 }

@@ -87,12 +87,13 @@ typedef struct DbRelation
 	struct DbRelation *next;
 } DbRelation;
 
-/* One of our tables, the index to look into and how its columns compare; static, begins as {{"table"}, {"index"}, F_...EQ}. */
+/* One of our tables, the index to look into and how its columns compare; static, begins as {{"table"}, {"index"}, F_...EQ, first}. */
 typedef struct DbKey
 {
 	DbRelation table;
 	DbRelation index;
 	RegProcedure equal;
+	AttrNumber first; /* column of the table that is the index's first; 0 stands for 1 */
 } DbKey;
 
 typedef struct DbLookup
@@ -103,8 +104,8 @@ typedef struct DbLookup
 } DbLookup;
 
 /*
- * Find the rows of one of our tables whose first columns (in the order of both
- * table and index, all of the type that key->equal compares) have the given values, as last committed
+ * Find the rows of one of our tables whose columns from key->first on (in the order of
+ * both table and index, all of the type that key->equal compares) have the given values, as last committed
  * plus this transaction's own changes.  db_lookup_next() returns them one by
  * one, valid until the next call, then NULL; db_lookup_end() closes in any case.
  * Costs a tenth of a query.  Inside a scope.

@@ -9,12 +9,16 @@
  *		200 {"session_id", "heartbeat_interval_s", "deadline", "deadline_grace_s",
  *			 "deadman_allowance_s", "env", "repos", "files", "channel"}
  *		401 unknown, expired or used by another; 410 session ended
+ *	POST /v1/hydrate	{}, with the session token, by the runtime of a warm VM
+ *		200 as for the bootstrap, once somebody has taken the VM; 409 nobody has; 401; 410
+ *		{"problem": text}: the VM cannot be what was asked for; its session is ended
  *	POST /v1/heartbeat	{}		200 {"deadline"}; 401; 410
  *	GET  /v1/channel	WebSocket, subprotocol "agentvm.v1"; 401 without a token
  *		A token is looked up after the handshake: {"type": "hello"} says that it is
  *		known, a close code below that it is not.
  *		up:	  {"type": "heartbeat"}
  *		down: {"type": "deadline", "deadline"} once the heartbeat has been committed
+ *		down: {"type": "claimed"}: the VM, which was warm, has been taken: time to hydrate
  *		down: {"type": "gone"}, then close code 4410, when the session has ended
  *		down, up: calls and their answers, in binary frames: see below
  *		up:	  {"type": "ended", "command", "exit_code", "duration_ms", "stdout_bytes",
@@ -86,6 +90,7 @@
 #define AGENTVM_PROTOCOL_H
 
 #define PROTOCOL_BOOTSTRAP "/v1/bootstrap"
+#define PROTOCOL_HYDRATE "/v1/hydrate"
 #define PROTOCOL_HEARTBEAT "/v1/heartbeat"
 #define PROTOCOL_CHANNEL "/v1/channel"
 #define PROTOCOL_NAME "agentvm.v1" /* WebSocket subprotocol */

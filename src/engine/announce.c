@@ -137,13 +137,24 @@ make_payload(uint64 row, char **channel)
 		session_id, json_word(old_state), new_state, json_word(reason), json_time(at));
 }
 
-/* Whether a gateway that holds this session's channel has to hear of the event. */
-static bool
-begins_to_end(uint64 row)
+/*
+ * What a gateway that holds this session's channel has to hear of the event, or NULL:
+ * the id of one that begins to end; of one that is warm no more, with a word before it.
+ */
+static char *
+gateway_payload(uint64 row)
 {
+	char *id = db_text(row, 2, CurrentMemoryContext);
+	char *old_state = db_text(row, 3, CurrentMemoryContext);
 	char *new_state = db_text(row, 4, CurrentMemoryContext);
 
-	return new_state != NULL && strcmp(new_state, state_name(STATE_TERMINATING)) == 0;
+	if (new_state == NULL || shared_gateway_channel() == NULL)
+		return NULL;
+	if (strcmp(new_state, state_name(STATE_TERMINATING)) == 0)
+		return id;
+	if (old_state != NULL && strcmp(old_state, state_name(STATE_WARM)) == 0)
+		return psprintf("claimed %s", id);
+	return NULL;
 }
 
 /* ---- what is yet to be read ---- */
@@ -299,6 +310,7 @@ announce_batch(EngineHost host)
 	{
 		char *channel;
 		char *payload;
+		char *for_gateway;
 		bool isnull;
 
 		seen[i] = last_seen = DatumGetInt64(db_value(i, 1, &isnull));
@@ -310,8 +322,9 @@ announce_batch(EngineHost host)
 		if (!locked && !(locked = try_notify_lock()))
 			break;
 		Async_Notify(channel, payload);
-		if (begins_to_end(i) && shared_gateway_channel() != NULL)
-			Async_Notify(shared_gateway_channel(), db_text(i, 2, CurrentMemoryContext));
+		for_gateway = gateway_payload(i);
+		if (for_gateway != NULL)
+			Async_Notify(shared_gateway_channel(), for_gateway);
 	}
 	db_leave(&scope);
 	host.commit();

@@ -24,7 +24,7 @@
 	"1), s.lane, "                                                                                 \
 	"s.state, s.end_reason, s.detail, s.vm_id, s.region, s.address, s.purchase, s.attempt, "       \
 	"s.launched_at, s.ready_at, s.ended_at, s.next_check_at, s.lease, s.retries, s.running, "      \
-	"s.handle, s.resumed_at "
+	"s.handle, s.resumed_at, s.warm_key IS NOT NULL "
 
 /*
  * The engine never waits for a lock of a user.  The candidates come with their
@@ -168,6 +168,7 @@ row_from_result(uint64 i, MemoryContext context)
 	row->running = get_int(i, c++, 1);
 	row->handle = copy_jsonb(i, c++, context);
 	row->resumed_at = get_int(i, c++, 8);
+	row->warm = get_int(i, c++, 1);
 	return row;
 }
 
@@ -330,6 +331,7 @@ session_row_for_provider(const SessionRow *row)
 	session->memory_mib = row->memory_mib;
 	session->disk_gib = row->disk_gib;
 	session->runtime = row->runtime;
+	session->warm = row->warm;
 	session->boot_key_id = row->key_id;
 	session->created_at = row->created_at;
 	session->launched_at = row->launched_at;

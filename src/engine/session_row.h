@@ -33,6 +33,7 @@ typedef struct SessionRow
 	int memory_mib;
 	int disk_gib;
 	bool runtime;
+	bool warm; /* no provision() has taken it yet */
 	int64 bootstrap_timeout_us;
 	char *key_id;
 	char *cluster;

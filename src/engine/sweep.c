@@ -48,7 +48,7 @@
 	"WHERE next_check_at <= clock_timestamp() + $2 * interval '1 ms' AND lane IN (0, 1) "          \
 	"AND " condition " AND state NOT IN ('terminating', 'terminated', 'failed') "                  \
 	"ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED) "                                        \
-	"UPDATE agentvm.session s SET state = 'terminating', end_reason = '" reason "', "              \
+	"UPDATE agentvm.session s SET state = 'terminating', end_reason = " reason ", "                \
 	"detail = NULL, retries = 0, next_check_at = CASE WHEN lease IS NULL "                         \
 	"THEN least(next_check_at, clock_timestamp()) ELSE next_check_at END "                         \
 	"FROM due WHERE s.ctid = due.ctid RETURNING s.next_check_at, s.lane"
@@ -56,14 +56,17 @@
 /* From the index to each row, and there again where it was locked; left alone the planner may read the whole table. */
 static const char *const end_without[] = {"enable_hashjoin", "enable_mergejoin", "enable_seqscan"};
 
-static DbQuery bootstrap_query = {END_DUE("bootstrap_timeout",
+static DbQuery bootstrap_query = {END_DUE("'bootstrap_timeout'",
 										  "state = 'provisioning' AND runtime AND "
 										  "launched_at + bootstrap_timeout <= clock_timestamp()"),
 								  2,
 								  {INT8OID, INT4OID}};
 
 static DbQuery lifetime_query = {
-	END_DUE("max_lifetime", "deadline_at <= clock_timestamp()"), 2, {INT8OID, INT4OID}};
+	END_DUE("CASE WHEN warm_key IS NULL THEN 'max_lifetime' ELSE 'idle' END",
+			"deadline_at <= clock_timestamp()"),
+	2,
+	{INT8OID, INT4OID}};
 
 #define HERE_SINCE "greatest($2, (SELECT max(adopted_at) FROM agentvm.installation))"
 

@@ -237,7 +237,7 @@ static void
 enforce_deadlines(SessionRow *row, TimestampTz now)
 {
 	if (row->deadline_at <= now)
-		session_begin_end(row, "max_lifetime", NULL);
+		session_begin_end(row, row->warm ? "idle" : "max_lifetime", NULL);
 	else if (bootstrap_is_due(row) && row->launched_at + row->bootstrap_timeout_us <= now)
 		session_begin_end(row, "bootstrap_timeout", NULL);
 }
@@ -311,8 +311,8 @@ login_has_expired(const Provider *provider, const HttpReply *reply, const TurnCa
 static bool
 boot_is_left(const SessionRow *row)
 {
-	return (row->state == STATE_READY || row->state == STATE_PAUSED) && row->handle != NULL &&
-		   option_value(row->handle, AVM_BOOT_LEFT) != NULL;
+	return (row->state == STATE_READY || row->state == STATE_WARM || row->state == STATE_PAUSED) &&
+		   row->handle != NULL && option_value(row->handle, AVM_BOOT_LEFT) != NULL;
 }
 
 /* What the row asks for at its provider; false: nothing. */
@@ -344,7 +344,8 @@ is_overtaken(const SessionRow *row, ProviderOp op)
 		case OP_PROVISION:
 			return row->state == STATE_TERMINATING;
 		case OP_TIDY:
-			return row->state != STATE_READY && row->state != STATE_PAUSED;
+			return row->state != STATE_READY && row->state != STATE_WARM &&
+				   row->state != STATE_PAUSED;
 		case OP_PAUSE:
 			return row->state != STATE_PAUSING;
 		case OP_RESUME:
@@ -616,7 +617,7 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 				row->launched_at = now;
 			if (!row->runtime && row->state == STATE_PROVISIONING)
 			{
-				row->state = STATE_READY;
+				row->state = row->warm ? STATE_WARM : STATE_READY;
 				row->ready_at = now;
 			}
 			if (row->state != STATE_TERMINATING)

@@ -45,6 +45,7 @@ struct Channel
 	char out[96];	/* the one frame that is to be sent */
 	int close_code; /* then close with this */
 	bool is_closed;
+	bool tells_claim; /* it is to be sent that its session has been taken */
 	bool is_cut;	  /* in the middle of a message, after which no text can be sent */
 	double allowance; /* frames that may come now */
 	uint64_t allowed_at;
@@ -208,6 +209,15 @@ channel_ended(void *attached)
 
 	let_go(channel);
 	send_frame(channel, "{\"type\": \"gone\"}", PROTOCOL_CLOSE_GONE);
+}
+
+void
+channel_claimed(void *attached)
+{
+	Channel *channel = attached;
+
+	channel->tells_claim = true;
+	lws_callback_on_writable(channel->wsi);
 }
 
 /* The gateway is to end: another one will do, once what is under way has been answered. */
@@ -376,6 +386,11 @@ write_next(Channel *channel)
 	}
 	else if (channel->close_code != 0 && (channel->out[0] == '\0' || !in_message))
 		return write_close(channel);
+	else if (channel->tells_claim && !in_message)
+	{
+		channel->tells_claim = false;
+		result = write_text(channel, "{\"type\": \"claimed\"}");
+	}
 	else if (channel->notes != NULL && !in_message)
 	{
 		Note *note = channel->notes;
@@ -391,7 +406,7 @@ write_next(Channel *channel)
 	else
 		return 0;
 	if (result == 0 && (channel->out[0] != '\0' || channel->close_code != 0 ||
-						channel->notes != NULL || channel->queue != NULL))
+						channel->tells_claim || channel->notes != NULL || channel->queue != NULL))
 		lws_callback_on_writable(channel->wsi);
 	return result;
 }

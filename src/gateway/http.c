@@ -34,6 +34,7 @@ struct Exchange
 	bool headers_sent;
 	bool closes; /* the connection, after the answer */
 	bool is_bootstrap;
+	bool is_hydration;
 	bool answered;
 	int status;
 	char *answer;
@@ -98,6 +99,8 @@ reason_phrase(int status)
 			return "wrong method";
 		case 408:
 			return "too slow";
+		case 409:
+			return "nobody has taken it";
 		case 410:
 			return "session ended";
 		case 411:
@@ -134,6 +137,7 @@ outcome_status(Outcome outcome)
 		case OUTCOME_BAD:
 			return 400;
 		case OUTCOME_NOT_READY:
+			return 409;
 		case OUTCOME_AWAY:
 			break;
 	}
@@ -308,6 +312,21 @@ bootstrap(Exchange *exchange)
 	json_decref(root);
 }
 
+static void
+hydrate(Exchange *exchange)
+{
+	json_t *root = json_loadb(exchange->body ? exchange->body : "", exchange->body_len,
+							  JSON_REJECT_DUPLICATES, NULL);
+	json_t *problem = json_object_get(root, "problem");
+
+	if (!json_is_object(root) || (problem != NULL && !json_is_string(problem)))
+		refuse(exchange, 400);
+	else
+		exchange->waiting = sessions_hydrate(exchange->server->sessions, exchange->hash,
+											 json_string_value(problem), request_done, exchange);
+	json_decref(root);
+}
+
 /* Ask the database, if it may be asked. */
 static void
 ask(void *arg, bool may)
@@ -318,6 +337,8 @@ ask(void *arg, bool may)
 		refuse(exchange, 429);
 	else if (exchange->is_bootstrap)
 		bootstrap(exchange);
+	else if (exchange->is_hydration)
+		hydrate(exchange);
 	else
 		exchange->waiting =
 			sessions_heartbeat(exchange->server->sessions, exchange->hash, request_done, exchange);
@@ -368,6 +389,7 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 	server->open_requests++;
 	lws_set_timer_usecs(wsi, (lws_usec_t) server->options->request_timeout_s * LWS_USEC_PER_SEC);
 	exchange->is_bootstrap = path_is(path, PROTOCOL_BOOTSTRAP);
+	exchange->is_hydration = path_is(path, PROTOCOL_HYDRATE);
 	if (length == LENGTH_WRONG)
 		refuse(exchange, 400);
 	else if (path_is(path, "/healthz") || path_is(path, "/readyz") || path_is(path, "/metrics"))
@@ -384,8 +406,8 @@ begin_exchange(Exchange *exchange, struct lws *wsi, Server *server, const char *
 		else
 			answer(exchange, 200, "{\"status\": \"ok\"}");
 	}
-	else if (!exchange->is_bootstrap && !path_is(path, PROTOCOL_HEARTBEAT) &&
-			 !path_is(path, PROTOCOL_CHANNEL))
+	else if (!exchange->is_bootstrap && !exchange->is_hydration &&
+			 !path_is(path, PROTOCOL_HEARTBEAT) && !path_is(path, PROTOCOL_CHANNEL))
 		refuse(exchange, 404);
 	else if (!post || path_is(path, PROTOCOL_CHANNEL))
 		refuse(exchange, 405);

@@ -135,7 +135,7 @@ server_create(uv_loop_t *loop, const Options *options)
 	Server *server = calloc(1, sizeof(Server));
 	struct lws_context_creation_info info;
 	void *loops[] = {loop};
-	const SessionEvents events = {channel_ended, database_up, server};
+	const SessionEvents events = {channel_ended, channel_claimed, database_up, server};
 	struct rlimit files;
 	int listener = listen_on(options->listen, options->port);
 

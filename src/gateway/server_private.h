@@ -185,8 +185,9 @@ extern int http_callback(struct lws *wsi, enum lws_callback_reasons reason, void
 extern int channel_callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in,
 							size_t len);
 
-/* What sessions.c tells a channel: its session has ended. */
+/* What sessions.c tells a channel: its session has ended; it was warm, and has been taken. */
 extern void channel_ended(void *attached);
+extern void channel_claimed(void *attached);
 
 /* Close a channel, since the gateway is to end: another one will do. */
 extern void channel_drain(void *attached);

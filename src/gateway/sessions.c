@@ -354,22 +354,39 @@ sessions_outcome(const PGresult *result)
 
 /* ---- bootstrap ---- */
 
+/* The database has answered with a document and the session's id, or not. */
 static void
-bootstrap_answered(void *arg, const PGresult *result)
+pass_on(Request *request, const PGresult *result, const char *what)
 {
-	Request *request = arg;
 	Outcome outcome = sessions_outcome(result);
 
 	if (outcome == OUTCOME_OK)
 	{
-		request->sessions->counts.bootstraps++;
 		set_session(request, remember(request->sessions, (const uint8_t *) PQgetvalue(result, 0, 1),
 									  request->hash));
-		log_line(LOG_LEVEL_INFO, "bootstrap", "session", request->session->id_text, NULL);
+		log_line(LOG_LEVEL_INFO, what, "session", request->session->id_text, NULL);
 		finish(request, OUTCOME_OK, PQgetvalue(result, 0, 0));
 	}
 	else
 		finish(request, outcome, NULL);
+}
+
+static void
+bootstrap_answered(void *arg, const PGresult *result)
+{
+	Request *request = arg;
+
+	request->sessions->counts.bootstraps += sessions_outcome(result) == OUTCOME_OK;
+	pass_on(request, result, "bootstrap");
+}
+
+static void
+hydration_answered(void *arg, const PGresult *result)
+{
+	if (sessions_outcome(result) == OUTCOME_OK && PQgetvalue(result, 0, 2)[0] == 0)
+		finish(arg, OUTCOME_NOT_READY, NULL);
+	else
+		pass_on(arg, result, "hydration");
 }
 
 Request *
@@ -386,6 +403,25 @@ sessions_bootstrap(Sessions *sessions, const uint8_t *token_hash, const uint8_t 
 					  "SELECT a::text, (a->>'session_id')::uuid FROM "
 					  "agentvm.bootstrap($1, $2, $3, $4::jsonb) a",
 					  4, types, values, lengths, formats, bootstrap_answered, request))
+		return request;
+	finish(request, OUTCOME_AWAY, NULL);
+	return NULL;
+}
+
+Request *
+sessions_hydrate(Sessions *sessions, const uint8_t *hash, const char *problem, RequestDone done,
+				 void *arg)
+{
+	static const Oid types[] = {BYTEA_OID, TEXT_OID};
+	const char *values[] = {(const char *) hash, problem};
+	const int lengths[] = {HASH_LEN, problem != NULL ? (int) strlen(problem) : 0};
+	const int formats[] = {1, 1};
+	Request *request = make_request(sessions, hash, done, arg);
+
+	if (database_send(sessions->database,
+					  "SELECT a::text, (a->>'session_id')::uuid, a ? 'env' "
+					  "FROM agentvm.hydrate($1, $2) a",
+					  2, types, values, lengths, formats, hydration_answered, request))
 		return request;
 	finish(request, OUTCOME_AWAY, NULL);
 	return NULL;
@@ -859,19 +895,24 @@ on_up(void *arg)
 	sessions->events.up(sessions->events.arg);
 }
 
-/* The payload is the id of a session that has ended or is ending. */
+/*
+ * The payload is the id of a session that has ended or is ending; or, with a word
+ * before it, of one that was warm and has been taken.
+ */
 static void
 on_notified(void *arg, const char *channel, const char *payload)
 {
+	static const char claimed[] = "claimed ";
+	bool is_claimed = strncmp(payload, claimed, strlen(claimed)) == 0;
 	Sessions *sessions = arg;
-	uint8_t id[UUID_LEN];
-	Session *session;
+	Session *session = sessions_find(sessions, payload + (is_claimed ? strlen(claimed) : 0));
 
-	if (!id_from_text(payload, id))
+	if (session == NULL)
 		return;
-	HASH_FIND(hh_id, sessions->by_id, id, UUID_LEN, session);
-	if (session != NULL)
+	if (!is_claimed)
 		end(sessions, session);
+	else if (session->attached != NULL)
+		sessions->events.claimed(session->attached);
 }
 
 /* ---- life ---- */

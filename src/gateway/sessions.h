@@ -33,14 +33,15 @@ typedef enum Outcome
 /*
  * What came of a request.  "session" is there with OUTCOME_OK and _GONE, valid
  * during the call; "body" with OUTCOME_OK: JSON for the client, of a heartbeat
- * {"deadline"}, of a bootstrap the database's answer.
+ * {"deadline"}, of a bootstrap or hydration the database's answer.
  */
 typedef void (*RequestDone)(void *arg, Outcome outcome, Session *session, const char *body);
 
 typedef struct SessionEvents
 {
-	void (*ended)(void *attached); /* a session has ended while something is attached to it */
-	void (*up)(void *arg);		   /* the database is there, or there again */
+	void (*ended)(void *attached);	 /* a session has ended while something is attached to it */
+	void (*claimed)(void *attached); /* the same of one that was warm, and has been taken */
+	void (*up)(void *arg);			 /* the database is there, or there again */
 	void *arg;
 } SessionEvents;
 
@@ -67,6 +68,10 @@ extern Request *sessions_bootstrap(Sessions *sessions, const uint8_t *token_hash
 								   const char *info, RequestDone done, void *arg);
 extern Request *sessions_authenticate(Sessions *sessions, const uint8_t *hash, RequestDone done,
 									  void *arg);
+
+/* What a warm VM needs once it has been taken; or, with a problem, that it cannot be used. */
+extern Request *sessions_hydrate(Sessions *sessions, const uint8_t *hash, const char *problem,
+								 RequestDone done, void *arg);
 
 /* A sign of life: "done" follows when it has been committed. */
 extern Request *sessions_heartbeat(Sessions *sessions, const uint8_t *hash, RequestDone done,

@@ -251,7 +251,7 @@ boot_plan(BootPlan *plan, const ProviderSession *session, int64 now, const char 
 	add_env(&env, "AGENTVM_HEARTBEAT_INTERVAL", psprintf("%d", avm_heartbeat_interval_s));
 	add_env(&env, "AGENTVM_DEADLINE_GRACE", psprintf("%d", avm_deadline_grace_s));
 	add_env(&env, "AGENTVM_DEADMAN_ALLOWANCE", psprintf("%d", avm_deadman_allowance_s));
-	add_env(&env, "AGENTVM_MODE", "session");
+	add_env(&env, "AGENTVM_MODE", session->warm ? "warm" : "session");
 	if (avm_gateway_ca_file != NULL && avm_gateway_ca_file[0] != '\0')
 	{
 		add_env(&env, "AGENTVM_CA_FILE", "/etc/agentvm/gateway-ca.pem");

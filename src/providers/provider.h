@@ -95,6 +95,7 @@ typedef struct ProviderSession
 	int memory_mib;
 	int disk_gib;
 	bool runtime;			 /* the VM runs agentvm-runtime and will bootstrap */
+	bool warm;				 /* it waits for a provision() that takes it */
 	const char *boot_key_id; /* with runtime: key for keyring_bootstrap_token() */
 	TimestampTz created_at;
 	TimestampTz launched_at; /* 0: not yet */

@@ -255,6 +255,8 @@ answer_frame(const char *text, size_t len, Frame *frame)
 		frame->kind = FRAME_HELLO;
 	else if (strcmp(type, "gone") == 0)
 		frame->kind = FRAME_GONE;
+	else if (strcmp(type, "claimed") == 0)
+		frame->kind = FRAME_CLAIMED;
 	else if (strcmp(type, "deadline") == 0)
 	{
 		frame->deadline = deadline_of(root);

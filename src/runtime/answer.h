@@ -20,7 +20,7 @@
 #define NO_TIME INT64_MIN
 #define COMMAND_ID_LEN 36 /* a uuid, in lower case */
 
-/* What a bootstrap is answered with. */
+/* What a bootstrap, or a hydration, is answered with. */
 typedef struct BootAnswer
 {
 	char session_id[64];
@@ -41,6 +41,7 @@ typedef enum FrameKind
 	FRAME_HELLO,
 	FRAME_DEADLINE,
 	FRAME_NOTED,
+	FRAME_CLAIMED,
 	FRAME_GONE
 } FrameKind;
 

@@ -9,6 +9,7 @@
 
 #include <arpa/inet.h>
 #include <malloc.h>
+#include <openssl/crypto.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,11 +19,24 @@
 
 #define MAX_CALLS (2 * PROTOCOL_CALLS_UNDER_WAY) /* no gateway has as many under way */
 #define TRIM_MS 2000							 /* after a call */
+#define MAX_HELD (4 * 1024 * 1024)				 /* bytes of calls that are held back */
 
 static Link *channel;
 static lws_dll2_owner_t waiting;
 static lws_dll2_owner_t ready;
 static Timer trim_timer;
+
+/* A call that is held back, as it has come. */
+typedef struct Held
+{
+	lws_dll2_t list;
+	size_t len;
+	char frame[];
+} Held;
+
+static bool holds;
+static lws_dll2_owner_t held;
+static size_t held_bytes;
 
 /*
  * Give back to the system what has been freed: not with each call, since the next
@@ -110,14 +124,69 @@ call_send(void)
 		timer_set(&trim_timer, TRIM_MS, trim, NULL);
 }
 
+/* Keep a call for later; false when there are too many. */
+static bool
+hold_back(const char *frame, size_t len)
+{
+	Held *one = held_bytes + len <= MAX_HELD ? calloc(1, sizeof(Held) + len) : NULL;
+
+	if (one == NULL)
+		return false;
+	one->len = len;
+	memcpy(one->frame, frame, len);
+	lws_dll2_add_tail(&one->list, &held);
+	held_bytes += len;
+	return true;
+}
+
+/* The first of those that are held back is none any more. */
+static Held *
+take_held(void)
+{
+	Held *one = lws_container_of(held.head, Held, list);
+
+	lws_dll2_remove(&one->list);
+	held_bytes -= one->len;
+	return one;
+}
+
+static void
+free_held(Held *one)
+{
+	OPENSSL_cleanse(one->frame, one->len); /* env and files may be secret */
+	free(one);
+}
+
+void
+call_hold(void)
+{
+	holds = true;
+}
+
+void
+call_release(void)
+{
+	holds = false;
+	while (held.head != NULL)
+	{
+		Held *one = take_held();
+
+		call_take(channel, one->frame, one->len);
+		free_held(one);
+	}
+}
+
 void
 call_take(Link *from, const char *frame, size_t len)
 {
 	CallFrame said;
-	const char *problem = answer_call(frame, len, &said);
+	const char *problem;
 	Call *call;
 
 	channel = from;
+	if (holds && hold_back(frame, len))
+		return;
+	problem = answer_call(frame, len, &said);
 	if (len < 4 || waiting.count + ready.count >= MAX_CALLS ||
 		(call = calloc(1, sizeof(Call))) == NULL)
 	{
@@ -130,6 +199,8 @@ call_take(Link *from, const char *frame, size_t len)
 	lws_dll2_add_tail(&call->list, &waiting);
 	if (problem != NULL)
 		call_fail(call, CALL_INVALID, problem);
+	else if (holds)
+		call_fail(call, CALL_BUSY, "the VM is not yet what the session needs");
 	else if (said.op == OP_GET)
 	{
 		call->get = json_incref(said.root);
@@ -150,5 +221,7 @@ call_forget_all(void)
 		forget(lws_container_of(waiting.head, Call, list));
 	while (ready.head != NULL)
 		forget(lws_container_of(ready.head, Call, list));
+	while (held.head != NULL)
+		free_held(take_held());
 	channel = NULL;
 }

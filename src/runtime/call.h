@@ -47,6 +47,13 @@ typedef struct Call
 /* A frame has come over the channel. */
 extern void call_take(Link *channel, const char *frame, size_t len);
 
+/*
+ * From here on calls are held back, as long as their channel lasts, until call_release():
+ * the VM is not yet what they expect.
+ */
+extern void call_hold(void);
+extern void call_release(void);
+
 /* It can be answered: with a header, whose reference is taken over, or (NULL) as command_answer() says. */
 extern void call_answer(Call *call, json_t *answer);
 

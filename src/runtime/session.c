@@ -8,6 +8,11 @@
  * taken, the channel is to blame and is made anew; if not, the control plane is
  * away, and the channel may stay.
  *
+ * A warm VM has neither environment nor repositories until somebody has taken it.  The
+ * gateway says when, but what it says may be lost.  So we ask on each new channel,
+ * when the deadline has moved, and when a call has come; and calls are held back until we
+ * have them.
+ *
  *-------------------------------------------------------------------------
  */
 #include "session.h"
@@ -36,6 +41,7 @@
 #endif
 
 #define MAX_STORED (1024 * 1024) /* env.json, repos.json */
+#define HYDRATE_TRIES 5
 
 static Settings *settings;
 static State *state;
@@ -54,7 +60,16 @@ static Timer ack_timer; /* set while a beat on the channel is not acknowledged *
 static int64_t beat_backoff_ms;
 static bool has_beaten;
 
+static Link *hydration;
+static bool hydrate_again; /* there was another reason to ask meanwhile */
+static int hydrate_tries;  /* to take over what has come */
+static const char *hydrate_problem;
+static int64_t hydrate_backoff_ms;
+static Timer hydrate_timer;
+static int64_t last_deadline = NO_TIME;
+
 static void bootstrap(void *arg);
+static void hydrate(void *arg);
 static void beat(void *arg);
 static void open_channel(void *arg);
 
@@ -89,6 +104,9 @@ acknowledged(int64_t deadline)
 	timer_stop(&ack_timer);
 	deadman_contact(deadline);
 	timer_set(&beat_timer, jittered(state->heartbeat_interval_ms), beat, NULL);
+	if (deadline != last_deadline)
+		hydrate(NULL);
+	last_deadline = deadline;
 }
 
 static void
@@ -193,6 +211,7 @@ on_frame(void *arg, const char *text, size_t len)
 			channel_backoff_ms = settings->backoff_min_ms;
 			log_line(LOG_LEVEL_INFO, "channel is open", NULL);
 			command_set_channel(channel);
+			hydrate(NULL);
 			if (!has_beaten && request == NULL)
 				beat(NULL);
 			break;
@@ -201,6 +220,9 @@ on_frame(void *arg, const char *text, size_t len)
 			break;
 		case FRAME_NOTED:
 			command_noted(frame.command);
+			break;
+		case FRAME_CLAIMED:
+			hydrate(NULL);
 			break;
 		case FRAME_GONE:
 			session_is_gone();
@@ -217,8 +239,10 @@ on_frame(void *arg, const char *text, size_t len)
 static void
 on_call(void *arg, const char *bytes, size_t len)
 {
-	if (channel_is_known)
-		call_take(channel, bytes, len);
+	if (!channel_is_known)
+		return;
+	call_take(channel, bytes, len);
+	hydrate(NULL);
 }
 
 static void
@@ -269,8 +293,112 @@ static void
 begin_to_beat(void)
 {
 	log_line(LOG_LEVEL_INFO, "on duty", "session", state->session_id, "mode", settings->mode, NULL);
-	beat_backoff_ms = channel_backoff_ms = settings->backoff_min_ms;
+	beat_backoff_ms = channel_backoff_ms = hydrate_backoff_ms = settings->backoff_min_ms;
+	if (!state->hydrated)
+		call_hold();
 	open_channel(NULL); /* it beats when it is open, or when it cannot be had */
+}
+
+/* ---- hydration of a warm VM ---- */
+
+static bool
+keep_documents(const BootAnswer *boot)
+{
+	return state_store(settings, "env.json", boot->env) &&
+		   state_store(settings, "repos.json", boot->repos);
+}
+
+/* Take over what has come; returns what keeps us from it, or NULL. */
+static const char *
+take_over(const Answer *answer)
+{
+	BootAnswer boot;
+	const char *problem = answer_boot(answer->body, answer->len, &boot);
+
+	if (problem != NULL)
+		return problem;
+	if (!keep_documents(&boot))
+		problem = "env.json or repos.json cannot be stored";
+	else
+	{
+		state->hydrated = true;
+		if (!state_save(state, settings))
+		{
+			state->hydrated = false;
+			problem = "session.json cannot be stored";
+		}
+	}
+	if (problem == NULL)
+	{
+		log_line(LOG_LEVEL_INFO, "hydrated", "session", state->session_id, NULL);
+		deadman_contact(boot.deadline);
+		repos_clone(settings, boot.repos, boot.env);
+		call_release();
+	}
+	json_decref(boot.root);
+	return problem;
+}
+
+static void
+on_hydrated(void *arg, const Answer *answer)
+{
+	const char *problem = NULL;
+	char status[32];
+
+	hydration = NULL;
+	deadman_clock(answer->date);
+	if (answer->status == 410)
+	{
+		session_is_gone();
+		return;
+	}
+	if (answer->status == 409)
+	{
+		/* nobody has taken us, or had not when the database looked */
+		hydrate_backoff_ms = settings->backoff_min_ms;
+		if (hydrate_again)
+			hydrate(NULL);
+		return;
+	}
+	if (answer->status == 200 && hydrate_problem != NULL)
+		return; /* the end follows */
+	if (answer->status == 200)
+	{
+		problem = take_over(answer);
+		if (problem == NULL)
+			return;
+		if (++hydrate_tries >= HYDRATE_TRIES)
+			hydrate_problem = problem;
+	}
+	else
+		snprintf(status, sizeof(status), "status %d", answer->status);
+	log_line(LOG_LEVEL_WARNING, "hydration has not worked", "reason",
+			 problem != NULL	   ? problem
+			 : answer->status != 0 ? status
+								   : answer->problem,
+			 NULL);
+	timer_set(&hydrate_timer, answer->retry_after_ms + back_off(&hydrate_backoff_ms), hydrate,
+			  NULL);
+}
+
+/* Ask for environment and repositories; or say that the VM cannot take them over. */
+static void
+hydrate(void *arg)
+{
+	json_t *body;
+	char *text;
+
+	if (state->hydrated || deadman_has_struck())
+		return;
+	hydrate_again = hydration != NULL;
+	if (hydration != NULL)
+		return;
+	timer_stop(&hydrate_timer);
+	body = hydrate_problem != NULL ? json_pack("{s:s}", "problem", hydrate_problem) : json_object();
+	text = json_dumps(body, JSON_COMPACT);
+	hydration = link_post(PROTOCOL_HYDRATE, state->session_token, text, on_hydrated, NULL);
+	free(text);
+	json_decref(body);
 }
 
 /* ---- bootstrap ---- */
@@ -322,8 +450,8 @@ try_again(const char *problem, int64_t at_least_ms)
 static bool
 keep(const BootAnswer *boot)
 {
-	if (!state_store(settings, "env.json", boot->env) ||
-		!state_store(settings, "repos.json", boot->repos))
+	state->hydrated = strcmp(settings->mode, "warm") != 0;
+	if (state->hydrated && !keep_documents(boot))
 		return false;
 	snprintf(state->session_id, sizeof(state->session_id), "%s", boot->session_id);
 	snprintf(state->channel, sizeof(state->channel), "%s", boot->channel);
@@ -382,7 +510,9 @@ on_bootstrap(void *arg, const Answer *answer)
 		return;
 	}
 	deadman_contact(boot.deadline);
-	repos_clone(settings, boot.repos, boot.env);
+	last_deadline = boot.deadline;
+	if (state->hydrated)
+		repos_clone(settings, boot.repos, boot.env);
 	json_decref(boot.root);
 	begin_to_beat();
 }
@@ -416,7 +546,7 @@ session_start(Settings *with, State *of)
 {
 	settings = with;
 	state = of;
-	command_setup(settings, state->session_id[0] == '\0');
+	command_setup(settings, !state->hydrated);
 	if (state->session_id[0] == '\0')
 	{
 		log_line(LOG_LEVEL_INFO, "bootstrapping", "gateway", settings->gateway_url, "token",
@@ -426,6 +556,7 @@ session_start(Settings *with, State *of)
 	}
 	/* an earlier process has done it, perhaps without getting to this */
 	(void) settings_erase_token(settings);
-	clone_stored();
+	if (state->hydrated)
+		clone_stored();
 	begin_to_beat();
 }

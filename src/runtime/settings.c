@@ -66,7 +66,8 @@ static const struct
 	{"AGENTVM_ALLOW_INSECURE", SETTING_BOOL, AT(allow_insecure), 0, 1, "0",
 	 "1 allows http:// to other hosts than this one"},
 	{"AGENTVM_MODE", SETTING_TEXT, AT(mode), 0, 0, "session",
-	 "session; warm is for pools of VMs, which there are none of yet"},
+	 "session; or warm: env and repositories, without which no command runs, come once somebody "
+	 "takes the VM"},
 	{"AGENTVM_STATE_DIR", SETTING_TEXT, AT(state_dir), 0, 0, "/var/lib/agentvm",
 	 "directory of session token, env.json and repos.json"},
 	{"AGENTVM_WORK_DIR", SETTING_TEXT, AT(work_dir), 0, 0, "/workspace",
@@ -303,10 +304,10 @@ check(Settings *settings)
 	if (settings->fingerprint_text != NULL && !read_fingerprint(settings))
 		return PROBLEM("AGENTVM_FINGERPRINT=%s is not the 64 hex digits of a SHA-256",
 					   settings->fingerprint_text);
-	if (settings->mode != NULL && strcmp(settings->mode, "warm") == 0)
-		return "AGENTVM_MODE=warm: there are no warm pools yet, and nobody would ever use this VM";
-	if (settings->mode == NULL || strcmp(settings->mode, "session") != 0)
-		return PROBLEM("AGENTVM_MODE=%s must be session", settings->mode ? settings->mode : "");
+	if (settings->mode == NULL ||
+		(strcmp(settings->mode, "session") != 0 && strcmp(settings->mode, "warm") != 0))
+		return PROBLEM("AGENTVM_MODE=%s must be session or warm",
+					   settings->mode ? settings->mode : "");
 	if (settings->state_dir == NULL || settings->state_dir[0] != '/' ||
 		settings->work_dir == NULL || settings->work_dir[0] != '/')
 		return "AGENTVM_STATE_DIR and AGENTVM_WORK_DIR must be absolute paths";

@@ -128,6 +128,9 @@ load_state(State *state, const Settings *settings)
 		 text_of(root, "channel", state->channel, sizeof(state->channel)) &&
 		 strlen(state->session_token) == HEX_LEN &&
 		 hash_hex(state->session_token, state->session_token_sha256);
+	/* a runtime that has stored none knew no warm VMs */
+	state->hydrated =
+		state->session_id[0] != '\0' && !json_is_false(json_object_get(root, "hydrated"));
 	state->heartbeat_interval_ms =
 		json_integer_value(json_object_get(root, "heartbeat_interval_ms"));
 	state->deadline_grace_ms = json_integer_value(json_object_get(root, "deadline_grace_ms"));
@@ -188,13 +191,13 @@ state_open(State *state, const Settings *settings)
 bool
 state_save(const State *state, const Settings *settings)
 {
-	json_t *root =
-		json_pack("{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I}", "bootstrap_sha256",
-				  state->bootstrap_sha256, "session_token", state->session_token, "boot_id",
-				  state->boot_id, "session_id", state->session_id, "channel", state->channel,
-				  "heartbeat_interval_ms", (json_int_t) state->heartbeat_interval_ms,
-				  "deadline_grace_ms", (json_int_t) state->deadline_grace_ms,
-				  "deadman_allowance_ms", (json_int_t) state->deadman_allowance_ms);
+	json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:b, s:s, s:I, s:I, s:I}", "bootstrap_sha256",
+							 state->bootstrap_sha256, "session_token", state->session_token,
+							 "boot_id", state->boot_id, "session_id", state->session_id, "hydrated",
+							 state->hydrated, "channel", state->channel, "heartbeat_interval_ms",
+							 (json_int_t) state->heartbeat_interval_ms, "deadline_grace_ms",
+							 (json_int_t) state->deadline_grace_ms, "deadman_allowance_ms",
+							 (json_int_t) state->deadman_allowance_ms);
 	bool ok = save(settings, "session.json", root, true);
 
 	json_decref(root);

@@ -23,6 +23,8 @@ typedef struct State
 	char session_token_sha256[HEX_LEN + 1]; /* ... in a bootstrap */
 	char boot_id[64];						/* the kernel's, when the token was made */
 	char session_id[64];					/* empty until the bootstrap has succeeded */
+	bool
+		hydrated; /* env.json and repos.json are there: from the bootstrap, or once a warm VM is taken */
 	char channel[128];
 	int64_t heartbeat_interval_ms;
 	int64_t deadline_grace_ms;

@@ -507,6 +507,7 @@ not_ready(Call *call, const SessionFacts *facts)
 		 facts->changed_here ? "It was changed in this transaction, which has not committed."
 							 : NULL,
 		 facts->changed_here ? "The provider is called only after commit: COMMIT first, then wait."
+		 : facts->state == STATE_WARM ? "It waits for a provision() that takes it."
 		 : facts->state == STATE_PAUSING || facts->state == STATE_PAUSED
 			 ? psprintf("%sSELECT agentvm.resume('%s'), then wait: CALL agentvm.await('%s').",
 						facts->state == STATE_PAUSED ? "" : "When it is paused: ",

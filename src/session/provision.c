@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * provision.c
- *		provision(): checks, quota and one row, all in the caller's transaction.
+ *		provision() and provision_warm(): checks, quota and one row, all in the caller's transaction.
  *
  * Nothing is called here.  The row becomes visible to the dispatchers when the
  * caller commits, and is due at once; a rollback leaves nothing.
@@ -12,6 +12,11 @@
  * was granted, at whatever isolation level the caller runs: all that was
  * committed by holders before us is seen, and nobody comes after us before our
  * transaction has ended.  The engine never needs this lock.
+ *
+ * Warm VMs.  provision() takes one, if there is one that is what a new one would
+ * be: then it writes into that row what it would have written into a new one.
+ * Whoever has such a row locked is passed by.  A team without warm VMs pays for one
+ * look into an index that has nothing of it.
  *
  *-------------------------------------------------------------------------
  */
@@ -25,6 +30,7 @@
 #include "engine/placement.h"
 #include "engine/session_row.h"
 #include "engine/shared.h"
+#include "engine/turn.h"
 #include "engine/wake.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
@@ -39,6 +45,7 @@
 #include "utils/timestamp.h"
 
 PG_FUNCTION_INFO_V1(agentvm_provision);
+PG_FUNCTION_INFO_V1(agentvm_provision_warm);
 
 /* The arguments, checked. Strings are NULL where not given. */
 typedef struct Request
@@ -53,6 +60,7 @@ typedef struct Request
 	Jsonb *tags;
 	Jsonb *options;
 	int64 max_lifetime_s; /* 0: not given */
+	int64 idle_timeout_s; /* of a warm VM; 0: it is none */
 } Request;
 
 /* What team, profile and provider configuration add. 0 and NULL: nothing said. */
@@ -124,9 +132,38 @@ static DbQuery by_key_query = {
 	2,
 	{TEXTOID, TEXTOID}};
 
+static DbKey warm_key = {{"session"}, {"session_warm"}, F_TEXTEQ, 2};
+
+/*
+ * The one that has waited longest, unless it is about to be ended, or would end itself
+ * before the session does.
+ */
+static DbQuery warm_query = {
+	"SELECT session_id FROM agentvm.session WHERE team_id = $1 AND warm_key = $2 "
+	"AND ended_at IS NULL AND state = 'warm' AND deadline_at > $3 AND ceiling_at >= $4 "
+	"ORDER BY created_at LIMIT 1 FOR UPDATE SKIP LOCKED",
+	4,
+	{TEXTOID, BYTEAOID, TIMESTAMPTZOID, TIMESTAMPTZOID},
+	.generic = true};
+
+static const char *const warm_without[] = {"enable_seqscan", "enable_bitmapscan", "enable_sort",
+										   "jit"};
+
+/* As terminate() has it: next_check_at is left alone while somebody holds a lease. */
+static DbQuery claim_query = {
+	"UPDATE agentvm.session SET state = 'ready', warm_key = NULL, detail = NULL, "
+	"ready_at = clock_timestamp(), agent_id = $2, tags = $3, idempotency_key = $4, "
+	"args_hash = $5, created_by = $6, deadline_at = $7, ceiling_at = least(ceiling_at, $8), "
+	"payload_enc = $9, payload_key_id = nullif($10, key_id), "
+	"next_check_at = CASE WHEN lease IS NULL THEN least(next_check_at, $7) "
+	"ELSE next_check_at END WHERE session_id = $1 RETURNING next_check_at, lane",
+	10,
+	{UUIDOID, TEXTOID, JSONBOID, TEXTOID, BYTEAOID, NAMEOID, TIMESTAMPTZOID, TIMESTAMPTZOID,
+	 BYTEAOID, TEXTOID}};
+
 /* In the order of the values that provision() gives. */
 static DbInsert session_insert = {{"session"},
-								  23,
+								  24,
 								  {"session_id",
 								   "team_id",
 								   "agent_id",
@@ -149,21 +186,22 @@ static DbInsert session_insert = {{"session"},
 								   "payload_enc",
 								   "key_id",
 								   "lane",
-								   "next_check_at"}};
-#define NUM_INSERT_ARGS 23
+								   "next_check_at",
+								   "warm_key"}};
+#define NUM_INSERT_ARGS 24
 
 static DbQuery insert_once_query = {
 	"INSERT INTO agentvm.session (session_id, team_id, agent_id, provider, profile, created_at, "
 	"deadline_at, ceiling_at, tags, idempotency_key, created_by, args_hash, options, vcpus, "
 	"memory_mib, disk_gib, runtime, bootstrap_timeout, heartbeat_timeout, payload_enc, key_id, "
-	"lane, next_check_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, "
-	"$15, $16, $17, $18, $19, $20, $21, $22, $23) "
+	"lane, next_check_at, warm_key) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, "
+	"$13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24) "
 	"ON CONFLICT (team_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
 	NUM_INSERT_ARGS,
-	{UUIDOID,		 TEXTOID,		 TEXTOID,  TEXTOID, TEXTOID,	   TIMESTAMPTZOID,
-	 TIMESTAMPTZOID, TIMESTAMPTZOID, JSONBOID, TEXTOID, NAMEOID,	   BYTEAOID,
-	 JSONBOID,		 INT4OID,		 INT4OID,  INT4OID, BOOLOID,	   INTERVALOID,
-	 INTERVALOID,	 BYTEAOID,		 TEXTOID,  INT2OID, TIMESTAMPTZOID}};
+	{UUIDOID,		 TEXTOID,		 TEXTOID,  TEXTOID, TEXTOID,		TIMESTAMPTZOID,
+	 TIMESTAMPTZOID, TIMESTAMPTZOID, JSONBOID, TEXTOID, NAMEOID,		BYTEAOID,
+	 JSONBOID,		 INT4OID,		 INT4OID,  INT4OID, BOOLOID,		INTERVALOID,
+	 INTERVALOID,	 BYTEAOID,		 TEXTOID,  INT2OID, TIMESTAMPTZOID, BYTEAOID}};
 
 /* ---- arguments ---- */
 
@@ -174,13 +212,19 @@ optional_identifier(FunctionCallInfo fcinfo, int argument, const char *name)
 }
 
 static Jsonb *
+empty_document(char kind)
+{
+	return DatumGetJsonbP(
+		DirectFunctionCall1(jsonb_in, CStringGetDatum(kind == 'o' ? "{}" : "[]")));
+}
+
+static Jsonb *
 document(FunctionCallInfo fcinfo, int argument, char kind, const char *name)
 {
 	Jsonb *value;
 
 	if (PG_ARGISNULL(argument))
-		return DatumGetJsonbP(
-			DirectFunctionCall1(jsonb_in, CStringGetDatum(kind == 'o' ? "{}" : "[]")));
+		return empty_document(kind);
 	value = PG_GETARG_JSONB_P(argument);
 	check_document(value, kind, name);
 	return value;
@@ -310,13 +354,19 @@ check_repos(Jsonb *repos)
 	}
 }
 
-static void
-read_request(FunctionCallInfo fcinfo, Request *request)
+static char *
+team_argument(FunctionCallInfo fcinfo)
 {
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("team_id must not be null")));
-	request->team_id = check_identifier(PG_GETARG_TEXT_PP(0), "team_id");
+	return check_identifier(PG_GETARG_TEXT_PP(0), "team_id");
+}
+
+static void
+read_request(FunctionCallInfo fcinfo, Request *request)
+{
+	request->team_id = team_argument(fcinfo);
 	request->agent_id = optional_identifier(fcinfo, 1, "agent_id");
 	request->profile = optional_identifier(fcinfo, 2, "profile");
 	request->provider = optional_identifier(fcinfo, 3, "provider");
@@ -330,6 +380,23 @@ read_request(FunctionCallInfo fcinfo, Request *request)
 	check_env(request->env);
 	check_repos(request->repos);
 	check_tags(request->tags);
+}
+
+/* The same of provision_warm(). */
+static void
+read_warm_request(FunctionCallInfo fcinfo, Request *request)
+{
+	request->team_id = team_argument(fcinfo);
+	request->profile = optional_identifier(fcinfo, 1, "profile");
+	request->provider = optional_identifier(fcinfo, 2, "provider");
+	request->options = document(fcinfo, 3, 'o', "options");
+	if (PG_ARGISNULL(4))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("idle_timeout must not be null")));
+	request->idle_timeout_s = check_interval(PG_GETARG_INTERVAL_P(4), "idle_timeout");
+	request->env = empty_document('o');
+	request->repos = empty_document('a');
+	request->tags = empty_document('o');
 }
 
 /* ---- resolution ---- */
@@ -587,6 +654,23 @@ resolve_lifetime(const Request *request, const Resolved *resolved, int64 *ceilin
 	return request->max_lifetime_s;
 }
 
+/*
+ * The same of a warm VM: how long it waits, and a ceiling by which whoever takes it still
+ * has all the time that he may ask for.
+ */
+static int64
+resolve_idle_timeout(const Request *request, int64 *ceiling)
+{
+	if (request->idle_timeout_s > *ceiling)
+		ereport(
+			ERROR,
+			(errcode(AVM_OVER_LIMIT),
+			 errmsg("idle_timeout is %lld s, but at most %lld s are allowed for team \"%s\"",
+					(long long) request->idle_timeout_s, (long long) *ceiling, request->team_id)));
+	*ceiling += request->idle_timeout_s;
+	return request->idle_timeout_s;
+}
+
 static bool
 resolve_runtime(const Provider *provider, const Resolved *resolved, Jsonb *options)
 {
@@ -762,6 +846,17 @@ find_by_key(const Request *request, const bytea *hash, pg_uuid_t *found)
 	return true;
 }
 
+/* Its row was there and is not: its transaction has been undone, or it has ended and gone. */
+pg_noreturn static void
+raise_key_conflict(const Request *request)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+			 errmsg("idempotency key \"%s\" was used concurrently", request->idempotency_key),
+			 errhint("Try again.")));
+	pg_unreachable();
+}
+
 /*
  * Environment and repositories for the runtime, encrypted; nobody else ever
  * gets them, so without a runtime they are not kept at all.
@@ -783,6 +878,174 @@ make_payload(const Request *request, const char *session_id, char **key_id)
 	secret_wipe(text.data, text.len);
 	pfree(text.data);
 	return encrypted;
+}
+
+/* ---- warm VMs ---- */
+
+/* Sessions that a transaction has taken, and which one. */
+static LocalTransactionId claimed_in = InvalidLocalTransactionId;
+static List *claimed = NIL; /* of pg_uuid_t *, in TopTransactionContext */
+
+bool
+session_claimed_here(const pg_uuid_t *id)
+{
+	ListCell *lc;
+
+	if (claimed_in != AvmLocalTransactionId())
+		return false;
+	foreach (lc, claimed)
+	{
+		if (memcmp(lfirst(lc), id, UUID_LEN) == 0)
+			return true;
+	}
+	return false;
+}
+
+static void
+note_claim(const pg_uuid_t *id)
+{
+	MemoryContext old = MemoryContextSwitchTo(TopTransactionContext);
+	pg_uuid_t *copy = palloc(sizeof(pg_uuid_t));
+
+	*copy = *id;
+	if (claimed_in != AvmLocalTransactionId())
+		claimed = NIL; /* the list went with its transaction */
+	claimed_in = AvmLocalTransactionId();
+	claimed = lappend(claimed, copy);
+	MemoryContextSwitchTo(old);
+}
+
+/* SHA-256 of all that a VM is made of, so that one can stand for another. */
+static bytea *
+hash_shape(const Request *request, const Provider *provider, const Resolved *resolved,
+		   Jsonb *options, bool runtime)
+{
+	bytea *hash = palloc(VARHDRSZ + SHA256_LEN);
+	StringInfoData all;
+
+	initStringInfo(&all);
+	appendStringInfo(&all, "%s\n%s%s\n%d %d %d %d %lld\n", provider->name,
+					 request->profile ? "profile " : "", request->profile ? request->profile : "",
+					 resolved->vcpus, resolved->memory_mib, resolved->disk_gib, runtime,
+					 (long long) resolved->heartbeat_timeout_s);
+	(void) JsonbToCString(&all, &options->root, VARSIZE(options));
+	SET_VARSIZE(hash, VARHDRSZ + SHA256_LEN);
+	sha256_bytes(all.data, all.len, (uint8 *) VARDATA(hash));
+	pfree(all.data);
+	return hash;
+}
+
+/* Whether the team has any warm VM, of whatever shape; nearly all have none. */
+static bool
+has_warm(const char *team_id)
+{
+	Datum key = CStringGetTextDatum(team_id);
+	DbLookup lookup;
+	bool found;
+
+	db_lookup_begin(&lookup, &warm_key, 1, &key);
+	found = db_lookup_next(&lookup) != NULL;
+	db_lookup_end(&lookup);
+	return found;
+}
+
+/* Whether the team's warm VMs are ours to give: those of a copied database are the other one's, too. */
+static bool
+may_take_warm(const char *team_id)
+{
+	char *problem;
+
+	return has_warm(team_id) && identity_look(&problem) == IDENTITY_IN_ORDER;
+}
+
+/* What a claim goes by, and what it writes. */
+typedef struct Claim
+{
+	const Request *request;
+	const bytea *shape;
+	bytea *hash; /* of the request; NULL: it has no key */
+	Name created_by;
+	bool has_payload;
+	TimestampTz now;
+	TimestampTz deadline;
+	TimestampTz ceiling;
+} Claim;
+
+/* Take a warm VM into *id; false where there is none. */
+static bool
+claim_warm(const Claim *claim, pg_uuid_t *id)
+{
+	const Request *request = claim->request;
+	bytea *payload = NULL;
+	char *key_id = NULL;
+	Datum values[10] = {CStringGetTextDatum(request->team_id), PointerGetDatum(claim->shape),
+						TimestampTzGetDatum(claim->now), TimestampTzGetDatum(claim->deadline)};
+	char nulls[10];
+	bool isnull;
+
+	db_plan_without(warm_without, lengthof(warm_without));
+	db_run(&warm_query, values, NULL);
+	if (SPI_processed == 0)
+		return false;
+	*id = *DatumGetUUIDP(db_value(0, 1, &isnull));
+	if (claim->has_payload)
+		payload = make_payload(request, session_text(id), &key_id);
+
+	memset(nulls, ' ', sizeof(nulls));
+	values[0] = UUIDPGetDatum(id);
+	set_optional_text(values, nulls, 1, request->agent_id);
+	values[2] = JsonbPGetDatum(request->tags);
+	set_optional_text(values, nulls, 3, request->idempotency_key);
+	nulls[4] = claim->hash ? ' ' : 'n';
+	values[4] = PointerGetDatum(claim->hash);
+	values[5] = NameGetDatum(claim->created_by);
+	values[6] = TimestampTzGetDatum(claim->deadline);
+	values[7] = TimestampTzGetDatum(claim->ceiling);
+	nulls[8] = payload ? ' ' : 'n';
+	values[8] = PointerGetDatum(payload);
+	set_optional_text(values, nulls, 9, key_id);
+	db_run(&claim_query, values, nulls);
+	wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
+					DatumGetTimestampTz(db_value(0, 1, &isnull)));
+	note_claim(id);
+	return true;
+}
+
+/*
+ * The same; where somebody else's transaction with the same idempotency key has
+ * committed meanwhile, his session it is, and the VM stays what it was.  Lock and
+ * change are both in the subtransaction: a row that two transactions of one family
+ * have marked would stay in the way of claims until a vacuum.
+ */
+static bool
+claim_warm_once(const Claim *claim, pg_uuid_t *id)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	volatile bool failed = false;
+	volatile bool found = false;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		found = claim_warm(claim, id);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		ErrorData *error = abort_subtransaction(context, owner);
+
+		if (error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION)
+			ReThrowError(error);
+		failed = true;
+	}
+	PG_END_TRY();
+	if (failed && !find_by_key(claim->request, claim->hash, id))
+		raise_key_conflict(claim->request);
+	return failed || found;
 }
 
 /* Calling where nobody works is never a silent no-op; said once per transaction. */
@@ -813,13 +1076,12 @@ warn_unless_served(int lane)
 						   "agentvm.dispatch() from time to time.")));
 }
 
-/* provision(), into *id */
+/* A session for the request, into *id */
 static void
-provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
+provision(const Request *request, pg_uuid_t *id)
 {
 	Oid role = GetUserId();
 	Name created_by = palloc0(sizeof(NameData));
-	Request request = {0};
 	Resolved resolved = {0};
 	Interval bootstrap_timeout = {0};
 	Interval heartbeat_timeout = {0};
@@ -830,6 +1092,7 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	char nulls[NUM_INSERT_ARGS];
 	bytea *hash = NULL;
 	bytea *payload = NULL;
+	bytea *shape = NULL; /* of warm VMs */
 	char *key_id = NULL;
 	bool runtime;
 	bool has_payload;
@@ -838,33 +1101,33 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	int lane;
 	TimestampTz now = GetCurrentTimestamp();
 
-	PreventCommandDuringRecovery("agentvm.provision()");
-	read_request(fcinfo, &request);
 	namestrcpy(created_by, GetUserNameFromId(role, false));
 
 	db_enter(&scope);
-	resolve(&request, role, &resolved);
+	resolve(request, role, &resolved);
 	/* before anything that may have changed since the key was first used: profile, provider, quota */
-	if (request.idempotency_key != NULL)
+	if (request->idempotency_key != NULL)
 	{
-		hash = hash_request(&request);
-		if (find_by_key(&request, hash, id))
+		hash = hash_request(request);
+		if (find_by_key(request, hash, id))
 		{
 			db_leave(&scope);
 			return;
 		}
 	}
-	provider = resolve_provider(&request, &resolved);
-	if (JB_ROOT_COUNT(request.options) > 0)
-		provider_check_options(provider, OPTIONS_CALLER, request.options);
-	options = merge_options(provider, &resolved, &request);
+	provider = resolve_provider(request, &resolved);
+	if (JB_ROOT_COUNT(request->options) > 0)
+		provider_check_options(provider, OPTIONS_CALLER, request->options);
+	options = merge_options(provider, &resolved, request);
 	provider_check_options(provider, OPTIONS_LAUNCH, options);
 	if (provider->needs_secrets && !resolved.has_secrets && !credentials_of_server(provider->name))
 		ereport(ERROR, (errcode(AVM_INVALID_CONFIGURATION),
 						errmsg("team \"%s\" has no credentials for provider \"%s\"",
-							   request.team_id, provider->name),
+							   request->team_id, provider->name),
 						errhint("An administrator sets them with agentvm.set_provider().")));
-	lifetime = resolve_lifetime(&request, &resolved, &ceiling);
+	lifetime = resolve_lifetime(request, &resolved, &ceiling);
+	if (request->idle_timeout_s > 0)
+		lifetime = resolve_idle_timeout(request, &ceiling);
 	runtime = resolve_runtime(provider, &resolved, options);
 	if (provider->check_launch != NULL)
 		provider->check_launch(options, runtime);
@@ -879,36 +1142,52 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	}
 
 	identity_take_into_use();
-	session_make_id(id, now);
-	has_payload = JB_ROOT_COUNT(request.env) > 0 || JB_ROOT_COUNT(request.repos) > 0;
-	if (runtime)
-	{
-		if (has_payload)
-			payload = make_payload(
-				&request, DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(id))),
-				&key_id);
-		else
-			key_id = keyring_current_id();
-	}
-	else if (has_payload)
+	has_payload = JB_ROOT_COUNT(request->env) > 0 || JB_ROOT_COUNT(request->repos) > 0;
+	if (has_payload && !runtime)
 		ereport(
 			WARNING,
 			(errcode(ERRCODE_WARNING),
 			 errmsg(
 				 "env and repos are ignored: the session has no runtime that could receive them"),
 			 hide_caller()));
+	if (request->idle_timeout_s > 0 || may_take_warm(request->team_id))
+		shape = hash_shape(request, provider, &resolved, options, runtime);
+	if (shape != NULL && request->idle_timeout_s == 0)
+	{
+		Claim claim = {.request = request,
+					   .shape = shape,
+					   .hash = hash,
+					   .created_by = created_by,
+					   .has_payload = has_payload && runtime,
+					   .now = now,
+					   .deadline = now + lifetime * USECS_PER_SEC,
+					   .ceiling = now + ceiling * USECS_PER_SEC};
+
+		if (hash != NULL ? claim_warm_once(&claim, id) : claim_warm(&claim, id))
+		{
+			db_leave(&scope);
+			return;
+		}
+		shape = NULL;
+	}
+
+	session_make_id(id, now);
+	if (runtime && has_payload)
+		payload = make_payload(request, session_text(id), &key_id);
+	else if (runtime)
+		key_id = keyring_current_id();
 
 	memset(nulls, ' ', sizeof(nulls));
 	values[0] = UUIDPGetDatum(id);
-	values[1] = CStringGetTextDatum(request.team_id);
-	set_optional_text(values, nulls, 2, request.agent_id);
+	values[1] = CStringGetTextDatum(request->team_id);
+	set_optional_text(values, nulls, 2, request->agent_id);
 	values[3] = CStringGetTextDatum(provider->name);
-	set_optional_text(values, nulls, 4, request.profile);
+	set_optional_text(values, nulls, 4, request->profile);
 	values[5] = TimestampTzGetDatum(now);
 	values[6] = TimestampTzGetDatum(now + lifetime * USECS_PER_SEC);
 	values[7] = TimestampTzGetDatum(now + ceiling * USECS_PER_SEC);
-	values[8] = JsonbPGetDatum(request.tags);
-	set_optional_text(values, nulls, 9, request.idempotency_key);
+	values[8] = JsonbPGetDatum(request->tags);
+	set_optional_text(values, nulls, 9, request->idempotency_key);
 	values[10] = NameGetDatum(created_by);
 	nulls[11] = hash ? ' ' : 'n';
 	values[11] = PointerGetDatum(hash);
@@ -929,19 +1208,21 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 	set_optional_text(values, nulls, 20, key_id);
 	values[21] = Int16GetDatum(lane);
 	values[22] = TimestampTzGetDatum(now);
+	nulls[23] = shape ? ' ' : 'n';
+	values[23] = PointerGetDatum(shape);
 
-	lock_for_quota(request.team_id, &resolved);
+	lock_for_quota(request->team_id, &resolved);
 	if (is_limited(&resolved))
 	{
 		/* whoever held the lock before us may have used our key, and the last room with it */
-		if (request.idempotency_key != NULL && find_by_key(&request, hash, id))
+		if (request->idempotency_key != NULL && find_by_key(request, hash, id))
 		{
 			db_leave(&scope);
 			return;
 		}
-		check_quota(request.team_id, &resolved);
+		check_quota(request->team_id, &resolved);
 	}
-	if (request.idempotency_key == NULL)
+	if (request->idempotency_key == NULL)
 		db_insert(&session_insert, values, nulls);
 	else
 	{
@@ -949,16 +1230,13 @@ provision(FunctionCallInfo fcinfo, pg_uuid_t *id)
 		if (SPI_processed == 0)
 		{
 			/* somebody else's transaction with the same key committed first */
-			if (!find_by_key(&request, hash, id))
-				ereport(ERROR, (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-								errmsg("idempotency key \"%s\" was used concurrently",
-									   request.idempotency_key),
-								errhint("Try again.")));
+			if (!find_by_key(request, hash, id))
+				raise_key_conflict(request);
 			db_leave(&scope);
 			return;
 		}
 	}
-	event_add(id, request.team_id, "state", NULL, "provisioning", NULL, NULL);
+	event_add(id, request->team_id, "state", NULL, "provisioning", NULL, NULL);
 	db_leave(&scope);
 
 	wake_workers(lane, now);
@@ -976,12 +1254,27 @@ Datum
 agentvm_provision(PG_FUNCTION_ARGS)
 {
 	pg_uuid_t *id = palloc(sizeof(pg_uuid_t));
+	Request request = {0};
 	HiddenCaller hidden;
 
 	hide_caller_begin(&hidden);
 	if (has_content(fcinfo, 5) || has_content(fcinfo, 6))
 		hide_activity("agentvm.provision()");
-	provision(fcinfo, id);
+	PreventCommandDuringRecovery("agentvm.provision()");
+	read_request(fcinfo, &request);
+	provision(&request, id);
 	hide_caller_end(&hidden);
+	PG_RETURN_UUID_P(id);
+}
+
+Datum
+agentvm_provision_warm(PG_FUNCTION_ARGS)
+{
+	pg_uuid_t *id = palloc(sizeof(pg_uuid_t));
+	Request request = {0};
+
+	PreventCommandDuringRecovery("agentvm.provision_warm()");
+	read_warm_request(fcinfo, &request);
+	provision(&request, id);
 	PG_RETURN_UUID_P(id);
 }

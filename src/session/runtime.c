@@ -31,6 +31,7 @@
 #include "utils/timestamp.h"
 
 PG_FUNCTION_INFO_V1(agentvm_bootstrap);
+PG_FUNCTION_INFO_V1(agentvm_hydrate);
 PG_FUNCTION_INFO_V1(agentvm_authenticate);
 PG_FUNCTION_INFO_V1(agentvm_heartbeat);
 PG_FUNCTION_INFO_V1(agentvm_heartbeat_batch);
@@ -38,6 +39,7 @@ PG_FUNCTION_INFO_V1(agentvm_deadlines);
 PG_FUNCTION_INFO_V1(agentvm_gateway_channel);
 
 #define MAX_BATCH 10000	 /* heartbeats in one call */
+#define MAX_PROBLEM 400	 /* bytes of what a runtime says */
 #define REPORT_EVERY_S 5 /* a gateway's row is written no more often */
 
 static DbQuery by_token_query = {
@@ -65,7 +67,8 @@ static DbQuery own_token_query = {
 	{UUIDOID, BYTEAOID}};
 
 static DbQuery boot_query = {
-	"UPDATE agentvm.session SET state = 'ready', ready_at = clock_timestamp(), boot_id = $2, "
+	"UPDATE agentvm.session SET state = CASE WHEN warm_key IS NULL THEN 'ready' ELSE 'warm' END, "
+	"ready_at = clock_timestamp(), boot_id = $2, "
 	"boot_info = $3, detail = NULL, "
 	"next_check_at = CASE "
 	"WHEN lease IS NULL AND running AND NOT coalesce(handle ? '" AVM_BOOT_LEFT "', false) "
@@ -93,6 +96,24 @@ static DbQuery by_session_token_query = {
 	"JOIN agentvm.session s USING (session_id) WHERE t.token_sha256 = $1 AND t.kind = 'session'",
 	1,
 	{BYTEAOID}};
+
+static DbQuery hydrate_query = {
+	"SELECT s.session_id, s.state, s.team_id, s.payload_enc, "
+	"coalesce(s.payload_key_id, s.key_id, ''), s.deadline_at FROM agentvm.session_token t "
+	"JOIN agentvm.session s USING (session_id) WHERE t.token_sha256 = $1 AND t.kind = 'session'",
+	1,
+	{BYTEAOID}};
+
+/* Like boot_lock_query it waits for nobody. */
+static DbQuery unusable_query = {
+	"WITH own AS MATERIALIZED (SELECT session_id FROM agentvm.session WHERE session_id = $1 "
+	"AND state NOT IN ('terminating', 'terminated', 'failed') FOR UPDATE NOWAIT) "
+	"UPDATE agentvm.session s SET state = 'terminating', end_reason = 'provider_error', "
+	"detail = $2, retries = 0, next_check_at = "
+	"CASE WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "
+	"FROM own WHERE s.session_id = own.session_id RETURNING s.next_check_at, s.lane",
+	2,
+	{UUIDOID, TEXTOID}};
 
 static DbQuery beat_query = {
 	"UPDATE agentvm.session_heartbeat SET "
@@ -318,6 +339,88 @@ agentvm_bootstrap(PG_FUNCTION_ARGS)
 		answer = (Jsonb *) PG_DETOAST_DATUM_COPY(JsonbPGetDatum(answer));
 		MemoryContextSwitchTo(old);
 	}
+	db_leave(&scope);
+	PG_RETURN_JSONB_P(answer);
+}
+
+/* What a runtime says is wrong with it, as a detail: what is no plain text becomes '?'. */
+static char *
+problem_detail(text *problem)
+{
+	char *said = text_to_cstring(problem);
+	char *c;
+
+	if (strlen(said) > MAX_PROBLEM)
+		said[MAX_PROBLEM] = '\0';
+	for (c = said; *c != '\0'; c++)
+	{
+		if ((unsigned char) *c < ' ' || (unsigned char) *c >= 0x7f)
+			*c = '?';
+	}
+	return psprintf("the VM could not take over env and repos: %s", said);
+}
+
+/* The session ends, since its VM cannot be what was promised. */
+static void
+end_unusable(const pg_uuid_t *id, text *problem)
+{
+	Datum values[2] = {UUIDPGetDatum(id), CStringGetTextDatum(problem_detail(problem))};
+	bool isnull;
+
+	db_run(&unusable_query, values, NULL);
+	if (SPI_processed > 0)
+		wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
+						DatumGetTimestampTz(db_value(0, 1, &isnull)));
+}
+
+Datum
+agentvm_hydrate(PG_FUNCTION_ARGS)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	Datum values[1] = {hash_argument(fcinfo, 0, "session_token_sha256")};
+	bytea *payload = NULL;
+	SessionState state;
+	Jsonb *answer;
+	DbScope scope;
+	MemoryContext old;
+	Datum value;
+	char *team_id;
+	char *key_id;
+	TimestampTz deadline;
+	pg_uuid_t id;
+	bool isnull;
+
+	db_enter(&scope);
+	db_run(&hydrate_query, values, NULL);
+	if (SPI_processed == 0)
+	{
+		db_leave(&scope);
+		PG_RETURN_NULL();
+	}
+	id = *DatumGetUUIDP(db_value(0, 1, &isnull));
+	state = state_parse(db_text(0, 2, CurrentMemoryContext));
+	team_id = db_text(0, 3, CurrentMemoryContext);
+	value = db_value(0, 4, &isnull);
+	if (!isnull)
+		payload = DatumGetByteaPCopy(value);
+	key_id = db_text(0, 5, CurrentMemoryContext);
+	deadline = DatumGetTimestampTz(db_value(0, 6, &isnull));
+	if (state == STATE_TERMINATING || state_is_ended(state))
+		raise_gone(&id);
+	if (state == STATE_PROVISIONING || state == STATE_WARM)
+		answer = handle_set_text(NULL, "session_id", session_text(&id)); /* no error: it is usual */
+	else
+	{
+		if (!PG_ARGISNULL(1))
+		{
+			end_unusable(&id, PG_GETARG_TEXT_PP(1));
+			payload = NULL;
+		}
+		answer = boot_answer(&id, team_id, payload, key_id, deadline);
+	}
+	old = MemoryContextSwitchTo(caller);
+	answer = (Jsonb *) PG_DETOAST_DATUM_COPY(JsonbPGetDatum(answer));
+	MemoryContextSwitchTo(old);
 	db_leave(&scope);
 	PG_RETURN_JSONB_P(answer);
 }

@@ -118,6 +118,9 @@ session_find(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 		facts->next_check_at = 0;
 	facts->changed_here =
 		TransactionIdIsCurrentTransactionId(DatumGetTransactionId(db_value(0, 5, &isnull)));
+	/* for everybody else it is not ready yet */
+	if (facts->state == STATE_READY && facts->changed_here && session_claimed_here(id))
+		facts->state = STATE_WARM;
 	facts->ceiling_at = DatumGetTimestampTz(db_value(0, 7, &isnull));
 	facts->runtime = DatumGetBool(db_value(0, 8, &isnull));
 	SPI_freetuptable(SPI_tuptable);
@@ -431,7 +434,9 @@ agentvm_session_transition(PG_FUNCTION_ARGS)
 
 	db_enter(&scope);
 	event_add(id, text_column(row, desc, columns[ROW_TEAM_ID]), "state", old_state, new_state,
-			  text_column(row, desc, columns[ROW_END_REASON]),
+			  from == STATE_WARM && to == STATE_READY
+				  ? "claimed"
+				  : text_column(row, desc, columns[ROW_END_REASON]),
 			  detail ? handle_set_text(NULL, "detail", detail) : NULL);
 	values[0] = UUIDPGetDatum(id);
 	if (DatumGetBool(heap_getattr(row, columns[ROW_RUNTIME], desc, &isnull)))

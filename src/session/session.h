@@ -42,6 +42,9 @@ extern char *session_text(const pg_uuid_t *id);
 /* A new id, version 7, for what is made at "now".  Raises where there is no randomness. */
 extern void session_make_id(pg_uuid_t *id, TimestampTz now);
 
+/* Whether the open transaction has taken this session, which was warm. */
+extern bool session_claimed_here(const pg_uuid_t *id);
+
 /* provision() itself, for those who call it from C: without flinfo. */
 extern PGDLLEXPORT Datum agentvm_provision(PG_FUNCTION_ARGS);
 

@@ -80,6 +80,11 @@ is_reached(const SessionWait *wait, const SessionFacts *facts)
 		return true;
 	if (!for_end && (facts->state == STATE_TERMINATING || state_is_ended(facts->state)))
 		session_raise_ended(&wait->session_id, facts);
+	if (wait->until == STATE_WARM && facts->state != STATE_PROVISIONING)
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("session %s is %s and will never be warm",
+							   session_text(&wait->session_id), state_name(facts->state)),
+						errhint("A provision() may have taken it.")));
 	/* only what has failed leaves a word on a session that is ready or paused */
 	if (facts->detail != NULL && ((wait->until == STATE_PAUSED && facts->state == STATE_READY) ||
 								  (wait->until == STATE_READY && facts->state == STATE_PAUSED)))

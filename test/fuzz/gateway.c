@@ -194,9 +194,10 @@ answer_query(const char *sql, const char *const *values, const int *lengths)
 	}
 	else
 	{
-		bool is_bootstrap = strstr(sql, "agentvm.bootstrap") != NULL;
+		bool is_hydration = strstr(sql, "agentvm.hydrate") != NULL;
+		bool is_bootstrap = is_hydration || strstr(sql, "agentvm.bootstrap") != NULL;
 
-		result = make_result(is_bootstrap ? 2 : 1);
+		result = make_result(is_hydration ? 3 : is_bootstrap ? 2 : 1);
 		id[0] = (char) (values[0][0] & 3);
 		if (mood == MOOD_NULL)
 			PQsetvalue(result, 0, 0, NULL, -1);
@@ -205,6 +206,8 @@ answer_query(const char *sql, const char *const *values, const int *lengths)
 			memset(text, 'x', sizeof(text));
 			PQsetvalue(result, 0, 0, text, big_answers ? (int) sizeof(text) : 100);
 			PQsetvalue(result, 0, 1, id, 16);
+			if (is_hydration) /* somebody has taken it, or nobody */
+				PQsetvalue(result, 0, 2, values[0][0] & 1 ? "\1" : "\0", 1);
 		}
 		else if (mood != MOOD_EMPTY)
 			PQsetvalue(result, 0, 0, id, 16);

@@ -57,6 +57,15 @@ $script = decode_base64($call->{args}{UserData});
 cmp_ok(length $script, '<', 16384, 'user data below 16 KiB');
 unlike($script, qr/\Q$session\E/, 'all values are inside the payload');
 
+# what the runtime is told of what the VM is for
+for my $mode (qw(session warm))
+{
+	my $vm = $mode eq 'session' ? $session : $node->safe_psql('postgres', "SELECT agentvm.provision_warm('acme')");
+	await($node, "SELECT vm_id IS NOT NULL FROM agentvm.sessions WHERE session_id = '$vm'");
+	my ($payload) = decode_base64((calls_for($faults, 'RunInstances', $vm))[0]{args}{UserData}) =~ /^payload='(.*)'$/m;
+	like(decode_base64($payload), qr/^AGENTVM_MODE=$mode$/m, "AGENTVM_MODE=$mode");
+}
+
 # run it as the VM would, with /etc and the commands of the system replaced
 my $box = PostgreSQL::Test::Utils::tempdir('vm');
 mkdir "$box/bin";

@@ -82,7 +82,7 @@ $node->safe_psql('postgres', q{GRANT CREATE ON SCHEMA public TO PUBLIC; CREATE R
 # ---- the objects: those of the catalog, each with a call that works where it may, of the team in place of TEAM ----
 my %hash = map { $_ => { token => AgentVM::Runtime::token_hash($node, $session{$_}, 1), session => AgentVM::Runtime::session_hash($session{$_}) } } qw(acme globex);
 my %call = (
-	provision => q{provision('TEAM')}, terminate => q{terminate('SESSION')}, wait => q{wait('SESSION', 'ready', '1 s')}, await => q{await('SESSION', 'ready', '1 s')},
+	provision => q{provision('TEAM')}, provision_warm => q{provision_warm('TEAM')}, terminate => q{terminate('SESSION')}, wait => q{wait('SESSION', 'ready', '1 s')}, await => q{await('SESSION', 'ready', '1 s')},
 	status => q{status('SESSION')}, inspect => q{inspect('SESSION')}, extend => q{extend('SESSION', '1 s')}, pause => q{pause('SESSION')}, resume => q{resume('SESSION')}, channel => q{channel('TEAM')},
 	map({ $_ => "$_('SESSION', 'true')" } qw(exec exec_bytes exec_start)), map({ $_ => "$_('SESSION', 'COMMAND')" } qw(exec_output exec_wait exec_kill)),
 	# its own errors are in its rows
@@ -93,7 +93,7 @@ my %call = (
 	set_provider => q{set_provider('TEAM', 'ec2', '{"region": "us-east-1"}')}, check_provider => q{check_provider('TEAM', 'noop')}, drop_provider => q{drop_provider('TEAM', 'ec2')},
 	create_profile => q{create_profile('new', 'noop', team_id => 'TEAM')}, drop_profile => q{drop_profile('shape', 'TEAM')},
 	dispatch => 'dispatch(1)', wake => 'wake()', rotate_keys => 'rotate_keys()', verify_audit => q{verify_audit('TEAM')}, seal_audit => 'seal_audit()', purge => q{purge('100 years')}, sweep_inventory => q{sweep_inventory('TEAM')}, end_vm => q{end_vm('i-TEAM')}, adopt_vm => q{adopt_vm('i-TEAM')}, release_quarantine => 'release_quarantine()', map({ $_ => "$_(1)" } qw(sweep sweep_bootstrap sweep_heartbeat sweep_lifetime)),
-	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])}, attach => q{attach('{SESSION}')}, control_key => 'control_key()',
+	bootstrap => q{bootstrap(TOKEN, HASH, 'boot-1')}, hydrate => 'hydrate(HASH)', authenticate => 'authenticate(HASH)', heartbeat => 'heartbeat(HASH)', heartbeat_batch => q{heartbeat_batch('{SESSION}', ARRAY[now()])}, attach => q{attach('{SESSION}')}, control_key => 'control_key()',
 	command_started => q{command_started('SESSION', 'cccccccc-0000-7000-8000-000000000000', 'exec', '{"role": "somebody"}')}, command_ended => q{command_ended('SESSION', 'cccccccc-0000-7000-8000-000000000000', '{}')},
 	deadlines => q{deadlines('{SESSION}')}, gateway_channel => 'gateway_channel()',
 	adopt_cluster => q{adopt_cluster('takeover')}, abandon => 'abandon()',

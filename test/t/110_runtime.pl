@@ -50,7 +50,7 @@ my $url = $gateway->url;
 for ([ { GATEWAY_URL => undef }, qr/AGENTVM_GATEWAY_URL is missing/ ], [ { GATEWAY_URL => 'ftp://x' }, qr/is not https:/ ], [ { GATEWAY_URL => 'https://user@x' }, qr/is not https:/ ],
 	[ { GATEWAY_URL => 'https://x:70000' }, qr/is not https:/ ], [ { GATEWAY_URL => 'http://gateway.example' }, qr/tokens in clear.*AGENTVM_ALLOW_INSECURE/ ],
 	[ { GATEWAY_URL => 'http://127.0.0.1.example' }, qr/tokens in clear/ ], [ { BOOTSTRAP_TOKEN => undef }, qr/has no AGENTVM_BOOTSTRAP_TOKEN/ ], [ { BOOTSTRAP_TOKEN => 'short' }, qr/from 16 to 256/ ],
-	[ { BOOTSTRAP_TOKEN => "with space and more" }, qr/no.* bearer token/ ], [ { MODE => 'other' }, qr/AGENTVM_MODE=other must be session/ ], [ { MODE => 'warm' }, qr/AGENTVM_MODE=warm: there are no warm pools yet/ ],
+	[ { BOOTSTRAP_TOKEN => "with space and more" }, qr/no.* bearer token/ ], [ { MODE => 'other' }, qr/AGENTVM_MODE=other must be session or warm/ ],
 	[ { HEARTBEAT_INTERVAL => 'soon' }, qr/AGENTVM_HEARTBEAT_INTERVAL=soon must be a number/ ], [ { BOOTSTRAP_TRIES => 0 }, qr/AGENTVM_BOOTSTRAP_TRIES=0 must be a number from 1/ ],
 	[ { STATE_DIR => 'here' }, qr/absolute/ ], [ { STATE_DIR => '/proc/nothing' }, qr/AGENTVM_STATE_DIR/ ], [ { GATEWAY_URL => 'https://x', CA_FILE => '/nowhere' }, qr/AGENTVM_CA_FILE=\/nowhere/ ],
 	[ { FINGERPRINT => 'ab' }, qr/64 hex digits/ ], [ { CA_FILE => '/x', FINGERPRINT => 'ab' x 32 }, qr/alternatives/ ], [ { LOG_LEVEL => 'loud' }, qr/AGENTVM_LOG_LEVEL=loud/ ])
