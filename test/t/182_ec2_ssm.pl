@@ -236,6 +236,23 @@ my @policies = map { decode_json($_->{args}{Policy})->{Statement} } grep { $_->{
 my @ssm = map { my ($statement) = grep { $_->{Action}[0] =~ /^ssm/ } @$_; "@{ $statement->{Action} } $statement->{Resource}" } @policies;
 is_deeply(\@ssm, [ "ssm:PutParameter ssm:DeleteParameter arn:aws:ssm:*:*:parameter/agentvm/$cluster/*", "ssm:DeleteParameter arn:aws:ssm:*:*:parameter/agentvm/$cluster/*" ], 'the policies of a role');
 
+# ---- rows that have been lost, as after a failover: their VMs are ended, and what was kept for their boots goes first ----
+my @lost = map { provision($node, 'acme') } 1, 2;
+my @orphans = map { await_vm($node, $_) } @lost;
+hurry_until($node, "SELECT count(*) FROM agentvm.session WHERE lease IS NOT NULL", 0);
+one("DELETE FROM agentvm.session WHERE session_id = '$_'; DELETE FROM agentvm.session_token WHERE session_id = '$_'") for @lost;
+is_deeply([ sort(parameters()) ], [ sort map { name_of($_) } @lost ], 'their parameters are there');
+$node->append_conf('postgresql.conf', "agentvm.orphan_grace = '1s'\n");
+$node->reload;
+$faults->set(action => 'DeleteParameter', mode => 'throttle', n => 1);
+sub states { my %state = map { $_->{id} => $_->{state} } $moto->instances; return join(' ', @state{@orphans}); }
+my $end = time + AgentVM::Process::timeout();
+my @left;
+do { one('SELECT agentvm.sweep_inventory()'); push @left, scalar parameters(); } until states() eq 'terminated terminated' || time > $end;
+is(states(), 'terminated terminated', 'VMs of lost rows are reaped, though a parameter is not deleted at once');
+is_deeply([ parameters() ], [], 'no parameter is left');
+cmp_ok(scalar(grep { $_ == 2 } @left), '>=', 1, 'a list that could not delete one has ended no VM');
+
 # ---- size ----
 append_to_file($ca, "-----BEGIN CERTIFICATE-----\n" . ('A' x 63 . "\n") x 40 . "-----END CERTIFICATE-----\n");
 $session = provision($node, 'acme');
