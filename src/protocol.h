@@ -124,22 +124,25 @@
 #define PROTOCOL_CLOSE_AWAY 4503	 /* the database is away, or the gateway ends: come again */
 
 /* The cable between a VM's virtio port and a gateway: see common/mux.h */
-#define PROTOCOL_CABLE_VERSION 2
+#define PROTOCOL_CABLE_VERSION 3
 #define PROTOCOL_CABLE_STREAMS 16 /* of one VM at once, numbered from 0 */
 #define PROTOCOL_CABLE_WINDOW                                                                      \
 	(256 * 1024)					 /* bytes of a stream under way or not yet taken, each way */
 #define PROTOCOL_CABLE_PAYLOAD 16384 /* bytes of a stream in one frame */
+#define PROTOCOL_CABLE_PIECE 32768	 /* bytes of a message in one piece */
 
 #define PROTOCOL_CABLE_END 0xc0		  /* ends a frame */
 #define PROTOCOL_CABLE_ESCAPE 0xdb	  /* in a frame: these two in place of END */
 #define PROTOCOL_CABLE_IS_END 0xdc	  /* ESCAPE IS_END stands for END */
 #define PROTOCOL_CABLE_IS_ESCAPE 0xdd /* ESCAPE IS_ESCAPE stands for ESCAPE */
 
+#define PROTOCOL_CABLE_MAGIC "agentvm:" /* 8 bytes */
 #define PROTOCOL_CABLE_HELLO                                                                       \
-	1 /* version, nonce of the sender (8), of the receiver as last heard or 0 (8) */
+	1 /* version, MAGIC, nonce of the sender (8), of the receiver as last heard or 0 (8) */
 #define PROTOCOL_CABLE_OPEN 2	/* stream; the guest only */
 #define PROTOCOL_CABLE_DATA 3	/* stream, bytes */
 #define PROTOCOL_CABLE_CREDIT 4 /* stream, bytes that may be sent in addition (4) */
 #define PROTOCOL_CABLE_CLOSE 5	/* stream */
+#define PROTOCOL_CABLE_MESSAGE 6 /* see common/mux.h */
 
 #endif /* AGENTVM_PROTOCOL_H */

@@ -28,6 +28,12 @@ typedef struct CableEvents
 	/* A stream's socket is about to be closed: not to be watched any more. */
 	void (*closing)(void *arg, int fd);
 
+	/* Messages: as in MuxEvents. */
+	uint8_t *(*expect)(void *arg, size_t len);
+	void (*message)(void *arg, bool is_whole);
+	bool (*next)(void *arg, const uint8_t **bytes, size_t *len);
+	void (*sent)(void *arg);
+
 	void *arg;
 } CableEvents;
 

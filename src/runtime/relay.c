@@ -10,12 +10,15 @@
  */
 #include "relay.h"
 
+#include <libwebsockets.h>
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
@@ -30,7 +33,7 @@
 #define PORTS "/sys/class/virtio-ports"
 #define LOOK_MS 200	   /* for the port, or for somebody at its other end */
 #define REPAIR_MS 1000 /* before the next try, when what came made no sense */
-#define READS 32	   /* in a row: a port gives a page at a time */
+#define READS 64	   /* in a row: a port gives a page at a time */
 
 static const Settings *settings;
 static char address[64];
@@ -43,7 +46,122 @@ static bool is_full;	/* the port takes no more for now */
 static char reason[64]; /* why the port cannot be used, as logged last */
 static int numbers[MUX_STREAMS];
 
+/* A message, on its way in or out */
+typedef struct Message
+{
+	lws_dll2_t list;
+	void *memory;
+	const uint8_t *bytes;
+	size_t len;
+} Message;
+
+static const RelayEvents *message_events; /* NULL: there are none */
+static size_t max_message;
+static Message *coming;
+static lws_dll2_owner_t come;  /* and not yet handed over */
+static lws_dll2_owner_t going; /* the first one is the mux's, perhaps */
+static size_t going_len;
+static bool is_settling;
+static bool was_sent;
+
 static void look(void *arg);
+
+/* ---- messages ---- */
+
+static void
+free_message(Message *message)
+{
+	lws_dll2_remove(&message->list);
+	free(message->memory);
+	free(message);
+}
+
+static uint8_t *
+expect(void *arg, size_t len)
+{
+	if (message_events == NULL || len > max_message ||
+		(coming = calloc(1, sizeof(Message))) == NULL)
+		return NULL;
+	coming->memory = malloc(len);
+	coming->bytes = coming->memory;
+	coming->len = len;
+	if (coming->memory == NULL)
+	{
+		free(coming);
+		coming = NULL;
+		return NULL;
+	}
+	return coming->memory;
+}
+
+static void
+message_came(void *arg, bool is_whole)
+{
+	if (is_whole)
+		lws_dll2_add_tail(&coming->list, &come);
+	else
+		free_message(coming);
+	coming = NULL;
+}
+
+static bool
+next_message(void *arg, const uint8_t **bytes, size_t *len)
+{
+	const Message *message;
+
+	if (going.head == NULL)
+		return false;
+	message = lws_container_of(going.head, Message, list);
+	*bytes = message->bytes;
+	*len = message->len;
+	return true;
+}
+
+static void
+message_sent(void *arg)
+{
+	Message *message = lws_container_of(going.head, Message, list);
+
+	going_len -= message->len;
+	free_message(message);
+	was_sent = true;
+}
+
+/* What waits is for an other end that is not there any more. */
+static void
+drop_messages(void)
+{
+	while (going.head != NULL)
+		free_message(lws_container_of(going.head, Message, list));
+	going_len = 0;
+}
+
+/* Hand over what has come. */
+static void
+hand_over(void)
+{
+	while (come.head != NULL)
+	{
+		Message *message = lws_container_of(come.head, Message, list);
+
+		lws_dll2_remove(&message->list);
+		message_events->came((const char *) message->bytes, message->len);
+		free_message(message);
+	}
+}
+
+void
+relay_take_messages(const RelayEvents *events, size_t max)
+{
+	message_events = events;
+	max_message = max;
+}
+
+size_t
+relay_waiting(void)
+{
+	return going_len;
+}
 
 /* ---- the port ---- */
 
@@ -98,6 +216,7 @@ go_down(const char *why, int64_t ms)
 				 "reason", why, NULL);
 	snprintf(reason, sizeof(reason), "%s", why);
 	cable_plug(&cable, cable.fd); /* what streams there were have ended */
+	drop_messages();
 	was_synced = false;
 	timer_set(&look_timer, ms, look, NULL);
 }
@@ -115,15 +234,34 @@ give_up_port(void)
 
 static void on_port(void *arg, uint32_t events);
 
+/* Send what there is, as much as the port takes; false when it is not one any more. */
+static bool
+flush(void)
+{
+	bool done;
+
+	is_settling = true;
+	do
+	{
+		was_sent = false;
+		done = cable_flush(&cable, &is_full);
+		/* there may be more where that came from */
+		if (done && was_sent)
+			message_events->sent();
+	} while (done && was_sent && !is_full);
+	is_settling = false;
+	return done;
+}
+
 /* Send what there is, and see what has become of it all. */
 static void
 settle(void)
 {
 	bool was_full = is_full;
 
-	if (!is_up)
+	if (!is_up || is_settling)
 		return;
-	if (!cable_flush(&cable, &is_full))
+	if (!flush())
 	{
 		give_up_port();
 		return;
@@ -133,6 +271,8 @@ settle(void)
 	if (mux_is_synced(cable.mux) != was_synced)
 	{
 		was_synced = !was_synced;
+		if (!was_synced)
+			drop_messages();
 		log_line(LOG_LEVEL_INFO, was_synced ? "gateway is connected" : "gateway begins anew",
 				 "device", settings->gateway_device, NULL);
 		reason[0] = '\0';
@@ -146,9 +286,11 @@ on_port(void *arg, uint32_t events)
 	long n = events & (EPOLLIN | EPOLLHUP | EPOLLERR) ? 1 : 0;
 	int reads = 0;
 
+	is_settling = true; /* not before all has been handed over */
 	while (n > 0 && reads++ < READS)
 	{
 		n = cable_read(&cable, &problem);
+		hand_over();
 		if (n < 0)
 		{
 			if (problem != NULL)
@@ -157,9 +299,30 @@ on_port(void *arg, uint32_t events)
 				go_down("nobody is at its other end", LOOK_MS);
 			else
 				give_up_port();
+			is_settling = false;
 			return;
 		}
 	}
+	is_settling = false;
+	settle();
+}
+
+void
+relay_send(void *memory, const char *bytes, size_t len)
+{
+	Message *message = calloc(1, sizeof(Message));
+
+	if (message == NULL || !mux_is_synced(cable.mux))
+	{
+		free(message);
+		free(memory);
+		return;
+	}
+	message->memory = memory;
+	message->bytes = (const uint8_t *) bytes;
+	message->len = len;
+	lws_dll2_add_tail(&message->list, &going);
+	going_len += len;
 	settle();
 }
 
@@ -234,7 +397,11 @@ on_connection(void *arg, uint32_t events)
 bool
 relay_start(const Settings *with)
 {
-	static const CableEvents events = {.closing = stream_closing};
+	static const CableEvents events = {.closing = stream_closing,
+									   .expect = expect,
+									   .message = message_came,
+									   .next = next_message,
+									   .sent = message_sent};
 	struct sockaddr_un name = {.sun_family = AF_UNIX};
 	uint64_t random = 0;
 	socklen_t len;

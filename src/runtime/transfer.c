@@ -535,10 +535,10 @@ read_part(int fd, const char *name, int64_t offset, size_t length, char **bytes,
 		return failure_errno("read", name, errno);
 	if (!S_ISREG(status.st_mode))
 		return wrong_file(name, status.st_mode);
-	content = malloc(length + 1);
+	content = malloc(TRANSFER_ROOM + length);
 	if (content == NULL)
 		return failure_errno("read", name, ENOMEM);
-	got = read_at(fd, content, length, offset);
+	got = read_at(fd, content + TRANSFER_ROOM, length, offset);
 	error = errno;
 	if (got >= 0)
 	{

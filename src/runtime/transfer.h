@@ -45,8 +45,8 @@ extern json_t *transfer_put(const json_t *header, const char *bytes, size_t len)
 /*
  * Read a part of a file: header {command, path, offset, length, remove}.
  *
- * Returns {size, version}, and in *bytes, malloc'ed, the *len of its bytes that
- * there are; or {error, message}, with *bytes NULL and *len 0.  A new reference,
+ * Returns {size, version}, and in *bytes, malloc'ed, after TRANSFER_ROOM bytes for
+ * the caller's use the *len of its bytes that there are; or {error, message}, with *bytes NULL and *len 0.  A new reference,
  * or NULL without memory.  "size", in bytes, is where the file ends if its end is
  * known: for files that only the kernel makes up (in /proc, say) it is what has
  * been read, and one more when that is not all.  Another version is another file
@@ -56,6 +56,7 @@ extern json_t *transfer_put(const json_t *header, const char *bytes, size_t len)
  * CALL_INVALID: the header makes no sense; CALL_WRONG_FILE: no regular file;
  * others as with transfer_put().
  */
+#define TRANSFER_ROOM 512
 extern json_t *transfer_get(const json_t *header, char **bytes, size_t *len);
 
 #endif /* RUNTIME_TRANSFER_H */
