@@ -99,7 +99,8 @@
 /* Calls; in bytes */
 #define PROTOCOL_CALLS "/v1/sessions/%s/calls"
 #define PROTOCOL_MAX_HEADER (96 * 1024)	  /* of a message: env may be 64 kB */
-#define PROTOCOL_MAX_CHUNK (256 * 1024)	  /* bytes of a message */
+#define PROTOCOL_MAX_CHUNK (1024 * 1024)  /* bytes of a message, beside its header */
+#define PROTOCOL_MAX_PART (256 * 1024)	  /* the same, of a command's input or output */
 #define PROTOCOL_MAX_COMMAND (120 * 1024) /* text: what Linux takes as one argument */
 #define PROTOCOL_MAX_MESSAGE (4 + PROTOCOL_MAX_HEADER + PROTOCOL_MAX_CHUNK)
 #define PROTOCOL_MAX_WAIT_MS 20000	 /* wait_ms */

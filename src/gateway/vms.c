@@ -371,13 +371,14 @@ vm_of(Vms *vms, int dir, const char *entry)
 									   .next = message_next,
 									   .sent = message_sent};
 	char path[sizeof(((Vm *) NULL)->path)];
+	char name[MAX_NAME + 1];
 	int name_len = (int) (strlen(entry) - strlen(SUFFIX));
 	CableEvents own = events;
 	Vm *vm;
 	int i, place = -1;
 
 	if ((size_t) snprintf(path, sizeof(path), "%s/%s", vms->dirs[dir], entry) >= sizeof(path) ||
-		strlen(PREFIX) + (size_t) name_len + strlen("/99") > MAX_NAME)
+		strlen(PREFIX) + (size_t) name_len > MAX_NAME)
 	{
 		log_line(LOG_LEVEL_WARNING, "a VM's socket has too long a name", "socket", entry, NULL);
 		return NULL;
@@ -389,6 +390,12 @@ vm_of(Vms *vms, int dir, const char *entry)
 		else if (vms->all[i]->dir == dir && strcmp(vms->all[i]->path, path) == 0)
 			return vms->all[i];
 	}
+	snprintf(name, sizeof(name), PREFIX "%.*s", name_len, entry);
+	/* what is for a VM is not for another one of the same name */
+	if (find_vm(vms, name) != NULL)
+		(void) snprintf(name, sizeof(name), "vm:%d/%.*s", dir, MAX_NAME - 6, entry);
+	if (find_vm(vms, name) != NULL)
+		return NULL;
 	if (place < 0)
 	{
 		if (!vms->is_full)
@@ -401,10 +408,7 @@ vm_of(Vms *vms, int dir, const char *entry)
 	vm->number = place;
 	vm->dir = dir;
 	memcpy(vm->path, path, sizeof(path));
-	snprintf(vm->name, sizeof(vm->name), PREFIX "%.*s", name_len, entry);
-	/* what is for a VM is not for another one of the same name */
-	if (find_vm(vms, vm->name) != NULL)
-		snprintf(vm->name, sizeof(vm->name), PREFIX "%.*s/%d", name_len, entry, dir);
+	memcpy(vm->name, name, sizeof(vm->name));
 	vm->retry_at = uv_now(vms->loop);
 	vm->allowance = ALLOWANCE;
 	vm->allowed_at = uv_now(vms->loop);

@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from gateway import *  # noqa: E402,F403  what the gateway's other tests use
 from gateway import CONNSTR, DIR, GATEWAY, KEY, KEYFILE, PARTS, TIMEOUT, Gateway, Proxy, VM, base64, certificate, db, free_port, hashlib, hmac, sql, until, value  # noqa: E402
 
-MAX_HEADER, MAX_CHUNK = 96 * 1024, 256 * 1024
+MAX_HEADER, MAX_CHUNK = 96 * 1024, 1024 * 1024
 paths = itertools.count()
 
 
@@ -116,34 +116,41 @@ def echo(_runtime, _number, header, data):
 class Runtime:
     """The channel of a VM; "handler" makes the answers, or None for none."""
 
-    def __init__(self, gateway, vm, handler=echo, by=None):
-        self.handler, self.calls, self.texts, self.code = handler, [], [], None
-        self.connection = websockets.sync.client.connect(  # by: a socket that leads there
-            f"{'wss' if gateway.tls else 'ws'}://127.0.0.1:{gateway.port}/v1/channel", subprotocols=["agentvm.v1"], ssl=gateway.tls, max_size=None, sock=by,
+    def __init__(self, gateway, vm, handler=echo, cable=None):
+        self.handler, self.calls, self.texts, self.code, self.cable = handler, [], [], None, cable
+        self.connection = websockets.sync.client.connect(
+            f"{'wss' if gateway.tls else 'ws'}://127.0.0.1:{gateway.port}/v1/channel", subprotocols=["agentvm.v1"], ssl=gateway.tls, max_size=None, sock=cable and cable.open(),
             additional_headers={"Authorization": f"Bearer {vm.session_token}"}, proxy=None, ping_interval=None, compression=None)
         self.channel = self.connection.__enter__()
         assert json.loads(self.channel.recv(TIMEOUT))["type"] == "hello"
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
+        if cable:
+            cable.take = self.take
+            self.channel.send('{"type": "cable"}')
+
+    def take(self, frame):
+        number = struct.unpack(">I", frame[:4])[0]
+        header, data = unpack(frame[4:])
+        self.calls.append((number, header, data))
+        answer = self.handler(self, number, header, data)
+        if answer is not None:
+            self.answer(number, *answer)
 
     def serve(self):
         try:
             for frame in self.channel:
                 if isinstance(frame, str):
                     self.texts.append(json.loads(frame))
-                    continue
-                number = struct.unpack(">I", frame[:4])[0]
-                header, data = unpack(frame[4:])
-                self.calls.append((number, header, data))
-                answer = self.handler(self, number, header, data)
-                if answer is not None:
-                    self.answer(number, *answer)
+                else:
+                    assert not self.cable, "a call does not come this way"
+                    self.take(frame)
         except websockets.ConnectionClosed:
             pass
         self.code = self.channel.close_code
 
     def answer(self, number, header, data=b""):
-        self.channel.send(struct.pack(">I", number) + pack(header, data))
+        (self.cable.message if self.cable else self.channel.send)(struct.pack(">I", number) + pack(header, data))
 
     def tell_end(self, command, **more):
         self.channel.send(json.dumps({"type": "ended", "command": command, "exit_code": 0, "duration_ms": 5, "stdout_bytes": 1, "stderr_bytes": 2, "timed_out": False, **more}))
@@ -168,56 +175,118 @@ class Runtime:
 class Cable(threading.Thread):
     """A VM without a network: its virtio port is a socket that the gateway connects to (see common/mux.h)."""
 
-    HELLO, OPEN, DATA, CREDIT, CLOSE = range(1, 6)
+    HELLO, OPEN, DATA, CREDIT, CLOSE, MESSAGE = range(1, 7)
+    PIECE = 32768
 
     def __init__(self, directory, name):
         super().__init__(daemon=True)
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(os.path.join(directory, name + ".sock"))
         self.listener.listen(1)
+        self.lock, self.streams, self.stream, self.take = threading.RLock(), 0, None, None
+        self.plug()
+        self.start()
+
+    def plug(self):
+        """The gateway connects, and both know each other."""
         self.cable = self.listener.accept()[0]
-        self.own, self.rest, self.credit, self.taken = b"12345678", b"", 256 * 1024, 0
-        self.put(self.HELLO, 2, self.own + bytes(8), b"\xc0")
+        self.own, self.rest, self.coming, self.whole = os.urandom(8).replace(b"\xc0", b"x"), b"", b"", 0
+        self.put(self.HELLO, 3, b"agentvm:" + self.own + bytes(8), b"\xc0")
         while True:
             frames = [frame for frame in self.frames() if frame[0] == self.HELLO]
             if frames:
-                self.put(self.HELLO, 2, self.own + frames[-1][2:10])
-                if frames[-1][10:] == self.own:
-                    break
-        self.end, self.stream = socket.socketpair()
-        self.put(self.OPEN, 0)
-        self.start()
+                assert frames[-1][1:10] == b"\x03agentvm:"
+                self.peer = frames[-1][10:18]
+                self.put(self.HELLO, 3, b"agentvm:" + self.own + self.peer)
+                if frames[-1][18:] == self.own:
+                    return
+
+    def open(self):
+        """A stream to the gateway, in place of the one before: our end of it"""
+        end, stream = socket.socketpair()
+        with self.lock:
+            self.put(self.OPEN, self.streams)
+            self.number, self.credit, self.taken, self.stream = self.streams, 256 * 1024, 0, stream
+            self.streams += 1
+        return end
 
     def put(self, kind, number, data=b"", before=b""):
         frame = bytes([kind, number]) + data
-        self.cable.sendall(before + frame.replace(b"\xdb", b"\xdb\xdd").replace(b"\xc0", b"\xdb\xdc") + b"\xc0")
+        with self.lock:
+            self.cable.sendall(before + frame.replace(b"\xdb", b"\xdb\xdd").replace(b"\xc0", b"\xdb\xdc") + b"\xc0")
+
+    def message(self, data, nonce=None):
+        for at in range(0, len(data), self.PIECE):
+            self.piece(data[at:at + self.PIECE], 0 if at else len(data), nonce)
+
+    def piece(self, data, whole, nonce=None):
+        digits = [len(data) >> 14, len(data) >> 7 & 127, len(data) & 127] + [whole >> by & 127 for by in (21, 14, 7, 0)]
+        with self.lock:
+            self.cable.sendall(bytes([self.MESSAGE] + digits) + data + (nonce or self.peer))
 
     def frames(self):
         data = self.cable.recv(65536)
-        *whole, self.rest = (self.rest + data).split(b"\xc0")
-        return [frame.replace(b"\xdb\xdc", b"\xc0").replace(b"\xdb\xdd", b"\xdb") for frame in whole if frame]
+        if not data:
+            raise OSError("it is cut")
+        self.rest += data
+        found = []
+        while self.rest:
+            if self.rest[0] == self.MESSAGE:
+                digits = self.rest[1:8]
+                size = (digits[0] << 14 | digits[1] << 7 | digits[2]) + 16 if len(digits) == 7 else len(self.rest) + 1
+                if size > len(self.rest):
+                    break
+                whole = digits[3] << 21 | digits[4] << 14 | digits[5] << 7 | digits[6]
+                assert (whole == 0) == (self.coming != b"") and self.rest[size - 8:size] == self.own
+                self.whole = whole or self.whole
+                self.coming += self.rest[8:size - 8]
+                assert size - 16 == self.PIECE or len(self.coming) == self.whole
+                if len(self.coming) == self.whole:
+                    found.append(bytes([self.MESSAGE]) + self.coming)
+                    self.coming = b""
+                self.rest = self.rest[size:]
+                continue
+            frame, end, rest = self.rest.partition(b"\xc0")
+            if not end:
+                break
+            self.rest = rest.lstrip(b"\xc0")
+            if frame:
+                found.append(frame.replace(b"\xdb\xdc", b"\xc0").replace(b"\xdb\xdd", b"\xdb"))
+        return found
 
     def run(self):
         """Carry what comes on either side to the other one, as much of it as may go."""
         while True:
-            ready = select.select([self.cable] + ([self.stream] if self.credit else []), [], [])[0]
-            if self.stream in ready:
-                data = self.stream.recv(min(4096, self.credit))
-                if not data:
-                    self.cable.close()
-                    return
-                self.credit -= len(data)
-                self.put(self.DATA, 0, data)
+            stream = self.stream
+            ready = select.select([self.cable] + ([stream] if stream and self.credit else []), [], [], 0.05)[0]
+            if stream in ready:
+                data = stream.recv(min(4096, self.credit))
+                with self.lock:
+                    self.credit -= len(data)
+                    self.put(self.DATA if data else self.CLOSE, self.number, data)
+                    if not data:
+                        self.stream = None
             if self.cable not in ready:
                 continue
-            for frame in self.frames():
-                if frame[0] == self.CREDIT:
+            try:
+                frames = self.frames()
+            except OSError:
+                self.plug()
+                continue
+            for frame in frames:
+                if frame[0] == self.MESSAGE:
+                    self.take(frame[1:])
+                elif stream is None or frame[1] != self.number:
+                    continue
+                elif frame[0] == self.CREDIT:
                     self.credit += int.from_bytes(frame[2:], "big")
+                elif frame[0] == self.CLOSE:
+                    stream.shutdown(socket.SHUT_WR)
                 elif frame[0] == self.DATA:
-                    self.stream.sendall(frame[2:])
+                    stream.sendall(frame[2:])
                     self.taken += len(frame) - 2
                     if self.taken >= 8192:
-                        self.put(self.CREDIT, 0, self.taken.to_bytes(4, "big"))
+                        self.put(self.CREDIT, self.number, self.taken.to_bytes(4, "big"))
                         self.taken = 0
 
 
@@ -1101,7 +1170,7 @@ def part_cable():
         vm = VM(gateway)
         cable = Cable(directory, "vm")
         data = os.urandom(MAX_CHUNK)
-        with Runtime(gateway, vm, lambda _r, _n, header, _d: ({}, data if header["op"] == "get" else b""), by=cable.end):
+        with Runtime(gateway, vm, lambda _r, _n, header, _d: ({}, data if header["op"] == "get" else b""), cable=cable):
             for op, sent, got in (("get", b"", data), ("put", data, b"")):
                 def one(_, op=op, sent=sent, got=got):
                     with UnixConnection(gateway.path) as connection:
@@ -1111,7 +1180,7 @@ def part_cable():
             assert gateway.metric("agentvm_gateway_vm_pauses_total") == 0, "20 MB each way"
             # what it says by itself is bound
             for _ in range(4000):
-                cable.cable.sendall(b"\xc0" * 4096)
+                cable.cable.sendall(b"\xc0" * 262144)
                 if gateway.metric("agentvm_gateway_vm_pauses_total") > 0:
                     break
             assert gateway.metric("agentvm_gateway_vm_pauses_total") > 0

@@ -122,7 +122,7 @@ main(int argc, char **argv)
 		{
 			answer = transfer_get(header, &bytes, &len);
 			if (bytes != NULL)
-				json_object_set_new(answer, "hex", to_hex(bytes, len));
+				json_object_set_new(answer, "hex", to_hex(bytes + TRANSFER_ROOM, len));
 			free(bytes);
 		}
 		if (answer == NULL || json_dumpf(answer, stdout, JSON_COMPACT) != 0)

@@ -446,7 +446,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				break;
 			case 2: /* a message */
 				if (end->num_messages < 8)
-					end->messages[end->num_messages++] = 9 + amount;
+					end->messages[end->num_messages++] = 9 + (amount >> (amount & 15));
 				break;
 			case 1:
 				owned->to_send += owned->is_there ? amount >> (amount & 15) : 0;
