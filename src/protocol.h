@@ -17,6 +17,8 @@
  *		down: {"type": "deadline", "deadline"} once the heartbeat has been committed
  *		down: {"type": "gone"}, then close code 4410, when the session has ended
  *		down, up: calls and their answers, in binary frames: see below
+ *		up:	  {"type": "cable"}: of a VM at a cable, that is ready for calls.  They and
+ *			   their answers are messages of the cable then, not frames: the same bytes
  *		up:	  {"type": "ended", "command", "exit_code", "duration_ms", "stdout_bytes",
  *			   "stderr_bytes", "timed_out"}: a command has ended; said again on each new
  *			   channel until
@@ -78,7 +80,7 @@
  *			that has asked for it last is closed
  *
  * A VM without a network says all that over a cable, which carries several byte
- * streams: see common/mux.h.
+ * streams, and messages: see common/mux.h.
  *
  *-------------------------------------------------------------------------
  */

@@ -44,6 +44,7 @@
 #define FRAME_COST 512					 /* of a frame, beside its bytes */
 #define STREAM_COST (32 * 1024)			 /* of a new stream, or of a runtime that begins anew */
 #define PROMISE_TICKS 50				 /* that a promise lasts, more or less */
+#define MESSAGE_MS 30000				 /* for all of a message to come */
 #define MAX_EXPECTED (256 * 1024 * 1024) /* what has been asked for is no more than that */
 
 typedef struct Vm
@@ -69,6 +70,7 @@ typedef struct Vm
 	void *taker;	 /* of messages; NULL: nobody */
 	void *incoming, *outgoing; /* messages under way, or NULL */
 	void *incoming_taker;	   /* NULL: he has gone meanwhile */
+	uint64_t incoming_since;
 	Cable cable;
 } Vm;
 
@@ -146,6 +148,7 @@ message_expect(void *arg, size_t len)
 		return NULL;
 	vm->incoming = vm->vms->events.expect(vm->vms->events.arg, vm->taker, len, &at);
 	vm->incoming_taker = vm->taker;
+	vm->incoming_since = uv_now(vm->vms->loop);
 	return vm->incoming != NULL ? at : NULL;
 }
 
@@ -584,6 +587,8 @@ on_tick(uv_timer_t *timer)
 				vm->allowance = ALLOWANCE;
 		}
 		vm->allowed_at = now;
+		if (vm->incoming != NULL && now - vm->incoming_since > MESSAGE_MS)
+			lost(vm, "a message that has no end");
 		if (vm->cable.fd >= 0)
 			settle(vm);
 		else if (now >= vm->retry_at)

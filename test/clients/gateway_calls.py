@@ -183,15 +183,20 @@ class Cable(threading.Thread):
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(os.path.join(directory, name + ".sock"))
         self.listener.listen(1)
-        self.lock, self.streams, self.stream, self.take = threading.RLock(), 0, None, None
+        self.lock, self.streams, self.stream, self.take, self.cuts = threading.RLock(), 0, None, None, 0
         self.plug()
         self.start()
 
     def plug(self):
         """The gateway connects, and both know each other."""
         self.cable = self.listener.accept()[0]
+        self.greet()
+
+    def greet(self, filling=0):
+        """A guest that begins anew, with what fills up a piece that the one before has left unfinished"""
+        self.streams = 0
         self.own, self.rest, self.coming, self.whole = os.urandom(8).replace(b"\xc0", b"x"), b"", b"", 0
-        self.put(self.HELLO, 3, b"agentvm:" + self.own + bytes(8), b"\xc0")
+        self.put(self.HELLO, 3, b"agentvm:" + self.own + bytes(8), b"\xc0" * (1 + filling))
         while True:
             frames = [frame for frame in self.frames() if frame[0] == self.HELLO]
             if frames:
@@ -271,7 +276,12 @@ class Cable(threading.Thread):
             try:
                 frames = self.frames()
             except OSError:
-                self.plug()
+                with self.lock:
+                    if self.stream:
+                        self.stream.close()
+                    self.stream = None
+                    self.cuts += 1
+                    self.plug()
                 continue
             for frame in frames:
                 if frame[0] == self.MESSAGE:
@@ -1185,6 +1195,87 @@ def part_cable():
                     break
             assert gateway.metric("agentvm_gateway_vm_pauses_total") > 0
         vm.terminate()
+
+
+def part_messages():
+    """Messages of the cable: what makes no sense costs a VM its channel or its cable, and nobody else anything."""
+    directory = os.path.join(DIR, "vms")
+    os.mkdir(directory)
+    with Calling(f"--vm-sockets={directory}") as gateway:
+        vm, other = VM(gateway), VM(gateway)
+        cable, neighbour = Cable(directory, "vm"), Cable(directory, "neighbour")
+        ask = {"op": "output", "command": command_id()}
+
+        def offends(send, code=None, asked=True):
+            """The VM does that, with a call under way or none; it loses its channel, and without a code its cable, and the call is lost"""
+            cuts = cable.cuts
+            with Runtime(gateway, vm, silent, cable=cable) as runtime:
+                if asked:
+                    waits = gateway.send(vm.id, ask)
+                    until(lambda: runtime.calls, "it has arrived")
+                send(runtime)
+                assert runtime.closed() == (code or 1006), (runtime.code, code)
+                if asked:
+                    assert answer_of(waits)[0] == 502
+            until(lambda: cable.cuts == cuts + (code is None), "its cable")
+            until(lambda: gateway.metric("agentvm_gateway_channels") == 1, "it is gone")
+            assert gateway.metric("agentvm_gateway_call_memory_bytes") == 0
+            assert gateway.call(other.id, ask)[0] == 200
+
+        def number(runtime):
+            return struct.pack(">I", runtime.calls[0][0])
+
+        with Runtime(gateway, other, cable=neighbour):
+            good = pack({"a": 1})
+            offends(lambda r: cable.message(struct.pack(">I", 1) + good), 1008, asked=False)
+            offends(lambda r: cable.message(b"x"), 1008)
+            offends(lambda r: cable.message(struct.pack(">I", r.calls[0][0] + 1) + good), 1008)
+            for bad in (b"", b"\0\0\0", struct.pack(">I", 2**31) + b"{}", pack(b"[]"), pack(b"{")):
+                offends(lambda r, bad=bad: cable.message(number(r) + bad), 1007)
+            offends(lambda r: cable.message(number(r) + pack({}, b"x" * (MAX_HEADER + MAX_CHUNK + 100))), 1009)
+            offends(lambda r: cable.piece(b"x", 2**28 - 1), 1009)
+            offends(lambda r: r.channel.send(number(r) + good), 1008)  # not this way
+            # pieces
+            offends(lambda r: cable.piece(b"x" * 100, 0))
+            offends(lambda r: cable.piece(b"", 100))
+            offends(lambda r: cable.piece(b"x" * 101, 100))
+            offends(lambda r: cable.piece(b"x" * (Cable.PIECE + 1), 100000))
+            offends(lambda r: (cable.piece(b"x" * 100, 1000), cable.piece(b"x" * 100, 1000)))
+            offends(lambda r: (cable.piece(b"x" * 100, 150), cable.piece(b"x" * 51, 0)))
+            offends(lambda r: cable.message(number(r) + good, nonce=cable.own))
+            # another VM's call is not its to answer
+            with Runtime(gateway, vm, silent, cable=cable) as runtime:
+                mine = gateway.send(vm.id, ask)
+                until(lambda: runtime.calls, "it has arrived")
+                neighbour.message(number(runtime) + pack({"whose": "neighbour"}))
+                until(lambda: gateway.metric("agentvm_gateway_channels") == 1, "the neighbour's channel is closed")
+                runtime.answer(runtime.calls[0][0], {"whose": "mine"})
+                assert answer_of(mine)[:2] == (200, {"whose": "mine"})
+        with Runtime(gateway, other, cable=neighbour):
+            # nothing is passed on before the runtime says how
+            assert gateway.call(vm.id, ask)[0] == 404
+            # what is unfinished when the guest begins anew is no answer, and no reason to leave it
+            cuts = cable.cuts
+            for filling in (Cable.PIECE + 8, 0):
+                with Runtime(gateway, vm, silent, cable=cable) as runtime:
+                    waits = gateway.send(vm.id, ask)
+                    until(lambda: runtime.calls, "it has arrived")
+                    message = number(runtime) + pack({"a": 1}, b"x" * 60000)
+                    with cable.lock:
+                        cable.piece(message[:Cable.PIECE], len(message))
+                        if filling:
+                            rest = message[Cable.PIECE:]
+                            cable.cable.sendall(bytes([Cable.MESSAGE, len(rest) >> 14, len(rest) >> 7 & 127, len(rest) & 127, 0, 0, 0, 0]) + rest[:1000])
+                        cable.stream.close()
+                        cable.stream = None
+                        cable.greet(filling)
+                    assert answer_of(waits)[0] == 502
+                    assert runtime.closed() == 1006
+                with Runtime(gateway, vm, cable=cable):
+                    assert gateway.call(vm.id, ask, b"y" * MAX_CHUNK)[2] == b"y" * MAX_CHUNK
+            assert cable.cuts == cuts
+        vm.terminate()
+        other.terminate()
 
 
 def part_locks():
