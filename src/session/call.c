@@ -696,9 +696,8 @@ send_message(Call *call, const Route *route)
 	request.body = make_head(call, wait_ms, &request.body_len);
 	request.tail = call->message.bytes;
 	request.tail_len = call->message.len;
-	/* with an Expect libcurl would wait a second for leave to send much */
-	request.headers = list_make3(make_ticket(call, request.body, request.body_len),
-								 "Content-Type: application/octet-stream", "Expect:");
+	request.headers = list_make2(make_ticket(call, request.body, request.body_len),
+								 "Content-Type: application/octet-stream");
 	if (avm_gateway_ca_file[0] != '\0')
 		request.ca_file = avm_gateway_ca_file;
 	request.max_reply = PROTOCOL_MAX_MESSAGE;
