@@ -142,10 +142,10 @@
 #define PROTOCOL_CABLE_MAGIC "agentvm:" /* 8 bytes */
 #define PROTOCOL_CABLE_HELLO                                                                       \
 	1 /* version, MAGIC, nonce of the sender (8), of the receiver as last heard or 0 (8) */
-#define PROTOCOL_CABLE_OPEN 2	/* stream; the guest only */
-#define PROTOCOL_CABLE_DATA 3	/* stream, bytes */
-#define PROTOCOL_CABLE_CREDIT 4 /* stream, bytes that may be sent in addition (4) */
-#define PROTOCOL_CABLE_CLOSE 5	/* stream */
+#define PROTOCOL_CABLE_OPEN 2	 /* stream; the guest only */
+#define PROTOCOL_CABLE_DATA 3	 /* stream, bytes */
+#define PROTOCOL_CABLE_CREDIT 4	 /* stream, bytes that may be sent in addition (4) */
+#define PROTOCOL_CABLE_CLOSE 5	 /* stream */
 #define PROTOCOL_CABLE_MESSAGE 6 /* see common/mux.h */
 
 #endif /* AGENTVM_PROTOCOL_H */

@@ -59,15 +59,15 @@ struct Mux
 	bool is_escaped;
 	bool is_broken; /* too long, or wrongly escaped */
 
-	uint8_t *in; /* message that comes, if somebody takes it */
+	uint8_t *in;		  /* message that comes, if somebody takes it */
 	size_t in_at, in_len; /* 0: none comes */
-	size_t piece_left; /* bytes of a piece that are still to come, */
-	size_t check_left; /* and of the nonce after it */
+	size_t piece_left;	  /* bytes of a piece that are still to come, */
+	size_t check_left;	  /* and of the nonce after it */
 	uint8_t check[NONCE];
 
 	size_t fill_left; /* ENDs to be sent before anything else */
 	bool check_due;
-	bool piece_missed; /* there was no room for one */
+	bool piece_missed;	/* there was no room for one */
 	const uint8_t *out; /* message that goes; NULL: none */
 	size_t out_left;
 	size_t plain_left; /* of the piece that goes */

@@ -136,8 +136,8 @@ server_create(uv_loop_t *loop, const Options *options)
 	struct lws_context_creation_info info;
 	void *loops[] = {loop};
 	const SessionEvents events = {channel_ended, database_up, server};
-	const VmsEvents vms_events = {take_stream, channel_expect, channel_come, channel_next,
-								  channel_sent, server};
+	const VmsEvents vms_events = {take_stream,	channel_expect, channel_come,
+								  channel_next, channel_sent,	server};
 	struct rlimit files;
 	int listener = listen_on(options->listen, options->port);
 

@@ -64,10 +64,10 @@ typedef struct Vm
 	uint64_t retry_at; /* when it is not connected */
 	double allowance;
 	uint64_t allowed_at;
-	uint64_t frames; /* of the mux, as far as paid for */
-	char reason[64]; /* of the last failure that was logged */
-	bool is_reading; /* what is to be sent waits until that is done */
-	void *taker;	 /* of messages; NULL: nobody */
+	uint64_t frames;		   /* of the mux, as far as paid for */
+	char reason[64];		   /* of the last failure that was logged */
+	bool is_reading;		   /* what is to be sent waits until that is done */
+	void *taker;			   /* of messages; NULL: nobody */
 	void *incoming, *outgoing; /* messages under way, or NULL */
 	void *incoming_taker;	   /* NULL: he has gone meanwhile */
 	uint64_t incoming_since;

@@ -56,7 +56,8 @@ static int oom_score;			  /* of commands */
 
 #if defined(__x86_64__)
 #define HAS_QUICK_START
-static char quick_stack[64 * 1024] __attribute__((aligned(16))); /* of a child, see start_quickly() */
+static char quick_stack[64 * 1024]
+	__attribute__((aligned(16))); /* of a child, see start_quickly() */
 #endif
 
 /* ---- their end ---- */
@@ -277,7 +278,8 @@ start_quickly(const ChildSpec *spec)
 					 "hlt\n"
 					 "1:"
 					 : "=a"(pid)
-					 : "0"((long) SYS_clone3), "D"(&how), "S"(sizeof(how)), "r"(child), "r"(of_child)
+					 : "0"((long) SYS_clone3), "D"(&how), "S"(sizeof(how)), "r"(child),
+					   "r"(of_child)
 					 : "rcx", "r11", "memory", "cc");
 	if (pid >= 0)
 		return (pid_t) pid;

@@ -33,12 +33,12 @@ PG_FUNCTION_INFO_V1(agentvm_download);
 PG_FUNCTION_INFO_V1(agentvm_upload_tar);
 PG_FUNCTION_INFO_V1(agentvm_download_tar);
 
-#define MAX_PATH_LEN 4096  /* bytes: what Linux takes as a path, with a NUL */
-#define MAX_RESTARTS 3	   /* of a download whose file changes meanwhile */
+#define MAX_PATH_LEN 4096 /* bytes: what Linux takes as a path, with a NUL */
+#define MAX_RESTARTS 3	  /* of a download whose file changes meanwhile */
 #define FIRST_CHUNK (256 * 1024)
-#define QUICK_MS 300	/* a chunk that takes no longer may be followed by a larger one */
-#define SLOW_MS 1500	/* and one that takes longer by a smaller one */
-#define MAX_AT_ONCE 4	/* chunks that are read */
+#define QUICK_MS 300	   /* a chunk that takes no longer may be followed by a larger one */
+#define SLOW_MS 1500	   /* and one that takes longer by a smaller one */
+#define MAX_AT_ONCE 4	   /* chunks that are read */
 #define TAR_TIMEOUT_S 3600 /* for packing or unpacking */
 #define MAX_TAR_WORDS 1000 /* bytes that are shown of what that says */
 
@@ -289,9 +289,9 @@ get_between(Transfer *transfer, int64 file_offset, char *content, int64 from, in
 
 	for (i = 0; i < most; i++)
 	{
-		slots[i].call = call_create(transfer->calls, call_session(transfer->call),
-									psprintf("download \"%s\"", transfer->shown), PG_INT64_MAX,
-									&slots[i]);
+		slots[i].call =
+			call_create(transfer->calls, call_session(transfer->call),
+						psprintf("download \"%s\"", transfer->shown), PG_INT64_MAX, &slots[i]);
 		slots[i].context =
 			AllocSetContextCreate(transfer->chunk, "agentvm slot", ALLOCSET_SMALL_SIZES);
 	}

@@ -237,8 +237,15 @@ restart(End *end)
 static void
 make(End *end)
 {
-	MuxEvents events = {end->is_guest ? NULL : opened, deliver,		 fetch, closed, expect_message,
-						message_came,				   next_message, message_sent, end};
+	MuxEvents events = {end->is_guest ? NULL : opened,
+						deliver,
+						fetch,
+						closed,
+						expect_message,
+						message_came,
+						next_message,
+						message_sent,
+						end};
 
 	memset(end->streams, 0, sizeof(end->streams));
 	free(end->going);
