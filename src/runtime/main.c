@@ -35,7 +35,9 @@
 #define AGENTVM_VERSION "unknown"
 #endif
 
-#define BIG (1024 * 1024) /* allocations of so much go back to the system when they are freed */
+#define BIG                                                                                        \
+	(2 * 1024 *                                                                                    \
+	 1024) /* allocations of so much go back to the system when they are freed: no message is one */
 #define DEFAULT_CONFIG "/etc/agentvm/runtime.env"
 
 static void
