@@ -132,7 +132,7 @@
 #define PROTOCOL_CABLE_WINDOW                                                                      \
 	(256 * 1024)					 /* bytes of a stream under way or not yet taken, each way */
 #define PROTOCOL_CABLE_PAYLOAD 16384 /* bytes of a stream in one frame */
-#define PROTOCOL_CABLE_PIECE 32768	 /* bytes of a message in one piece */
+#define PROTOCOL_CABLE_PIECE 131072	 /* bytes of a message in one piece */
 
 #define PROTOCOL_CABLE_END 0xc0		  /* ends a frame */
 #define PROTOCOL_CABLE_ESCAPE 0xdb	  /* in a frame: these two in place of END */

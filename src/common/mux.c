@@ -544,7 +544,12 @@ mux_input(Mux *mux, const uint8_t *bytes, size_t len)
 
 			n = 1;
 			if (byte == PROTOCOL_CABLE_END)
+			{
 				problem = end_frame(mux);
+				/* what fills up an unfinished piece is many of these */
+				while (n < len && bytes[n] == PROTOCOL_CABLE_END)
+					n++;
+			}
 			else if (!mux->is_escaped)
 				mux->is_escaped = true;
 			else

@@ -176,7 +176,7 @@ class Cable(threading.Thread):
     """A VM without a network: its virtio port is a socket that the gateway connects to (see common/mux.h)."""
 
     HELLO, OPEN, DATA, CREDIT, CLOSE, MESSAGE = range(1, 7)
-    PIECE = 32768
+    PIECE = 131072
 
     def __init__(self, directory, name):
         super().__init__(daemon=True)
@@ -1239,7 +1239,7 @@ def part_messages():
             offends(lambda r: cable.piece(b"x" * 100, 0))
             offends(lambda r: cable.piece(b"", 100))
             offends(lambda r: cable.piece(b"x" * 101, 100))
-            offends(lambda r: cable.piece(b"x" * (Cable.PIECE + 1), 100000))
+            offends(lambda r: cable.piece(b"x" * (Cable.PIECE + 1), 200000))
             offends(lambda r: (cable.piece(b"x" * 100, 1000), cable.piece(b"x" * 100, 1000)))
             offends(lambda r: (cable.piece(b"x" * 100, 150), cable.piece(b"x" * 51, 0)))
             offends(lambda r: cable.message(number(r) + good, nonce=cable.own))
@@ -1260,7 +1260,7 @@ def part_messages():
                 with Runtime(gateway, vm, silent, cable=cable) as runtime:
                     waits = gateway.send(vm.id, ask)
                     until(lambda: runtime.calls, "it has arrived")
-                    message = number(runtime) + pack({"a": 1}, b"x" * 60000)
+                    message = number(runtime) + pack({"a": 1}, b"x" * 200000)
                     with cable.lock:
                         cable.piece(message[:Cable.PIECE], len(message))
                         if filling:

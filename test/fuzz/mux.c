@@ -21,8 +21,8 @@
 
 #include "../../src/common/mux.h"
 
-#define QUEUE (128 * 1024)
-#define MAX_MESSAGE 100000
+#define QUEUE (512 * 1024)
+#define MAX_MESSAGE 300000
 #define UNKNOWN 0
 
 /* never compiled away */
@@ -321,7 +321,7 @@ leave_plain(End *end, size_t *sum)
 static size_t
 leave(End *end, size_t room)
 {
-	uint8_t bytes[20000];
+	static uint8_t bytes[PROTOCOL_CABLE_PIECE + 20000];
 	size_t left;
 	size_t n, plain = 0;
 
@@ -330,6 +330,8 @@ leave(End *end, size_t room)
 	left = QUEUE - end->other->queued;
 	if (room > left)
 		room = left;
+	if (room > sizeof(bytes))
+		room = sizeof(bytes);
 	if (room < MUX_MIN_ROOM)
 		return plain;
 	n = mux_output(end->mux, bytes, room);
@@ -359,7 +361,7 @@ run_dry(End *guest, End *gateway)
 			mux_resume(guest->mux, i);
 			mux_resume(gateway->mux, i);
 		}
-		moved = leave(guest, 20000) + leave(gateway, 20000) + (size_t) (progress - before);
+		moved = leave(guest, QUEUE) + leave(gateway, QUEUE) + (size_t) (progress - before);
 		moved += guest->queued + gateway->queued;
 		arrive(guest, QUEUE, QUEUE);
 		arrive(gateway, QUEUE, QUEUE);
@@ -520,8 +522,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			default: /* both directions for a while */
 				for (i = 0; i < 4; i++)
 				{
-					(void) leave(guest, 20000);
-					(void) leave(gateway, 20000);
+					(void) leave(guest, QUEUE);
+					(void) leave(gateway, QUEUE);
 					arrive(guest, QUEUE, amount + 1);
 					arrive(gateway, QUEUE, amount + 1);
 				}
@@ -557,7 +559,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		uint64_t before = ends[!i].last_message;
 
 		counter += counter % 11 == 10 ? 2 : 0; /* not to be refused */
-		ends[i].messages[ends[i].num_messages++] = 70000;
+		ends[i].messages[ends[i].num_messages++] = 140000;
 		run_dry(guest, gateway);
 		CHECK(ends[!i].last_message > before && ends[i].going == NULL);
 	}
@@ -626,8 +628,8 @@ exchange(int times)
 	{
 		int i;
 
-		(void) leave(&guest_end, 20000);
-		(void) leave(&gateway_end, 20000);
+		(void) leave(&guest_end, sizeof(guest_end.queue));
+		(void) leave(&gateway_end, sizeof(gateway_end.queue));
 		arrive(&guest_end, QUEUE, QUEUE);
 		arrive(&gateway_end, QUEUE, QUEUE);
 		for (i = 0; i < MUX_STREAMS; i++)
