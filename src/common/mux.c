@@ -68,9 +68,9 @@ struct Mux
 	size_t fill_left; /* ENDs to be sent before anything else */
 	bool check_due;
 	bool piece_missed;	/* there was no room for one */
-	const uint8_t *out; /* message that goes; NULL: none */
-	size_t out_left;
-	size_t plain_left; /* of the piece that goes */
+	const uint8_t *out; /* message that goes; NULL: its bytes are elsewhere */
+	size_t out_left;	/* 0: none goes */
+	size_t plain_left;	/* of the piece that goes */
 };
 
 Mux *
@@ -119,7 +119,7 @@ static void
 drop_messages(Mux *mux)
 {
 	bool had_in = mux->in != NULL;
-	bool had_out = mux->out != NULL;
+	bool had_out = mux->out_left > 0;
 
 	mux->in = NULL;
 	mux->in_len = mux->piece_left = mux->check_left = 0;
@@ -690,7 +690,7 @@ put_piece(Mux *mux, uint8_t *at)
 	size_t whole = 0;
 
 	mux->piece_missed = false;
-	if (mux->out == NULL)
+	if (mux->out_left == 0)
 	{
 		if (!mux->events.next(mux->events.arg, &mux->out, &mux->out_left))
 			return at;
@@ -713,14 +713,22 @@ mux_plain(const Mux *mux, size_t *len)
 void
 mux_plain_sent(Mux *mux, size_t len)
 {
-	mux->out += len;
+	if (mux->out != NULL)
+		mux->out += len;
 	mux->out_left -= len;
 	mux->plain_left -= len;
 	if (mux->out_left == 0)
-	{
-		mux->out = NULL;
 		mux->events.sent(mux->events.arg);
-	}
+}
+
+void
+mux_plain_lost(Mux *mux)
+{
+	/* as after a sender that has been replaced */
+	mux->fill_left = mux->plain_left + NONCE;
+	mux->check_due = false;
+	mux->out_left = mux->plain_left = 0;
+	mux->events.sent(mux->events.arg);
 }
 
 /* The nonce that is the end of a piece. */
