@@ -1002,7 +1002,7 @@ def part_many():
 
 def part_bounds():
     """256 calls of a session, and so much memory, are under way at once."""
-    with Calling("--max-call-memory=2", "--request-timeout=3") as gateway:
+    with Calling("--max-call-memory=6", "--request-timeout=3") as gateway:
         vm, other = VM(gateway), VM(gateway)
         ask = {"op": "output", "command": command_id(), "wait_ms": 20000}
         with Runtime(gateway, vm, silent) as runtime, Runtime(gateway, other):
