@@ -282,7 +282,9 @@ get_between(Transfer *transfer, int64 file_offset, char *content, int64 from, in
 			const char *version, int64 size)
 {
 	Slot slots[MAX_AT_ONCE] = {0};
-	int most = transfer->chunk_len == PROTOCOL_MAX_CHUNK ? MAX_AT_ONCE : 1;
+	bool is_quick = transfer->chunk_len > FIRST_CHUNK;
+	int64 chunk_len = is_quick ? PROTOCOL_MAX_CHUNK : transfer->chunk_len;
+	int most = is_quick ? MAX_AT_ONCE : 1;
 	int under_way = 0;
 	bool is_same = true;
 	int i;
@@ -304,7 +306,7 @@ get_between(Transfer *transfer, int64 file_offset, char *content, int64 from, in
 			if (slots[i].len > 0)
 				continue;
 			slots[i].offset = from;
-			slots[i].len = Min(to - from, transfer->chunk_len);
+			slots[i].len = Min(to - from, chunk_len);
 			from += slots[i].len;
 			under_way++;
 			send_slot(transfer, &slots[i], file_offset);

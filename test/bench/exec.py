@@ -133,7 +133,7 @@ def raw_native():
     def to_memory(connection):
         content, at = memoryview(bytearray(SIZE)), 0
         while at < SIZE:
-            at += connection.recv_into(content[at:], len(block))
+            at += connection.recv_into(content[at:])
 
     def from_file(link):
         with open(path, "rb", buffering=0) as file:

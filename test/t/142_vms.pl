@@ -65,9 +65,8 @@ sub take
 	my $end = time + ($seconds // $timeout);
 	while (1)
 	{
-		while ($vm->{in} =~ s/^([^\xc0]*)\xc0//s)
+		while ($vm->{in} =~ s/^\xc0*([^\xc0]+)\xc0//s)
 		{
-			next if $1 eq '';
 			my ($kind, $number, $bytes) = unpack('CCa*', $1 =~ s/\xdb([\xdc\xdd])/$1 eq "\xdc" ? "\xc0" : "\xdb"/ger);
 			return [ $kind, $number, $bytes ];
 		}
