@@ -21,6 +21,8 @@
  *		down: {"type": "claimed"}: the VM, which was warm, has been taken: time to hydrate
  *		down: {"type": "gone"}, then close code 4410, when the session has ended
  *		down, up: calls and their answers, in binary frames: see below
+ *		up:	  {"type": "cable"}: of a VM at a cable, that is ready for calls.  They and
+ *			   their answers are messages of the cable then, not frames: the same bytes
  *		up:	  {"type": "ended", "command", "exit_code", "duration_ms", "stdout_bytes",
  *			   "stderr_bytes", "timed_out"}: a command has ended; said again on each new
  *			   channel until
@@ -82,7 +84,7 @@
  *			that has asked for it last is closed
  *
  * A VM without a network says all that over a cable, which carries several byte
- * streams: see common/mux.h.
+ * streams, and messages: see common/mux.h.
  *
  *-------------------------------------------------------------------------
  */
@@ -104,7 +106,8 @@
 /* Calls; in bytes */
 #define PROTOCOL_CALLS "/v1/sessions/%s/calls"
 #define PROTOCOL_MAX_HEADER (96 * 1024)	  /* of a message: env may be 64 kB */
-#define PROTOCOL_MAX_CHUNK (256 * 1024)	  /* bytes of a message */
+#define PROTOCOL_MAX_CHUNK (1024 * 1024)  /* bytes of a message, beside its header */
+#define PROTOCOL_MAX_PART (256 * 1024)	  /* the same, of a command's input or output */
 #define PROTOCOL_MAX_COMMAND (120 * 1024) /* text: what Linux takes as one argument */
 #define PROTOCOL_MAX_MESSAGE (4 + PROTOCOL_MAX_HEADER + PROTOCOL_MAX_CHUNK)
 #define PROTOCOL_MAX_WAIT_MS 20000	 /* wait_ms */
@@ -129,22 +132,25 @@
 #define PROTOCOL_CLOSE_AWAY 4503	 /* the database is away, or the gateway ends: come again */
 
 /* The cable between a VM's virtio port and a gateway: see common/mux.h */
-#define PROTOCOL_CABLE_VERSION 2
+#define PROTOCOL_CABLE_VERSION 3
 #define PROTOCOL_CABLE_STREAMS 16 /* of one VM at once, numbered from 0 */
 #define PROTOCOL_CABLE_WINDOW                                                                      \
 	(256 * 1024)					 /* bytes of a stream under way or not yet taken, each way */
 #define PROTOCOL_CABLE_PAYLOAD 16384 /* bytes of a stream in one frame */
+#define PROTOCOL_CABLE_PIECE 131072	 /* bytes of a message in one piece */
 
 #define PROTOCOL_CABLE_END 0xc0		  /* ends a frame */
 #define PROTOCOL_CABLE_ESCAPE 0xdb	  /* in a frame: these two in place of END */
 #define PROTOCOL_CABLE_IS_END 0xdc	  /* ESCAPE IS_END stands for END */
 #define PROTOCOL_CABLE_IS_ESCAPE 0xdd /* ESCAPE IS_ESCAPE stands for ESCAPE */
 
+#define PROTOCOL_CABLE_MAGIC "agentvm:" /* 8 bytes */
 #define PROTOCOL_CABLE_HELLO                                                                       \
-	1 /* version, nonce of the sender (8), of the receiver as last heard or 0 (8) */
-#define PROTOCOL_CABLE_OPEN 2	/* stream; the guest only */
-#define PROTOCOL_CABLE_DATA 3	/* stream, bytes */
-#define PROTOCOL_CABLE_CREDIT 4 /* stream, bytes that may be sent in addition (4) */
-#define PROTOCOL_CABLE_CLOSE 5	/* stream */
+	1 /* version, MAGIC, nonce of the sender (8), of the receiver as last heard or 0 (8) */
+#define PROTOCOL_CABLE_OPEN 2	 /* stream; the guest only */
+#define PROTOCOL_CABLE_DATA 3	 /* stream, bytes */
+#define PROTOCOL_CABLE_CREDIT 4	 /* stream, bytes that may be sent in addition (4) */
+#define PROTOCOL_CABLE_CLOSE 5	 /* stream */
+#define PROTOCOL_CABLE_MESSAGE 6 /* see common/mux.h */
 
 #endif /* AGENTVM_PROTOCOL_H */

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #define MAX_READ (32 * 1024)
+#define MIN_PLACED 4096 /* a copy of less costs less than another read */
 
 static void
 close_stream(Cable *cable, int stream)
@@ -71,6 +72,38 @@ closed(void *arg, int stream)
 	close_stream(arg, stream);
 }
 
+static uint8_t *
+expect(void *arg, size_t len)
+{
+	Cable *cable = arg;
+
+	return cable->events.expect(cable->events.arg, len);
+}
+
+static void
+message(void *arg, bool is_whole)
+{
+	Cable *cable = arg;
+
+	cable->events.message(cable->events.arg, is_whole);
+}
+
+static bool
+next(void *arg, const uint8_t **bytes, size_t *len)
+{
+	Cable *cable = arg;
+
+	return cable->events.next(cable->events.arg, bytes, len);
+}
+
+static void
+sent(void *arg)
+{
+	Cable *cable = arg;
+
+	cable->events.sent(cable->events.arg);
+}
+
 void
 cable_init(Cable *cable, const CableEvents *events)
 {
@@ -78,6 +111,10 @@ cable_init(Cable *cable, const CableEvents *events)
 							.deliver = deliver,
 							.fetch = fetch,
 							.closed = closed,
+							.expect = expect,
+							.message = message,
+							.next = next,
+							.sent = sent,
 							.arg = cable};
 	int i;
 
@@ -126,7 +163,10 @@ long
 cable_read(Cable *cable, const char **problem)
 {
 	uint8_t bytes[MAX_READ];
-	ssize_t n = read(cable->fd, bytes, sizeof(bytes));
+	uint8_t *place = NULL;
+	size_t room = mux_room(cable->mux, &place);
+	bool is_placed = room >= MIN_PLACED;
+	ssize_t n = is_placed ? read(cable->fd, place, room) : read(cable->fd, bytes, sizeof(bytes));
 
 	*problem = NULL;
 	if (n < 0)
@@ -134,7 +174,10 @@ cable_read(Cable *cable, const char **problem)
 	errno = 0;
 	if (n == 0)
 		return -1;
-	*problem = mux_input(cable->mux, bytes, (size_t) n);
+	if (is_placed)
+		mux_placed(cable->mux, (size_t) n);
+	else
+		*problem = mux_input(cable->mux, bytes, (size_t) n);
 	return *problem == NULL ? n : -1;
 }
 
@@ -144,22 +187,39 @@ cable_flush(Cable *cable, bool *more)
 	*more = false;
 	while (cable->fd >= 0)
 	{
+		const uint8_t *plain = NULL;
+		size_t plain_len = 0;
 		ssize_t n;
 
 		if (cable->out_len == 0)
+			plain = mux_plain(cable->mux, &plain_len);
+		if (cable->out_len == 0 && plain_len == 0)
 		{
 			cable->out_at = 0;
 			cable->out_len = mux_output(cable->mux, cable->out, sizeof(cable->out));
 			if (cable->out_len == 0)
 				break;
 		}
-		n = write(cable->fd, cable->out + cable->out_at, cable->out_len);
+		if (plain_len == 0)
+			n = write(cable->fd, cable->out + cable->out_at, cable->out_len);
+		else if (plain != NULL)
+			n = write(cable->fd, plain, plain_len);
+		else if ((n = cable->events.write(cable->events.arg, cable->fd, plain_len)) == 0)
+		{
+			mux_plain_lost(cable->mux);
+			continue;
+		}
 		if (n < 0 && errno != EAGAIN && errno != EINTR)
 			return false;
 		if (n <= 0)
 		{
 			*more = true;
 			break;
+		}
+		if (plain_len > 0)
+		{
+			mux_plain_sent(cable->mux, (size_t) n);
+			continue;
 		}
 		cable->out_at += (size_t) n;
 		cable->out_len -= (size_t) n;

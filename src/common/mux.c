@@ -13,8 +13,12 @@
 #define WINDOW PROTOCOL_CABLE_WINDOW
 #define PAYLOAD PROTOCOL_CABLE_PAYLOAD
 #define HEAD 2 /* kind and number */
-#define HELLO_LEN (HEAD + 16)
+#define MAGIC_LEN 8
+#define HELLO_LEN (HEAD + MAGIC_LEN + 16)
 #define ENCODED(len) (2 * (len) + 1) /* at most */
+#define PIECE PROTOCOL_CABLE_PIECE
+#define PIECE_HEAD 8 /* kind, two numbers */
+#define NONCE 8
 
 typedef enum StreamState
 {
@@ -54,6 +58,19 @@ struct Mux
 	size_t frame_len;
 	bool is_escaped;
 	bool is_broken; /* too long, or wrongly escaped */
+
+	uint8_t *in;		  /* message that comes, if somebody takes it */
+	size_t in_at, in_len; /* 0: none comes */
+	size_t piece_left;	  /* bytes of a piece that are still to come, */
+	size_t check_left;	  /* and of the nonce after it */
+	uint8_t check[NONCE];
+
+	size_t fill_left; /* ENDs to be sent before anything else */
+	bool check_due;
+	bool piece_missed;	/* there was no room for one */
+	const uint8_t *out; /* message that goes; NULL: its bytes are elsewhere */
+	size_t out_left;	/* 0: none goes */
+	size_t plain_left;	/* of the piece that goes */
 };
 
 Mux *
@@ -97,11 +114,30 @@ let_go(Stream *stream)
 		stream->close_due = !stream->close_sent;
 }
 
+/* What is under way will not arrive. */
+static void
+drop_messages(Mux *mux)
+{
+	bool had_in = mux->in != NULL;
+	bool had_out = mux->out_left > 0;
+
+	mux->in = NULL;
+	mux->in_len = mux->piece_left = mux->check_left = 0;
+	mux->out = NULL;
+	mux->out_left = mux->plain_left = 0;
+	mux->check_due = mux->piece_missed = false;
+	if (had_in)
+		mux->events.message(mux->events.arg, false);
+	if (had_out)
+		mux->events.sent(mux->events.arg);
+}
+
 static void
 drop_streams(Mux *mux)
 {
 	int i;
 
+	drop_messages(mux);
 	for (i = 0; i < MUX_STREAMS; i++)
 	{
 		Stream *stream = &mux->streams[i];
@@ -125,6 +161,7 @@ mux_restart(Mux *mux, uint64_t nonce)
 	mux->hello_due = true;
 	mux->frame_len = 0;
 	mux->is_escaped = mux->is_broken = false;
+	mux->fill_left = PIECE + NONCE;
 	drop_streams(mux);
 }
 
@@ -196,8 +233,8 @@ deliver_kept(Mux *mux, int i)
 static const char *
 take_hello(Mux *mux)
 {
-	uint64_t sender = get_number(mux->frame + HEAD, 8);
-	uint64_t receiver = get_number(mux->frame + HEAD + 8, 8);
+	uint64_t sender = get_number(mux->frame + HEAD + MAGIC_LEN, 8);
+	uint64_t receiver = get_number(mux->frame + HEAD + MAGIC_LEN + 8, 8);
 	bool knows_us = receiver == mux->own;
 
 	if (mux->frame[1] != PROTOCOL_CABLE_VERSION)
@@ -264,10 +301,14 @@ take_frame(Mux *mux)
 	size_t len = mux->frame_len - HEAD;
 	Stream *stream;
 
-	if (kind == PROTOCOL_CABLE_HELLO && mux->frame_len == HELLO_LEN)
+	if (kind == PROTOCOL_CABLE_HELLO && mux->frame_len == HELLO_LEN &&
+		memcmp(mux->frame + HEAD, PROTOCOL_CABLE_MAGIC, MAGIC_LEN) == 0)
 		return take_hello(mux);
 	if (!mux->synced)
 		return NULL; /* for one that was here before us */
+	if (kind == PROTOCOL_CABLE_MESSAGE)
+		return mux->frame_len < PIECE_HEAD ? NULL /* cut off: one that is new will say so */
+										   : "a wrong piece";
 	if (i >= MUX_STREAMS)
 		return "no such stream";
 	stream = &mux->streams[i];
@@ -357,7 +398,7 @@ end_frame(Mux *mux)
 {
 	const char *problem = NULL;
 
-	mux->frames++;
+	mux->frames += mux->frame_len > 0;
 	if (mux->is_broken || mux->is_escaped || mux->frame_len == 1)
 		problem = mux->synced ? "not a frame" : NULL;
 	else if (mux->frame_len > 0)
@@ -367,6 +408,116 @@ end_frame(Mux *mux)
 	return problem;
 }
 
+/* A number of so many digits of 7 bits. */
+static size_t
+get_digits(const uint8_t *bytes, int len)
+{
+	size_t number = 0;
+
+	while (len-- > 0)
+		number = number << 7 | *bytes++;
+	return number;
+}
+
+/* Whether the next byte is of the head of a piece. */
+static bool
+is_in_piece_head(const Mux *mux, uint8_t byte)
+{
+	return mux->synced && !mux->is_escaped && !mux->is_broken && byte < 0x80 &&
+		   (mux->frame_len > 0 ? mux->frame[0] : byte) == PROTOCOL_CABLE_MESSAGE;
+}
+
+/* The head of a piece has come. */
+static const char *
+begin_piece(Mux *mux)
+{
+	size_t len = get_digits(mux->frame + 1, 3);
+	size_t whole = get_digits(mux->frame + 4, 4);
+
+	mux->frames++;
+	mux->frame_len = 0;
+	if ((whole == 0) != (mux->in_len > 0))
+		return "a message's pieces are not in order";
+	if (len == 0 || len > PIECE || len > (whole > 0 ? whole : mux->in_len - mux->in_at))
+		return "a piece of wrong length";
+	if (whole > 0)
+	{
+		mux->in = mux->events.expect(mux->events.arg, whole);
+		mux->in_at = 0;
+		mux->in_len = whole;
+	}
+	mux->piece_left = len;
+	mux->check_left = NONCE;
+	return NULL;
+}
+
+size_t
+mux_room(const Mux *mux, uint8_t **at)
+{
+	if (mux->piece_left == 0 || mux->in == NULL)
+		return 0;
+	*at = mux->in + mux->in_at;
+	return mux->piece_left;
+}
+
+void
+mux_placed(Mux *mux, size_t len)
+{
+	mux->in_at += len;
+	mux->piece_left -= len;
+}
+
+/* What has come as the nonce after a piece: how much of it is right, and whether the rest is END. */
+static int
+right_len(const Mux *mux, bool *is_filled)
+{
+	int right = 0, i;
+
+	while (right < NONCE && mux->check[right] == (uint8_t) (mux->own >> (56 - 8 * right)))
+		right++;
+	for (i = right; i < NONCE && mux->check[i] == PROTOCOL_CABLE_END; i++)
+		;
+	*is_filled = i == NONCE;
+	return right;
+}
+
+/* Bytes of a piece; returns how many of them. */
+static size_t
+take_plain(Mux *mux, const uint8_t *bytes, size_t len, const char **problem)
+{
+	bool is_right, is_filled;
+
+	if (mux->piece_left > 0)
+	{
+		if (len > mux->piece_left)
+			len = mux->piece_left;
+		if (mux->in != NULL)
+			memcpy(mux->in + mux->in_at, bytes, len);
+		mux_placed(mux, len);
+		return len;
+	}
+	if (len > mux->check_left)
+		len = mux->check_left;
+	memcpy(mux->check + NONCE - mux->check_left, bytes, len);
+	mux->check_left -= len;
+	if (mux->check_left > 0)
+		return len;
+	is_right = right_len(mux, &is_filled) == NONCE;
+	/* else it may be one that is new who has filled it up */
+	if (!is_right && !is_filled)
+		*problem = "a piece of somebody else's";
+	else if (!is_right || mux->in_at == mux->in_len)
+	{
+		bool is_taken = mux->in != NULL;
+
+		mux->in = NULL;
+		mux->in_len = 0;
+		if (is_taken)
+			mux->events.message(mux->events.arg, is_right);
+	}
+	return len;
+}
+
 const char *
 mux_input(Mux *mux, const uint8_t *bytes, size_t len)
 {
@@ -374,9 +525,18 @@ mux_input(Mux *mux, const uint8_t *bytes, size_t len)
 
 	while (len > 0 && problem == NULL)
 	{
-		size_t n = mux->is_escaped ? 0 : plain_len(bytes, len);
+		size_t n = 0;
 
-		if (n > 0)
+		if (mux->check_left > 0)
+			n = take_plain(mux, bytes, len, &problem);
+		else if (is_in_piece_head(mux, *bytes))
+		{
+			n = 1;
+			add_to_frame(mux, bytes, n);
+			if (mux->frame_len == PIECE_HEAD)
+				problem = begin_piece(mux);
+		}
+		else if (!mux->is_escaped && (n = plain_len(bytes, len)) > 0)
 			add_to_frame(mux, bytes, n);
 		else
 		{
@@ -384,7 +544,12 @@ mux_input(Mux *mux, const uint8_t *bytes, size_t len)
 
 			n = 1;
 			if (byte == PROTOCOL_CABLE_END)
+			{
 				problem = end_frame(mux);
+				/* what fills up an unfinished piece is many of these */
+				while (n < len && bytes[n] == PROTOCOL_CABLE_END)
+					n++;
+			}
 			else if (!mux->is_escaped)
 				mux->is_escaped = true;
 			else
@@ -440,18 +605,19 @@ put_frame(uint8_t *at, int kind, int number, const uint8_t *bytes, size_t len)
 static uint8_t *
 put_hello(Mux *mux, uint8_t *at)
 {
-	uint8_t nonces[16];
+	uint8_t bytes[MAGIC_LEN + 16];
 	int i;
 
+	memcpy(bytes, PROTOCOL_CABLE_MAGIC, MAGIC_LEN);
 	for (i = 0; i < 8; i++)
 	{
-		nonces[i] = (uint8_t) (mux->own >> (56 - 8 * i));
-		nonces[8 + i] = (uint8_t) (mux->peer >> (56 - 8 * i));
+		bytes[MAGIC_LEN + i] = (uint8_t) (mux->own >> (56 - 8 * i));
+		bytes[MAGIC_LEN + 8 + i] = (uint8_t) (mux->peer >> (56 - 8 * i));
 	}
 	mux->hello_due = false;
 	mux->told_peer = mux->peer != 0;
 	*at++ = PROTOCOL_CABLE_END; /* of a frame that somebody has left unfinished */
-	return put_frame(at, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, nonces, sizeof(nonces));
+	return put_frame(at, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, bytes, sizeof(bytes));
 }
 
 /* A frame of a stream, if there is anything to say, in at least MUX_MIN_ROOM bytes of room. */
@@ -509,6 +675,74 @@ put_next(Mux *mux, int i, uint8_t *at, size_t room)
 	return put_frame(at, PROTOCOL_CABLE_DATA, i, bytes, n);
 }
 
+static uint8_t *
+put_digits(uint8_t *at, size_t number, int len)
+{
+	while (len-- > 0)
+		*at++ = (uint8_t) (number >> (7 * len) & 0x7f);
+	return at;
+}
+
+/* The head of the next piece of a message, if there is one. */
+static uint8_t *
+put_piece(Mux *mux, uint8_t *at)
+{
+	size_t whole = 0;
+
+	mux->piece_missed = false;
+	if (mux->out_left == 0)
+	{
+		if (!mux->events.next(mux->events.arg, &mux->out, &mux->out_left))
+			return at;
+		whole = mux->out_left;
+	}
+	mux->plain_left = mux->out_left < PIECE ? mux->out_left : PIECE;
+	mux->check_due = true;
+	*at++ = PROTOCOL_CABLE_MESSAGE;
+	at = put_digits(at, mux->plain_left, 3);
+	return put_digits(at, whole, 4);
+}
+
+const uint8_t *
+mux_plain(const Mux *mux, size_t *len)
+{
+	*len = mux->plain_left;
+	return mux->out;
+}
+
+void
+mux_plain_sent(Mux *mux, size_t len)
+{
+	if (mux->out != NULL)
+		mux->out += len;
+	mux->out_left -= len;
+	mux->plain_left -= len;
+	if (mux->out_left == 0)
+		mux->events.sent(mux->events.arg);
+}
+
+void
+mux_plain_lost(Mux *mux)
+{
+	/* as after a sender that has been replaced */
+	mux->fill_left = mux->plain_left + NONCE;
+	mux->check_due = false;
+	mux->out_left = mux->plain_left = 0;
+	mux->events.sent(mux->events.arg);
+}
+
+/* The nonce that is the end of a piece. */
+static uint8_t *
+put_check(Mux *mux, uint8_t *at)
+{
+	int i;
+
+	mux->check_due = false;
+	for (i = 0; i < NONCE; i++)
+		*at++ = (uint8_t) (mux->peer >> (56 - 8 * i));
+	return at;
+}
+
 size_t
 mux_output(Mux *mux, uint8_t *bytes, size_t room)
 {
@@ -516,9 +750,27 @@ mux_output(Mux *mux, uint8_t *bytes, size_t room)
 	uint8_t *end = bytes + room;
 	int idle = 0;
 
-	_Static_assert(1 + ENCODED(HELLO_LEN) <= MUX_MIN_ROOM, "room for a greeting");
+	_Static_assert(NONCE + 1 + ENCODED(HELLO_LEN) <= MUX_MIN_ROOM, "room for a greeting");
+	if (mux->fill_left > 0)
+	{
+		size_t n = mux->fill_left < room ? mux->fill_left : room;
+
+		memset(at, PROTOCOL_CABLE_END, n);
+		mux->fill_left -= n;
+		return n;
+	}
+	if (mux->check_due)
+		at = put_check(mux, at);
 	if (mux->hello_due)
 		at = put_hello(mux, at);
+	if (mux->piece_missed)
+	{
+		uint8_t *before = at;
+
+		at = put_piece(mux, at);
+		if (at > before)
+			return (size_t) (at - bytes);
+	}
 	/* a frame of each in turn */
 	while (mux->synced && idle < MUX_STREAMS && end - at >= MUX_MIN_ROOM)
 	{
@@ -528,6 +780,11 @@ mux_output(Mux *mux, uint8_t *bytes, size_t room)
 		idle = at == before ? idle + 1 : 0;
 		mux->next = (mux->next + 1) % MUX_STREAMS;
 	}
+	/* and then a piece, which has its turn first where there is no room for it */
+	if (mux->synced && end - at >= PIECE_HEAD)
+		at = put_piece(mux, at);
+	else
+		mux->piece_missed = mux->synced;
 	return (size_t) (at - bytes);
 }
 

@@ -16,12 +16,26 @@
  * middle finds the next frame.  The first byte is the kind, the second the number
  * of a stream (of HELLO: the version); numbers are in network order.
  *
- *	HELLO	nonce of the sender, nonce of the receiver as the sender knows it or 0
+ *	HELLO	MAGIC, so that no bytes of a piece are taken for it; nonce of the sender, nonce of
+ *			the receiver as the sender knows it or 0
  *	OPEN	a stream of that number begins
  *	DATA	bytes of a stream, from 1 to PAYLOAD
  *	CREDIT	so many bytes more may be sent on a stream; it begins with WINDOW
  *	CLOSE	the sender neither sends nor takes any more; both ends say so, and then
  *			the number is free
+ *
+ * Beside the streams there are messages, which are for much at once: they go in
+ * pieces whose bytes are as they are, so that neither end has to look at each.
+ *
+ *	MESSAGE	bytes of this piece (3 digits of 7 bits, so that none of them needs an
+ *			ESCAPE), of the whole message (4 digits) or 0 in all but the first piece; no
+ *			END, but at once so many bytes, and then the receiver's nonce
+ *
+ * An end that is replaced in the middle of a piece leaves the other one to take for
+ * its rest what the next one says: so whoever is new begins with as many ENDs as
+ * that can be, which no nonce is made of.  Such a piece is dropped with its message.
+ * A message is not acknowledged, and there is no credit for it: it is for what the
+ * receiver has asked for or has made room for in another way.
  *
  * Either end may be replaced at any time by one that knows nothing: the runtime is
  * started again, the gateway is killed and the next one takes its place.  Bytes for
@@ -83,6 +97,21 @@ typedef struct MuxEvents
 	/* The stream has ended: the other end closed it, all it sent having been taken, or is not there any more. */
 	void (*closed)(void *arg, int stream);
 
+	/* A message of so many bytes comes: returns room for it, or NULL: it is not taken. */
+	uint8_t *(*expect)(void *arg, size_t len);
+
+	/* It is whole, or what is missing does not come any more; the room is the owner's again. */
+	void (*message)(void *arg, bool is_whole);
+
+	/*
+	 * Set the next message to be sent, which stays as it is until "sent"; false: there is
+	 * none for now.  *bytes may be NULL, if whoever asks mux_plain() has them.
+	 */
+	bool (*next)(void *arg, const uint8_t **bytes, size_t *len);
+
+	/* It has been sent, or the other end is not there any more. */
+	void (*sent)(void *arg);
+
 	void *arg;
 } MuxEvents;
 
@@ -113,10 +142,29 @@ extern uint64_t mux_frames(const Mux *mux);
 extern const char *mux_input(Mux *mux, const uint8_t *bytes, size_t len);
 
 /*
+ * How many of the next bytes of the cable are a message's, and where they may be
+ * put: mux_placed() then tells how many have been, in place of mux_input().  Any
+ * number of them may be given to mux_input() as well.
+ */
+extern size_t mux_room(const Mux *mux, uint8_t **at);
+extern void mux_placed(Mux *mux, size_t len);
+
+/*
  * Fill in bytes for the cable, which must be sent or lost with the cable; returns
  * how many, 0 for none.  "room" must be at least MUX_MIN_ROOM.
  */
 extern size_t mux_output(Mux *mux, uint8_t *bytes, size_t room);
+
+/*
+ * Bytes of a message that follow what mux_output() has filled in last, before it is
+ * called again; *len is how many there are, and may be 0.  mux_plain_sent() tells
+ * how many have been sent.
+ */
+extern const uint8_t *mux_plain(const Mux *mux, size_t *len);
+extern void mux_plain_sent(Mux *mux, size_t len);
+
+/* The rest of the message cannot be had: the other end does not get it. */
+extern void mux_plain_lost(Mux *mux);
 
 /* Open a stream, at once or when the other end is there; returns its number, or -1 when all are in use. */
 extern int mux_open(Mux *mux);

@@ -623,6 +623,13 @@ call_sent(Call *call)
 	call->message = NULL;
 }
 
+void
+call_taken(Call *call)
+{
+	call->message->call = NULL;
+	call->message = NULL;
+}
+
 static int
 outcome_status(Outcome outcome)
 {

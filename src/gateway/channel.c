@@ -47,6 +47,7 @@ struct Channel
 	bool is_closed;
 	bool tells_claim; /* it is to be sent that its session has been taken */
 	bool is_cut;	  /* in the middle of a message, after which no text can be sent */
+	bool by_cable;	  /* calls and answers go as messages of the VM's cable */
 	double allowance; /* frames that may come now */
 	uint64_t allowed_at;
 	ChannelCalls calls;
@@ -76,11 +77,74 @@ channel_push(Channel *channel, Buffer *message)
 	const Peer *peer = lws_get_opaque_user_data(channel->wsi);
 
 	DL_APPEND(channel->queue, message);
-	/* the largest of answers, with what frames cost on the cable; and credit for the request */
-	if (peer != NULL && peer->is_vm)
-		vms_expect(channel->server->vms, peer->address,
-				   2 * MAX_INCOMING + (message->end - message->at));
-	lws_callback_on_writable(channel->wsi);
+	/* the largest of answers, with what frames cost on the cable */
+	if (peer->is_vm)
+		vms_ask(channel->server->vms, peer->address, 2 * MAX_INCOMING);
+	else
+		lws_callback_on_writable(channel->wsi);
+}
+
+void *
+channel_next(void *arg, void *taker, const uint8_t **bytes, size_t *len)
+{
+	Channel *channel = taker;
+	Buffer *message = channel->queue;
+
+	if (message == NULL || channel->close_code != 0)
+		return NULL;
+	DL_DELETE(channel->queue, message);
+	call_taken(message->call);
+	*bytes = message->bytes + message->at;
+	*len = message->end - message->at;
+	return message;
+}
+
+void
+channel_sent(void *arg, void *message)
+{
+	buffer_free(arg, message);
+}
+
+void *
+channel_expect(void *arg, void *taker, size_t len, uint8_t **at)
+{
+	Channel *channel = taker;
+	Buffer *message = NULL;
+	int code = 0;
+
+	if (channel->close_code != 0)
+		return NULL;
+	if (channel->calls.by_number == NULL)
+		code = LWS_CLOSE_STATUS_POLICY_VIOLATION; /* nobody has asked */
+	else if (len > MAX_INCOMING)
+		code = LWS_CLOSE_STATUS_MESSAGE_TOO_LARGE;
+	else if ((message = buffer_make(arg, len)) == NULL)
+		code = PROTOCOL_CLOSE_AWAY;
+	if (message == NULL)
+	{
+		channel_close(channel, code);
+		return NULL;
+	}
+	*at = message->bytes + message->end;
+	message->end += len;
+	return message;
+}
+
+void
+channel_come(void *arg, void *taker, void *message)
+{
+	Channel *channel = taker;
+	int code;
+
+	if (channel == NULL || channel->close_code != 0)
+	{
+		buffer_free(arg, message);
+		return;
+	}
+	channel->server->counts.frames++;
+	code = calls_answer(arg, channel, message);
+	if (code != 0)
+		channel_close(channel, code);
 }
 
 void
@@ -125,6 +189,11 @@ channel_note(Channel *channel, const char *command)
 static void
 let_go(Channel *channel)
 {
+	const Peer *peer = lws_get_opaque_user_data(channel->wsi);
+
+	if (channel->by_cable)
+		vms_no_taker(channel->server->vms, peer->address, channel);
+	channel->by_cable = false;
 	channel->session = NULL;
 	channel->is_cut = channel->is_cut || (channel->queue != NULL && channel->queue->is_begun);
 	calls_lost(channel->server, channel);
@@ -249,6 +318,14 @@ channel_frame(Channel *channel)
 	else if (strcmp(type, "heartbeat") == 0 && channel->waiting == NULL)
 		channel->waiting =
 			sessions_heartbeat(channel->server->sessions, channel->hash, channel_beaten, channel);
+	else if (strcmp(type, "cable") == 0)
+	{
+		const Peer *peer = lws_get_opaque_user_data(channel->wsi);
+
+		channel->by_cable = peer->is_vm;
+		if (peer->is_vm)
+			vms_set_taker(channel->server->vms, peer->address, channel);
+	}
 	else if (strcmp(type, "ended") == 0)
 	{
 		code = calls_told_end(channel->server, channel->session, root);
@@ -282,8 +359,10 @@ take_binary(Channel *channel, const void *bytes, size_t len)
 	Buffer *incoming = channel->incoming;
 	size_t size;
 
-	if (channel->session == NULL || channel->calls.by_number == NULL)
-		return LWS_CLOSE_STATUS_POLICY_VIOLATION; /* nobody has asked */
+	const Peer *peer = lws_get_opaque_user_data(channel->wsi);
+
+	if (channel->session == NULL || channel->calls.by_number == NULL || peer->is_vm)
+		return LWS_CLOSE_STATUS_POLICY_VIOLATION; /* nobody has asked, or not this way */
 	if (incoming == NULL)
 	{
 		incoming = buffer_make(server, len < 2048 ? 2048 : len);
@@ -372,7 +451,10 @@ write_close(Channel *channel)
 static int
 write_next(Channel *channel)
 {
-	bool in_message = channel->queue != NULL && channel->queue->is_begun;
+	const Peer *peer = lws_get_opaque_user_data(channel->wsi);
+	/* those of a VM at a cable go by that */
+	bool has_message = channel->queue != NULL && !peer->is_vm;
+	bool in_message = has_message && channel->queue->is_begun;
 	char text[sizeof(channel->out)];
 	int result;
 
@@ -401,12 +483,13 @@ write_next(Channel *channel)
 		free(note);
 		result = write_text(channel, text);
 	}
-	else if (channel->queue != NULL)
+	else if (has_message)
 		result = write_binary(channel);
 	else
 		return 0;
-	if (result == 0 && (channel->out[0] != '\0' || channel->close_code != 0 ||
-						channel->tells_claim || channel->notes != NULL || channel->queue != NULL))
+	if (result == 0 &&
+		(channel->out[0] != '\0' || channel->close_code != 0 || channel->tells_claim ||
+		 channel->notes != NULL || (channel->queue != NULL && !peer->is_vm)))
 		lws_callback_on_writable(channel->wsi);
 	return result;
 }

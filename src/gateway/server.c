@@ -136,6 +136,8 @@ server_create(uv_loop_t *loop, const Options *options)
 	struct lws_context_creation_info info;
 	void *loops[] = {loop};
 	const SessionEvents events = {channel_ended, channel_claimed, database_up, server};
+	const VmsEvents vms_events = {take_stream,	channel_expect, channel_come,
+								  channel_next, channel_sent,	server};
 	struct rlimit files;
 	int listener = listen_on(options->listen, options->port);
 
@@ -189,7 +191,7 @@ server_create(uv_loop_t *loop, const Options *options)
 	server->rounds->data = server;
 	uv_prepare_start(server->rounds, on_round);
 	server->listener = listener_create(loop, listener, take_accepted, server);
-	server->vms = vms_create(loop, options->vm_sockets, take_stream, server);
+	server->vms = vms_create(loop, options->vm_sockets, &vms_events);
 	return server;
 }
 
@@ -251,8 +253,8 @@ server_destroy(Server *server)
 	listener_destroy(server->listener);
 	control_destroy(server);
 	uv_close((uv_handle_t *) server->rounds, free_handle);
-	vms_destroy(server->vms);
 	lws_context_destroy(server->context);
+	vms_destroy(server->vms); /* channels let go of them */
 	sessions_destroy(server->sessions);
 	calls_destroy(server);
 	uv_close((uv_handle_t *) server->turns, free_handle);

@@ -201,6 +201,12 @@ extern void channel_drop(Channel *channel, Buffer *message);
 /* Tell it that the end of a command has been committed. */
 extern void channel_note(Channel *channel, const char *command);
 
+/* What vms.c tells of messages: "taker" is a channel, a message a Buffer, "arg" the server. */
+extern void *channel_expect(void *arg, void *taker, size_t len, uint8_t **at);
+extern void channel_come(void *arg, void *taker, void *message);
+extern void *channel_next(void *arg, void *taker, const uint8_t **bytes, size_t *len);
+extern void channel_sent(void *arg, void *message);
+
 /* Close it with this code. */
 extern void channel_close(Channel *channel, int code);
 
@@ -250,6 +256,9 @@ extern void call_forget(Call *call);
 
 /* Its request has been sent, and is not needed any more. */
 extern void call_sent(Call *call);
+
+/* Its request is another's from now on, who sends it. */
+extern void call_taken(Call *call);
 
 /* The owner is gone: what is his is ended.  keep: it is left alone. */
 extern void owner_gone(Server *server, Owner *owner, bool keep);

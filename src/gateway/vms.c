@@ -44,6 +44,7 @@
 #define FRAME_COST 512					 /* of a frame, beside its bytes */
 #define STREAM_COST (32 * 1024)			 /* of a new stream, or of a runtime that begins anew */
 #define PROMISE_TICKS 50				 /* that a promise lasts, more or less */
+#define MESSAGE_MS 30000				 /* for all of a message to come */
 #define MAX_EXPECTED (256 * 1024 * 1024) /* what has been asked for is no more than that */
 
 typedef struct Vm
@@ -63,8 +64,13 @@ typedef struct Vm
 	uint64_t retry_at; /* when it is not connected */
 	double allowance;
 	uint64_t allowed_at;
-	uint64_t frames; /* of the mux, as far as paid for */
-	char reason[64]; /* of the last failure that was logged */
+	uint64_t frames;		   /* of the mux, as far as paid for */
+	char reason[64];		   /* of the last failure that was logged */
+	bool is_reading;		   /* what is to be sent waits until that is done */
+	void *taker;			   /* of messages; NULL: nobody */
+	void *incoming, *outgoing; /* messages under way, or NULL */
+	void *incoming_taker;	   /* NULL: he has gone meanwhile */
+	uint64_t incoming_since;
 	Cable cable;
 } Vm;
 
@@ -72,8 +78,7 @@ struct Vms
 {
 	uv_loop_t *loop;
 	const char *const *dirs;
-	VmsServe serve;
-	void *arg;
+	VmsEvents events;
 	int watches[MAX_VM_SOCKETS]; /* inotify's, by place in dirs; -1: none */
 	bool was_read[MAX_VM_SOCKETS];
 	int epoll, inotify;
@@ -119,7 +124,7 @@ stream_opened(void *arg, int stream)
 		return -1;
 	watch(vm, stream, ends[0], CABLE_STREAM_EVENTS, EPOLL_CTL_ADD);
 	/* what becomes of the other end is seen on ours */
-	vm->vms->serve(vm->vms->arg, vm->name, ends[1]);
+	vm->vms->events.serve(vm->vms->events.arg, vm->name, ends[1]);
 	return ends[0];
 }
 
@@ -129,6 +134,52 @@ stream_closing(void *arg, int fd)
 	Vm *vm = arg;
 
 	(void) epoll_ctl(vm->vms->epoll, EPOLL_CTL_DEL, fd, NULL);
+}
+
+/* ---- messages ---- */
+
+static uint8_t *
+message_expect(void *arg, size_t len)
+{
+	Vm *vm = arg;
+	uint8_t *at = NULL;
+
+	if (vm->taker == NULL)
+		return NULL;
+	vm->incoming = vm->vms->events.expect(vm->vms->events.arg, vm->taker, len, &at);
+	vm->incoming_taker = vm->taker;
+	vm->incoming_since = uv_now(vm->vms->loop);
+	return vm->incoming != NULL ? at : NULL;
+}
+
+static void
+message_came(void *arg, bool is_whole)
+{
+	Vm *vm = arg;
+	void *message = vm->incoming;
+
+	vm->incoming = NULL;
+	vm->vms->events.come(vm->vms->events.arg, is_whole ? vm->incoming_taker : NULL, message);
+}
+
+static bool
+message_next(void *arg, const uint8_t **bytes, size_t *len)
+{
+	Vm *vm = arg;
+
+	if (vm->taker != NULL)
+		vm->outgoing = vm->vms->events.next(vm->vms->events.arg, vm->taker, bytes, len);
+	return vm->outgoing != NULL;
+}
+
+static void
+message_sent(void *arg)
+{
+	Vm *vm = arg;
+	void *message = vm->outgoing;
+
+	vm->outgoing = NULL;
+	vm->vms->events.sent(vm->vms->events.arg, message);
 }
 
 /* ---- connections ---- */
@@ -240,7 +291,7 @@ settle(Vm *vm)
 	bool was_full = vm->is_full;
 	bool was_paused = vm->is_paused;
 
-	if (vm->cable.fd < 0)
+	if (vm->cable.fd < 0 || vm->is_reading)
 		return;
 	if (!cable_flush(&vm->cable, &vm->is_full))
 	{
@@ -271,7 +322,9 @@ cable_event(Vm *vm, uint32_t events)
 
 	if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) && (!vm->is_paused || !(events & EPOLLIN)))
 	{
+		vm->is_reading = true;
 		n = cable_read(&vm->cable, &problem);
+		vm->is_reading = false;
 		if (n < 0)
 		{
 			lost(vm, problem);
@@ -297,12 +350,31 @@ vms_is_socket(int dir, const char *name)
 		   fstatat(dir, name, &status, AT_SYMLINK_NOFOLLOW) == 0 && S_ISSOCK(status.st_mode);
 }
 
+static Vm *
+find_vm(Vms *vms, const char *name)
+{
+	int i;
+
+	for (i = 0; i < VMS_MAX; i++)
+	{
+		if (vms->all[i] != NULL && strcmp(vms->all[i]->name, name) == 0)
+			return vms->all[i];
+	}
+	return NULL;
+}
+
 /* The VM of that socket, made if it is new; NULL if there cannot be one. */
 static Vm *
 vm_of(Vms *vms, int dir, const char *entry)
 {
-	static const CableEvents events = {.opened = stream_opened, .closing = stream_closing};
+	static const CableEvents events = {.opened = stream_opened,
+									   .closing = stream_closing,
+									   .expect = message_expect,
+									   .message = message_came,
+									   .next = message_next,
+									   .sent = message_sent};
 	char path[sizeof(((Vm *) NULL)->path)];
+	char name[MAX_NAME + 1];
 	int name_len = (int) (strlen(entry) - strlen(SUFFIX));
 	CableEvents own = events;
 	Vm *vm;
@@ -321,6 +393,12 @@ vm_of(Vms *vms, int dir, const char *entry)
 		else if (vms->all[i]->dir == dir && strcmp(vms->all[i]->path, path) == 0)
 			return vms->all[i];
 	}
+	snprintf(name, sizeof(name), PREFIX "%.*s", name_len, entry);
+	/* what is for a VM is not for another one of the same name */
+	if (find_vm(vms, name) != NULL)
+		(void) snprintf(name, sizeof(name), "vm:%d/%.*s", dir, MAX_NAME - 6, entry);
+	if (find_vm(vms, name) != NULL)
+		return NULL;
 	if (place < 0)
 	{
 		if (!vms->is_full)
@@ -333,7 +411,7 @@ vm_of(Vms *vms, int dir, const char *entry)
 	vm->number = place;
 	vm->dir = dir;
 	memcpy(vm->path, path, sizeof(path));
-	snprintf(vm->name, sizeof(vm->name), PREFIX "%.*s", name_len, entry);
+	memcpy(vm->name, name, sizeof(vm->name));
 	vm->retry_at = uv_now(vms->loop);
 	vm->allowance = ALLOWANCE;
 	vm->allowed_at = uv_now(vms->loop);
@@ -509,6 +587,8 @@ on_tick(uv_timer_t *timer)
 				vm->allowance = ALLOWANCE;
 		}
 		vm->allowed_at = now;
+		if (vm->incoming != NULL && now - vm->incoming_since > MESSAGE_MS)
+			lost(vm, "a message that has no end");
 		if (vm->cable.fd >= 0)
 			settle(vm);
 		else if (now >= vm->retry_at)
@@ -517,7 +597,7 @@ on_tick(uv_timer_t *timer)
 }
 
 Vms *
-vms_create(uv_loop_t *loop, const char *const *dirs, VmsServe serve, void *arg)
+vms_create(uv_loop_t *loop, const char *const *dirs, const VmsEvents *events)
 {
 	Vms *vms = calloc(1, sizeof(Vms));
 	struct epoll_event event = {.events = EPOLLIN, .data.u32 = ABOUT_INOTIFY};
@@ -525,8 +605,7 @@ vms_create(uv_loop_t *loop, const char *const *dirs, VmsServe serve, void *arg)
 
 	vms->loop = loop;
 	vms->dirs = dirs;
-	vms->serve = serve;
-	vms->arg = arg;
+	vms->events = *events;
 	if (dirs[0] == NULL)
 		return vms;
 	for (i = 0; dirs[i] != NULL; i++)
@@ -577,22 +656,37 @@ vms_destroy(Vms *vms)
 }
 
 void
-vms_expect(Vms *vms, const char *name, size_t bytes)
+vms_set_taker(Vms *vms, const char *name, void *taker)
 {
-	int i;
+	Vm *vm = find_vm(vms, name);
 
-	for (i = 0; i < VMS_MAX; i++)
-	{
-		Vm *vm = vms->all[i];
+	if (vm == NULL || vm->taker == taker)
+		return;
+	vm->taker = taker;
+	vm->incoming_taker = NULL;
+	if (taker != NULL)
+		settle(vm);
+}
 
-		if (vm == NULL || strcmp(vm->name, name) != 0)
-			continue;
-		if (vm->allowance < MAX_EXPECTED)
-			vm->allowance += (double) bytes;
-		/* it may wait for the next tick */
-		if (vm->is_paused)
-			settle(vm);
-	}
+void
+vms_no_taker(Vms *vms, const char *name, void *taker)
+{
+	Vm *vm = find_vm(vms, name);
+
+	if (vm != NULL && vm->taker == taker)
+		vms_set_taker(vms, name, NULL);
+}
+
+void
+vms_ask(Vms *vms, const char *name, size_t bytes)
+{
+	Vm *vm = find_vm(vms, name);
+
+	if (vm == NULL)
+		return;
+	if (vm->allowance < MAX_EXPECTED)
+		vm->allowance += (double) bytes;
+	settle(vm);
 }
 
 VmsCounts

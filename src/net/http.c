@@ -650,6 +650,9 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 		if (!add_header(call, lfirst(lc)))
 			return CURLE_OUT_OF_MEMORY;
 	}
+	/* where much is sent, libcurl would wait a second for leave to do so */
+	if (request->tail_len > 0 && !add_header(call, "Expect:"))
+		return CURLE_OUT_OF_MEMORY;
 	if (request->sigv4 != NULL)
 	{
 		SETOPT(CURLOPT_AWS_SIGV4, request->sigv4);

@@ -12,6 +12,7 @@
 #include <openssl/crypto.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "../common/log.h"
 #include "command.h"
@@ -25,6 +26,7 @@ static Link *channel;
 static lws_dll2_owner_t waiting;
 static lws_dll2_owner_t ready;
 static Timer trim_timer;
+static bool is_sending;
 
 /* A call that is held back, as it has come. */
 typedef struct Held
@@ -78,26 +80,54 @@ call_fail(Call *call, const char *error, const char *message)
 								text != NULL ? text : json_string("")));
 }
 
-/* Put the answer's frame together; false when there is no memory for it. */
+/*
+ * Put the answer's frame together, of which "bytes", malloc'ed and ours, is a part of a
+ * file, or NULL, or that is still in "file", ours, from "offset" on; false when there is
+ * no memory for it.
+ */
 static bool
-send_answer(const Call *call, json_t *answer, const char *bytes, size_t len)
+send_answer(const Call *call, json_t *answer, char *bytes, size_t len, int file, int64_t offset)
 {
 	char *header = json_dumps(answer, JSON_COMPACT);
 	size_t header_len = header != NULL ? strlen(header) : 0;
 	uint32_t words[2] = {htonl(call->number), htonl((uint32_t) header_len)};
+	size_t head_len = sizeof(words) + header_len;
+	bool has_room = bytes != NULL && LINK_ROOM + head_len <= TRANSFER_ROOM;
+	char *memory = bytes;
 	char *frame = NULL;
 
-	if (header != NULL && header_len <= PROTOCOL_MAX_HEADER && len <= PROTOCOL_MAX_CHUNK)
-		frame = link_reserve(channel, sizeof(words) + header_len + len);
+	if (header == NULL || header_len > PROTOCOL_MAX_HEADER || len > PROTOCOL_MAX_CHUNK)
+	{
+		free(header);
+		free(bytes);
+		if (file >= 0)
+			close(file);
+		return false;
+	}
+	/* the bytes of a file stay where they are */
+	if (has_room)
+		frame = bytes + TRANSFER_ROOM - head_len;
+	else if ((memory = malloc(LINK_ROOM + head_len + (file < 0 ? len : 0))) != NULL)
+	{
+		frame = memory + LINK_ROOM;
+		if (bytes != NULL)
+			memcpy(frame + head_len, bytes + TRANSFER_ROOM, len);
+		else if (len > 0 && file < 0)
+			command_copy(call, frame + head_len);
+	}
 	if (frame != NULL)
 	{
 		memcpy(frame, words, sizeof(words));
 		memcpy(frame + sizeof(words), header, header_len);
-		if (bytes != NULL)
-			memcpy(frame + sizeof(words) + header_len, bytes, len);
-		else if (len > 0)
-			command_copy(call, frame + sizeof(words) + header_len);
+		if (file >= 0)
+			link_call_file(channel, memory, frame, head_len, file, offset, len);
+		else
+			link_call(channel, memory, frame, head_len + len);
 	}
+	else if (file >= 0)
+		close(file);
+	if (!has_room)
+		free(bytes);
 	free(header);
 	return frame != NULL;
 }
@@ -105,21 +135,28 @@ send_answer(const Call *call, json_t *answer, const char *bytes, size_t len)
 void
 call_send(void)
 {
+	/* what is sent may be sent at once, and lead back here */
+	if (is_sending)
+		return;
+	is_sending = true;
 	while (ready.head != NULL && link_has_room(channel))
 	{
 		Call *call = lws_container_of(ready.head, Call, list);
 		char *bytes = NULL;
 		size_t len = 0;
+		int file = -1;
+		int64_t offset = 0;
 
 		if (call->get != NULL)
-			call->answer = transfer_get(call->get, &bytes, &len);
+			call->answer = transfer_get(call->get, &bytes, &len,
+										link_takes_files(channel) ? &file : NULL, &offset);
 		else if (call->answer == NULL)
 			call->answer = command_answer(call, &len);
-		if (!send_answer(call, call->answer, bytes, len))
+		if (!send_answer(call, call->answer, bytes, len, file, offset))
 			log_line(LOG_LEVEL_ERROR, "a call cannot be answered", NULL);
-		free(bytes);
 		forget(call);
 	}
+	is_sending = false;
 	if (!timer_is_set(&trim_timer))
 		timer_set(&trim_timer, TRIM_MS, trim, NULL);
 }

@@ -54,6 +54,12 @@ static Timer reap_timer;
 static struct rlimit files_limit; /* as we were given it */
 static int oom_score;			  /* of commands */
 
+#if defined(__x86_64__)
+#define HAS_QUICK_START
+static char quick_stack[64 * 1024]
+	__attribute__((aligned(16))); /* of a child, see start_quickly() */
+#endif
+
 /* ---- their end ---- */
 
 static void
@@ -165,7 +171,7 @@ refuse(const ChildSpec *spec, const char *what)
 	_exit(code);
 }
 
-/* In the child: nothing of ours but the three standard files. */
+/* In the child: nothing of ours but the three standard files; it may have our memory, see start_quickly(). */
 static void
 run(const ChildSpec *spec)
 {
@@ -239,11 +245,61 @@ fork_into(int cgroup)
 	return pid;
 }
 
+#ifdef HAS_QUICK_START
+/*
+ * As vfork(), into a control group if there is one: the child has our memory, and we
+ * wait, until it is another program.  A copy of our page tables costs more than
+ * all else that is done for a short command, since each page is copied, too, that we
+ * write to after that.  Returns as fork(), but only to us; -1 with errno.
+ */
+static pid_t
+start_quickly(const ChildSpec *spec)
+{
+	struct clone_args how = {.flags = CLONE_VM | CLONE_VFORK,
+							 .exit_signal = SIGCHLD,
+							 .stack = (uint64_t) (uintptr_t) quick_stack,
+							 .stack_size = sizeof(quick_stack)};
+	register void (*child)(const ChildSpec *) __asm__("r8") = run;
+	register const ChildSpec *of_child __asm__("r9") = spec;
+	long pid;
+
+	if (spec->cgroup >= 0)
+	{
+		how.flags |= CLONE_INTO_CGROUP;
+		how.cgroup = (uint64_t) spec->cgroup;
+	}
+	/* the child, whose stack is another one, must not come back to here */
+	__asm__ volatile("syscall\n\t"
+					 "test %%rax, %%rax\n\t"
+					 "jnz 1f\n\t"
+					 "xor %%ebp, %%ebp\n\t"
+					 "mov %%r9, %%rdi\n\t"
+					 "call *%%r8\n\t"
+					 "hlt\n"
+					 "1:"
+					 : "=a"(pid)
+					 : "0"((long) SYS_clone3), "D"(&how), "S"(sizeof(how)), "r"(child),
+					   "r"(of_child)
+					 : "rcx", "r11", "memory", "cc");
+	if (pid >= 0)
+		return (pid_t) pid;
+	errno = (int) -pid;
+	return -1;
+}
+#endif
+
 bool
 child_spawn(Child *child, const ChildSpec *spec, ChildExited exited, void *arg)
 {
-	pid_t pid = spec->cgroup >= 0 ? fork_into(spec->cgroup) : fork();
+	pid_t pid = -1;
 
+#ifdef HAS_QUICK_START
+	if (spec->is_quick)
+		pid = start_quickly(spec);
+#endif
+	/* as some kernels need it, or do not let through */
+	if (pid < 0)
+		pid = spec->cgroup >= 0 ? fork_into(spec->cgroup) : fork();
 	if (pid == 0)
 		run(spec);
 	if (pid < 0)

@@ -35,6 +35,8 @@ typedef struct ChildSpec
 	int cgroup;		   /* directory of a control group: where it is to be; -1: where we are */
 	bool is_command;   /* somebody else's: ends before us when memory is short, has an ordinary
 							 * umask, and says on stderr why it cannot be started (126, or 127) */
+	bool is_quick;	   /* nothing of this is on a file system that we have not looked at: its start
+							 * may be waited for */
 } ChildSpec;
 
 /* As ChildExited; "words" is the end of what it printed. */

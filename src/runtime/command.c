@@ -619,8 +619,6 @@ on_exited(void *arg, int code)
 		output_trim(&command->streams[i].output);
 	if (command->streams[0].fd >= 0 || command->streams[1].fd >= 0)
 		num_lingering++;
-	if (command->has_cgroup)
-		command->has_cgroup = !cgroup_remove(command->id);
 	if (command->kill_at != 0)
 		look_after(command);
 	else
@@ -637,6 +635,9 @@ on_exited(void *arg, int code)
 	go_on_with_input(command);
 	tell_news(command);
 	command_tell();
+	/* takes long enough for somebody to wait for it in vain */
+	if (command->has_cgroup)
+		command->has_cgroup = !cgroup_remove(command->id);
 	forget_some();
 }
 
@@ -755,7 +756,8 @@ spawn(Command *command, const CallFrame *said, const int *files)
 					  .envp = make_environment(said->env, has_bash ? "/bin/bash" : "/bin/sh"),
 					  .cwd = said->cwd,
 					  .files = {files[0], files[1], files[2]},
-					  .is_command = true};
+					  .is_command = true,
+					  .is_quick = said->cwd == NULL};
 	bool ok;
 	int error;
 
@@ -909,7 +911,7 @@ command_answer(Call *call, size_t *len)
 {
 	const Command *command = call->command;
 	int64_t until = command->is_running ? boottime_ms() : command->ended;
-	size_t room = call->part || !command->is_running ? PROTOCOL_MAX_CHUNK : 0;
+	size_t room = call->part || !command->is_running ? PROTOCOL_MAX_PART : 0;
 	json_t *streams[2];
 	int i;
 

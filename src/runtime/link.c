@@ -37,8 +37,9 @@
 typedef struct Outgoing
 {
 	lws_dll2_t list;
+	void *memory;
+	char *bytes; /* in it, with room for libwebsockets before */
 	size_t len;
-	char bytes[]; /* LWS_PRE of them for libwebsockets, then the frame */
 } Outgoing;
 
 struct Link
@@ -73,11 +74,13 @@ struct Link
 };
 
 static const Settings *settings;
+static Link *on_cable; /* the channel whose calls go by the cable, or NULL */
 
 static void
 free_frame(Outgoing *frame)
 {
 	lws_dll2_remove(&frame->list);
+	free(frame->memory);
 	free(frame);
 }
 
@@ -104,6 +107,8 @@ free_link(Link *link)
 {
 	timer_stop(&link->timeout);
 	timer_stop(&link->end);
+	if (link == on_cable)
+		on_cable = NULL;
 	if (link->resolve != NULL)
 		resolve_cancel(link->resolve);
 	if (link->wsi != NULL)
@@ -291,31 +296,37 @@ link_channel(const char *path, const char *token, const ChannelEvents *events, v
 	return link;
 }
 
-static Outgoing *
-add_frame(Link *link, lws_dll2_owner_t *frames, size_t len)
+/* Have a frame sent, whose memory becomes ours; false when there is none for more. */
+static bool
+add_frame(Link *link, lws_dll2_owner_t *frames, void *memory, char *bytes, size_t len)
 {
-	Outgoing *frame = malloc(sizeof(Outgoing) + LWS_PRE + len);
+	Outgoing *frame = memory != NULL ? calloc(1, sizeof(Outgoing)) : NULL;
 
 	if (frame == NULL)
-		return NULL;
-	memset(&frame->list, 0, sizeof(frame->list));
+	{
+		free(memory);
+		return false;
+	}
+	frame->memory = memory;
+	frame->bytes = bytes;
 	frame->len = len;
 	lws_dll2_add_tail(&frame->list, frames);
 	lws_callback_on_writable(link->wsi);
-	return frame;
+	return true;
 }
 
 bool
 link_send(Link *link, const char *text)
 {
 	size_t len = strlen(text);
-	Outgoing *frame;
+	char *memory;
 
-	if (link->wsi == NULL || !link->opened || link->texts.count >= MAX_TEXTS ||
-		(frame = add_frame(link, &link->texts, len)) == NULL)
+	if (link->wsi == NULL || !link->opened || link->texts.count >= MAX_TEXTS)
 		return false;
-	memcpy(frame->bytes + LWS_PRE, text, len);
-	return true;
+	memory = malloc(LWS_PRE + len);
+	if (memory != NULL)
+		memcpy(memory + LWS_PRE, text, len);
+	return add_frame(link, &link->texts, memory, memory + LWS_PRE, len);
 }
 
 bool
@@ -327,18 +338,56 @@ link_is_free(const Link *link)
 bool
 link_has_room(const Link *link)
 {
-	return link->wsi != NULL && link->opened && link->calls_len < MAX_WAITING;
+	return link->wsi != NULL && link->opened &&
+		   (link == on_cable ? relay_waiting() : link->calls_len) < MAX_WAITING;
 }
 
-char *
-link_reserve(Link *link, size_t len)
+void
+link_call(Link *link, void *memory, char *bytes, size_t len)
 {
-	Outgoing *frame = add_frame(link, &link->calls, len);
+	_Static_assert(LINK_ROOM >= LWS_PRE, "room for libwebsockets");
+	if (link == on_cable)
+		relay_send(memory, bytes, len);
+	else if (add_frame(link, &link->calls, memory, bytes, len))
+		link->calls_len += len;
+}
 
-	if (frame == NULL)
-		return NULL;
-	link->calls_len += len;
-	return frame->bytes + LWS_PRE;
+bool
+link_takes_files(const Link *link)
+{
+	return link == on_cable && relay_takes_files();
+}
+
+void
+link_call_file(Link *link, void *memory, char *bytes, size_t len, int file, int64_t offset,
+			   size_t file_len)
+{
+	relay_send_file(memory, bytes, len, file, offset, file_len);
+}
+
+static void
+cable_message_came(const char *bytes, size_t len)
+{
+	if (on_cable != NULL && !timer_is_set(&on_cable->end))
+		on_cable->events->call(on_cable->arg, bytes, len);
+}
+
+static void
+cable_message_sent(void)
+{
+	if (on_cable != NULL)
+		on_cable->events->sent(on_cable->arg);
+}
+
+void
+link_use_cable(Link *link)
+{
+	static const RelayEvents events = {cable_message_came, cable_message_sent};
+
+	if (settings->gateway_device == NULL || !link_send(link, "{\"type\": \"cable\"}"))
+		return;
+	on_cable = link;
+	relay_take_messages(&events, MAX_CALL);
 }
 
 void
@@ -427,7 +476,7 @@ write_frame(Link *link, struct lws *wsi)
 	if (first == NULL)
 		return 0;
 	frame = lws_container_of(first, Outgoing, list);
-	n = lws_write(wsi, (unsigned char *) frame->bytes + LWS_PRE, frame->len,
+	n = lws_write(wsi, (unsigned char *) frame->bytes, frame->len,
 				  is_text ? LWS_WRITE_TEXT : LWS_WRITE_BINARY);
 	if (n < (int) frame->len)
 		return -1;

@@ -14,6 +14,8 @@
 
 #include "settings.h"
 
+#define LINK_ROOM 32 /* see link_call() */
+
 typedef struct Link Link;
 
 /* What came of a request. */
@@ -73,11 +75,25 @@ extern bool link_is_free(const Link *link);
 extern bool link_has_room(const Link *link);
 
 /*
- * Where there is room, send a binary frame of so many bytes (at most
- * PROTOCOL_MAX_MESSAGE + 4), which the caller is to write to where this points before
- * he returns to the loop; NULL when there is no memory.
+ * Where there is room, send a binary frame: "len" bytes at "bytes" (at most
+ * PROTOCOL_MAX_MESSAGE + 4), which is in a piece of malloc()'s memory that becomes the
+ * link's, at least LINK_ROOM after its beginning.
  */
-extern char *link_reserve(Link *link, size_t len);
+extern void link_call(Link *link, void *memory, char *bytes, size_t len);
+
+/*
+ * The same, and after it so many bytes of a file from there, which becomes the
+ * link's; only if link_takes_files().
+ */
+extern void link_call_file(Link *link, void *memory, char *bytes, size_t len, int file,
+						   int64_t offset, size_t file_len);
+extern bool link_takes_files(const Link *link);
+
+/*
+ * Let calls and their answers go beside the channel, which is open, where there is
+ * a way for that: as messages of the cable (relay.h).
+ */
+extern void link_use_cable(Link *link);
 
 /* End a request or a channel without a further call. */
 extern void link_drop(Link *link);

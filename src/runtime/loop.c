@@ -17,6 +17,8 @@
 
 #include "../common/log.h"
 
+#define EVENTS_PER_TURN 16 /* then libwebsockets has its own */
+
 typedef struct Watched
 {
 	LoopReady ready; /* NULL: it is not watched */
@@ -116,10 +118,14 @@ loop_events(void)
 {
 	struct epoll_event event;
 
+	int i;
+
 	/* one at a time: a handler may unwatch others */
-	if (epoll_wait(epoll_fd, &event, 1, 0) == 1 && event.data.fd < num_watched &&
-		watched[event.data.fd].ready != NULL)
-		watched[event.data.fd].ready(watched[event.data.fd].arg, event.events);
+	for (i = 0; i < EVENTS_PER_TURN && epoll_wait(epoll_fd, &event, 1, 0) == 1; i++)
+	{
+		if (event.data.fd < num_watched && watched[event.data.fd].ready != NULL)
+			watched[event.data.fd].ready(watched[event.data.fd].arg, event.events);
+	}
 }
 
 bool

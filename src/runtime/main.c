@@ -35,7 +35,8 @@
 #define AGENTVM_VERSION "unknown"
 #endif
 
-#define BIG (1024 * 1024) /* allocations of so much go back to the system when they are freed */
+/* allocations of so much go back to the system when they are freed; no message of a call is one */
+#define BIG (2 * 1024 * 1024)
 #define DEFAULT_CONFIG "/etc/agentvm/runtime.env"
 
 static void

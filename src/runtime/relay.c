@@ -10,12 +10,15 @@
  */
 #include "relay.h"
 
+#include <libwebsockets.h>
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
@@ -30,7 +33,7 @@
 #define PORTS "/sys/class/virtio-ports"
 #define LOOK_MS 200	   /* for the port, or for somebody at its other end */
 #define REPAIR_MS 1000 /* before the next try, when what came made no sense */
-#define READS 32	   /* in a row: a port gives a page at a time */
+#define READS 64	   /* in a row: a port gives a page at a time */
 
 static const Settings *settings;
 static char address[64];
@@ -43,7 +46,188 @@ static bool is_full;	/* the port takes no more for now */
 static char reason[64]; /* why the port cannot be used, as logged last */
 static int numbers[MUX_STREAMS];
 
+/* A message, on its way in or out */
+typedef struct Message
+{
+	lws_dll2_t list;
+	void *memory;
+	const uint8_t *bytes;
+	size_t len;	  /* of all of it */
+	size_t at;	  /* of a message with a file: how much has been sent */
+	size_t own;	  /* bytes before those of the file */
+	int file;	  /* -1: none */
+	off_t offset; /* of its next byte */
+} Message;
+
+static const RelayEvents *message_events; /* NULL: there are none */
+static size_t max_message;
+static Message *coming;
+static lws_dll2_owner_t come;  /* and not yet handed over */
+static lws_dll2_owner_t going; /* the first one is the mux's, perhaps */
+static size_t going_len;
+static bool is_settling;
+static bool was_sent;
+
+/* Files go to the port through a pipe, as splice() needs it */
+#define PIPE_SIZE (256 * 1024)
+static int file_pipe[2] = {-1, -1};
+static size_t in_pipe;
+static bool port_takes_files;
+
 static void look(void *arg);
+
+/* ---- messages ---- */
+
+static void
+free_message(Message *message)
+{
+	lws_dll2_remove(&message->list);
+	if (message->file >= 0)
+		close(message->file);
+	free(message->memory);
+	free(message);
+}
+
+static void
+close_pipe(void)
+{
+	close(file_pipe[0]);
+	close(file_pipe[1]);
+	file_pipe[0] = file_pipe[1] = -1;
+	in_pipe = 0;
+}
+
+static bool
+open_pipe(void)
+{
+	if (file_pipe[0] < 0 && pipe2(file_pipe, O_CLOEXEC | O_NONBLOCK) == 0)
+		(void) fcntl(file_pipe[1], F_SETPIPE_SZ, PIPE_SIZE);
+	return file_pipe[0] >= 0;
+}
+
+static uint8_t *
+expect(void *arg, size_t len)
+{
+	if (message_events == NULL || len > max_message ||
+		(coming = calloc(1, sizeof(Message))) == NULL)
+		return NULL;
+	coming->file = -1;
+	coming->memory = malloc(len);
+	coming->bytes = coming->memory;
+	coming->len = len;
+	if (coming->memory == NULL)
+	{
+		free(coming);
+		coming = NULL;
+		return NULL;
+	}
+	return coming->memory;
+}
+
+static void
+message_came(void *arg, bool is_whole)
+{
+	if (is_whole)
+		lws_dll2_add_tail(&coming->list, &come);
+	else
+		free_message(coming);
+	coming = NULL;
+}
+
+static bool
+next_message(void *arg, const uint8_t **bytes, size_t *len)
+{
+	const Message *message;
+
+	if (going.head == NULL)
+		return false;
+	message = lws_container_of(going.head, Message, list);
+	*bytes = message->file >= 0 ? NULL : message->bytes;
+	*len = message->len;
+	return true;
+}
+
+/* The next bytes of a message with a file: see CableEvents. */
+static ssize_t
+write_message(void *arg, int fd, size_t max)
+{
+	Message *message = lws_container_of(going.head, Message, list);
+	ssize_t n;
+
+	if (message->at < message->own)
+	{
+		size_t left = message->own - message->at;
+
+		n = write(fd, message->bytes + message->at, left < max ? left : max);
+	}
+	else
+	{
+		if (in_pipe == 0)
+		{
+			n = open_pipe() ? splice(message->file, &message->offset, file_pipe[1], NULL,
+									 max < PIPE_SIZE ? max : PIPE_SIZE, SPLICE_F_NONBLOCK)
+							: -1;
+			if (n <= 0)
+				return 0; /* it is shorter by now */
+			in_pipe = (size_t) n;
+		}
+		n = splice(file_pipe[0], NULL, fd, NULL, in_pipe < max ? in_pipe : max, SPLICE_F_NONBLOCK);
+		in_pipe -= n > 0 ? (size_t) n : 0;
+	}
+	message->at += n > 0 ? (size_t) n : 0;
+	if (n == 0)
+		errno = EAGAIN;
+	return n > 0 ? n : -1;
+}
+
+static void
+message_sent(void *arg)
+{
+	Message *message = lws_container_of(going.head, Message, list);
+
+	/* of one that was given up */
+	if (in_pipe > 0)
+		close_pipe();
+	going_len -= message->len;
+	free_message(message);
+	was_sent = true;
+}
+
+/* What waits is for an other end that is not there any more. */
+static void
+drop_messages(void)
+{
+	while (going.head != NULL)
+		free_message(lws_container_of(going.head, Message, list));
+	going_len = 0;
+}
+
+/* Hand over what has come. */
+static void
+hand_over(void)
+{
+	while (come.head != NULL)
+	{
+		Message *message = lws_container_of(come.head, Message, list);
+
+		lws_dll2_remove(&message->list);
+		message_events->came((const char *) message->bytes, message->len);
+		free_message(message);
+	}
+}
+
+void
+relay_take_messages(const RelayEvents *events, size_t max)
+{
+	message_events = events;
+	max_message = max;
+}
+
+size_t
+relay_waiting(void)
+{
+	return going_len;
+}
 
 /* ---- the port ---- */
 
@@ -98,6 +282,7 @@ go_down(const char *why, int64_t ms)
 				 "reason", why, NULL);
 	snprintf(reason, sizeof(reason), "%s", why);
 	cable_plug(&cable, cable.fd); /* what streams there were have ended */
+	drop_messages();
 	was_synced = false;
 	timer_set(&look_timer, ms, look, NULL);
 }
@@ -115,15 +300,34 @@ give_up_port(void)
 
 static void on_port(void *arg, uint32_t events);
 
+/* Send what there is, as much as the port takes; false when it is not one any more. */
+static bool
+flush(void)
+{
+	bool done;
+
+	is_settling = true;
+	do
+	{
+		was_sent = false;
+		done = cable_flush(&cable, &is_full);
+		/* there may be more where that came from */
+		if (done && was_sent)
+			message_events->sent();
+	} while (done && was_sent && !is_full);
+	is_settling = false;
+	return done;
+}
+
 /* Send what there is, and see what has become of it all. */
 static void
 settle(void)
 {
 	bool was_full = is_full;
 
-	if (!is_up)
+	if (!is_up || is_settling)
 		return;
-	if (!cable_flush(&cable, &is_full))
+	if (!flush())
 	{
 		give_up_port();
 		return;
@@ -133,6 +337,8 @@ settle(void)
 	if (mux_is_synced(cable.mux) != was_synced)
 	{
 		was_synced = !was_synced;
+		if (!was_synced)
+			drop_messages();
 		log_line(LOG_LEVEL_INFO, was_synced ? "gateway is connected" : "gateway begins anew",
 				 "device", settings->gateway_device, NULL);
 		reason[0] = '\0';
@@ -146,9 +352,11 @@ on_port(void *arg, uint32_t events)
 	long n = events & (EPOLLIN | EPOLLHUP | EPOLLERR) ? 1 : 0;
 	int reads = 0;
 
+	is_settling = true; /* not before all has been handed over */
 	while (n > 0 && reads++ < READS)
 	{
 		n = cable_read(&cable, &problem);
+		hand_over();
 		if (n < 0)
 		{
 			if (problem != NULL)
@@ -157,10 +365,49 @@ on_port(void *arg, uint32_t events)
 				go_down("nobody is at its other end", LOOK_MS);
 			else
 				give_up_port();
+			is_settling = false;
 			return;
 		}
 	}
+	is_settling = false;
 	settle();
+}
+
+void
+relay_send_file(void *memory, const char *bytes, size_t len, int file, int64_t offset,
+				size_t file_len)
+{
+	Message *message = calloc(1, sizeof(Message));
+
+	if (message == NULL || !mux_is_synced(cable.mux))
+	{
+		if (file >= 0)
+			close(file);
+		free(message);
+		free(memory);
+		return;
+	}
+	message->memory = memory;
+	message->bytes = (const uint8_t *) bytes;
+	message->own = len;
+	message->len = len + file_len;
+	message->file = file;
+	message->offset = offset;
+	lws_dll2_add_tail(&message->list, &going);
+	going_len += message->len;
+	settle();
+}
+
+void
+relay_send(void *memory, const char *bytes, size_t len)
+{
+	relay_send_file(memory, bytes, len, -1, 0, 0);
+}
+
+bool
+relay_takes_files(void)
+{
+	return is_up && port_takes_files;
 }
 
 /* See whether the port is there, and somebody at its other end. */
@@ -192,6 +439,10 @@ look(void *arg)
 	}
 	is_up = true;
 	is_full = false;
+	/* of an empty pipe nothing is sent, but it is seen whether something would be */
+	port_takes_files =
+		open_pipe() &&
+		(splice(file_pipe[0], NULL, cable.fd, NULL, 1, SPLICE_F_NONBLOCK) == 0 || errno == EAGAIN);
 	loop_watch(cable.fd, EPOLLIN, on_port, NULL);
 	settle();
 }
@@ -234,7 +485,12 @@ on_connection(void *arg, uint32_t events)
 bool
 relay_start(const Settings *with)
 {
-	static const CableEvents events = {.closing = stream_closing};
+	static const CableEvents events = {.closing = stream_closing,
+									   .expect = expect,
+									   .message = message_came,
+									   .next = next_message,
+									   .sent = message_sent,
+									   .write = write_message};
 	struct sockaddr_un name = {.sun_family = AF_UNIX};
 	uint64_t random = 0;
 	socklen_t len;

@@ -22,8 +22,17 @@
 #define RUNTIME_RELAY_H
 
 #include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
 
 #include "settings.h"
+
+/* What becomes of messages of the cable; called from the loop. */
+typedef struct RelayEvents
+{
+	void (*came)(const char *bytes, size_t len); /* valid during the call */
+	void (*sent)(void);							 /* fewer of ours wait */
+} RelayEvents;
 
 /*
  * Begin to relay, if the settings name a device; one that is not there yet is
@@ -33,5 +42,25 @@ extern bool relay_start(const Settings *settings);
 
 /* Where to connect to, as libwebsockets takes it. */
 extern const char *relay_address(void);
+
+/* Take messages of at most so many bytes; "events" must stay. */
+extern void relay_take_messages(const RelayEvents *events, size_t max);
+
+/*
+ * Send "len" bytes at "bytes", which is in a piece of malloc()'s memory that becomes
+ * the relay's.  It is lost when the other end is.
+ */
+extern void relay_send(void *memory, const char *bytes, size_t len);
+
+/*
+ * The same, and after it so many bytes of a file from there, which belongs to the
+ * relay then, without their coming to us; only if relay_takes_files().
+ */
+extern void relay_send_file(void *memory, const char *bytes, size_t len, int file, int64_t offset,
+							size_t file_len);
+extern bool relay_takes_files(void);
+
+/* How many bytes of messages wait to be sent. */
+extern size_t relay_waiting(void);
 
 #endif /* RUNTIME_RELAY_H */

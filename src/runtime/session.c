@@ -210,6 +210,7 @@ on_frame(void *arg, const char *text, size_t len)
 			channel_is_known = true;
 			channel_backoff_ms = settings->backoff_min_ms;
 			log_line(LOG_LEVEL_INFO, "channel is open", NULL);
+			link_use_cable(channel);
 			command_set_channel(channel);
 			hydrate(NULL);
 			if (!has_beaten && request == NULL)

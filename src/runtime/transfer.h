@@ -45,17 +45,22 @@ extern json_t *transfer_put(const json_t *header, const char *bytes, size_t len)
 /*
  * Read a part of a file: header {command, path, offset, length, remove}.
  *
- * Returns {size, version}, and in *bytes, malloc'ed, the *len of its bytes that
- * there are; or {error, message}, with *bytes NULL and *len 0.  A new reference,
+ * Returns {size, version}, and in *bytes, malloc'ed, after TRANSFER_ROOM bytes for
+ * the caller's use the *len of its bytes that there are; or {error, message}, with *bytes NULL and *len 0.  A new reference,
  * or NULL without memory.  "size", in bytes, is where the file ends if its end is
  * known: for files that only the kernel makes up (in /proc, say) it is what has
  * been read, and one more when that is not all.  Another version is another file
  * or one that has been changed.  With "remove" the file is gone after this; the
  * same call within 10 minutes still has its bytes.
  *
+ * With "file" the bytes may stay where they are: *file is then the file itself, the
+ * caller's, *offset where they begin, and *bytes NULL; else it is -1.
+ *
  * CALL_INVALID: the header makes no sense; CALL_WRONG_FILE: no regular file;
  * others as with transfer_put().
  */
-extern json_t *transfer_get(const json_t *header, char **bytes, size_t *len);
+#define TRANSFER_ROOM 512
+extern json_t *transfer_get(const json_t *header, char **bytes, size_t *len, int *file,
+							int64_t *offset);
 
 #endif /* RUNTIME_TRANSFER_H */

@@ -211,7 +211,7 @@ send_start(Task *task)
 {
 	const ExecCommand *command = task->exec->command;
 	int64 input_len = command->input ? command->input->len : 0;
-	int64 first = Min(input_len, PROTOCOL_MAX_CHUNK - (int64) command->len);
+	int64 first = Min(input_len, PROTOCOL_MAX_PART - (int64) command->len);
 	const char *bytes = command->text;
 	StringInfo header = &task->header;
 
@@ -251,7 +251,7 @@ static void
 send_input(Task *task)
 {
 	const Content *input = task->exec->command->input;
-	int64 len = Min(input->len - task->taken, PROTOCOL_MAX_CHUNK);
+	int64 len = Min(input->len - task->taken, PROTOCOL_MAX_PART);
 
 	begin_header(task, "input");
 	header_int(&task->header, "offset", task->taken);

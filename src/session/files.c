@@ -3,8 +3,9 @@
  * files.c
  *		Files in and out of VMs, in chunks; directories as tar archives.
  *
- * A transfer has an id, as a command has, and one chunk under way at a time.  The
- * gateway logs its beginning with the first chunk and its end with the last.
+ * A transfer has an id, as a command has.  The gateway logs its beginning with the first
+ * chunk and its end with the last, which are under way alone; of what is read, several
+ * of those between are, where chunks come quickly.
  *
  * An archive travels as a file in the VM's /tmp, which a program of the runtime's
  * packs or unpacks.
@@ -32,8 +33,12 @@ PG_FUNCTION_INFO_V1(agentvm_download);
 PG_FUNCTION_INFO_V1(agentvm_upload_tar);
 PG_FUNCTION_INFO_V1(agentvm_download_tar);
 
-#define MAX_PATH_LEN 4096  /* bytes: what Linux takes as a path, with a NUL */
-#define MAX_RESTARTS 3	   /* of a download whose file changes meanwhile */
+#define MAX_PATH_LEN 4096 /* bytes: what Linux takes as a path, with a NUL */
+#define MAX_RESTARTS 3	  /* of a download whose file changes meanwhile */
+#define FIRST_CHUNK (256 * 1024)
+#define QUICK_MS 300	   /* a chunk that takes no longer may be followed by a larger one */
+#define SLOW_MS 1500	   /* and one that takes longer by a smaller one */
+#define MAX_AT_ONCE 4	   /* chunks that are read */
 #define TAR_TIMEOUT_S 3600 /* for packing or unpacking */
 #define MAX_TAR_WORDS 1000 /* bytes that are shown of what that says */
 
@@ -53,7 +58,18 @@ typedef struct Transfer
 	const char *shown;	 /* what the caller asked for */
 	const char *audit;	 /* JSON; NULL once it has been sent */
 	MemoryContext chunk; /* of the chunk under way */
+	int64 chunk_len;	 /* of the next one */
 } Transfer;
+
+/* A chunk that is read, where several are. */
+typedef struct Slot
+{
+	Call *call;
+	MemoryContext context;
+	StringInfoData header;
+	int64 offset; /* in what is asked for */
+	int64 len;	  /* 0: none is under way */
+} Slot;
 
 /* ---- arguments ---- */
 
@@ -115,6 +131,7 @@ begin_transfer(Transfer *transfer, const pg_uuid_t *session, const char *way, co
 	transfer->shown = shown;
 	transfer->chunk =
 		AllocSetContextCreate(CurrentMemoryContext, "agentvm chunk", ALLOCSET_DEFAULT_SIZES);
+	transfer->chunk_len = FIRST_CHUNK;
 	initStringInfo(&audit);
 	appendStringInfo(&audit, "{\"kind\": \"%s\"", way);
 	header_text(&audit, "role", GetUserNameFromId(GetUserId(), false));
@@ -134,12 +151,23 @@ end_transfer(Transfer *transfer)
 	calls_destroy(transfer->calls);
 }
 
+/* How long a chunk has taken tells how large the next one should be: a link may be slow. */
+static void
+choose_chunk_len(Transfer *transfer, int64 took_ms)
+{
+	if (took_ms <= QUICK_MS)
+		transfer->chunk_len = Min(2 * transfer->chunk_len, PROTOCOL_MAX_CHUNK);
+	else if (took_ms > SLOW_MS)
+		transfer->chunk_len = Max(transfer->chunk_len / 2, FIRST_CHUNK / 4);
+}
+
 /* The answer to the next chunk, whose own members are in the header; in the chunk's context. */
 static const Answer *
 ask_chunk(Transfer *transfer, StringInfo header, const char *bytes, int64 len, bool last,
 		  bool much_comes)
 {
 	CallMessage message = {transfer->id, header, bytes, len, -1};
+	int64 began = call_now_ms();
 	const Answer *answer;
 
 	header_text(header, "path", transfer->path);
@@ -154,6 +182,7 @@ ask_chunk(Transfer *transfer, StringInfo header, const char *bytes, int64 len, b
 	message.much_comes = much_comes;
 	answer = call_ask(transfer->call, &message);
 	transfer->audit = NULL;
+	choose_chunk_len(transfer, call_now_ms() - began);
 	return answer;
 }
 
@@ -171,7 +200,7 @@ put_file(Transfer *transfer, const Content *content, const char *mode)
 
 	do
 	{
-		int64 len = Min(content->len - offset, PROTOCOL_MAX_CHUNK);
+		int64 len = Min(content->len - offset, transfer->chunk_len);
 		MemoryContext old = MemoryContextSwitchTo(transfer->chunk);
 		StringInfoData header;
 
@@ -190,6 +219,23 @@ put_file(Transfer *transfer, const Content *content, const char *mode)
 	} while (offset < content->len);
 }
 
+static void
+begin_get(Transfer *transfer, StringInfo header, int64 offset, int64 len)
+{
+	initStringInfo(header);
+	header_begin(header, "get", &transfer->id);
+	header_int(header, "offset", offset);
+	header_int(header, "length", len);
+}
+
+/* Whether this can be a chunk from there of that length. */
+static bool
+is_chunk(const Answer *answer, int64 offset, int64 len)
+{
+	return answer->version != NULL && answer->size >= 0 && answer->len <= len &&
+		   (answer->len == 0 || offset + (int64) answer->len <= answer->size);
+}
+
 /* A chunk of a file; in the chunk's context, which is reset first. */
 static const Answer *
 get_chunk(Transfer *transfer, int64 offset, int64 len, bool last, bool remove)
@@ -200,18 +246,98 @@ get_chunk(Transfer *transfer, int64 offset, int64 len, bool last, bool remove)
 
 	MemoryContextReset(transfer->chunk);
 	old = MemoryContextSwitchTo(transfer->chunk);
-	initStringInfo(&header);
-	header_begin(&header, "get", &transfer->id);
-	header_int(&header, "offset", offset);
-	header_int(&header, "length", len);
+	begin_get(transfer, &header, offset, len);
 	if (remove)
 		header_json(&header, "remove", "true");
 	answer = ask_chunk(transfer, &header, NULL, 0, last, len > 0);
-	if (answer->version == NULL || answer->size < 0 || answer->len > len ||
-		(answer->len > 0 && offset + (int64) answer->len > answer->size))
+	if (!is_chunk(answer, offset, len))
 		protest(transfer);
 	MemoryContextSwitchTo(old);
 	return answer;
+}
+
+/* Have a slot ask for its chunk. */
+static void
+send_slot(Transfer *transfer, Slot *slot, int64 file_offset)
+{
+	MemoryContext old;
+	CallMessage message = {transfer->id, &slot->header, NULL, 0, -1, .much_comes = true};
+
+	MemoryContextReset(slot->context);
+	old = MemoryContextSwitchTo(slot->context);
+	begin_get(transfer, &slot->header, file_offset + slot->offset, slot->len);
+	header_text(&slot->header, "path", transfer->path);
+	header_json(&slot->header, "owned", "true");
+	call_send(slot->call, &message);
+	MemoryContextSwitchTo(old);
+}
+
+/*
+ * Read what lies between "from" and "to" of the content, several chunks at once; false:
+ * the file has changed meanwhile.  All have been answered then, since the gateway would
+ * take one that is given up for the end of the transfer.
+ */
+static bool
+get_between(Transfer *transfer, int64 file_offset, char *content, int64 from, int64 to,
+			const char *version, int64 size)
+{
+	Slot slots[MAX_AT_ONCE] = {0};
+	bool is_quick = transfer->chunk_len > FIRST_CHUNK;
+	int64 chunk_len = is_quick ? PROTOCOL_MAX_CHUNK : transfer->chunk_len;
+	int most = is_quick ? MAX_AT_ONCE : 1;
+	int under_way = 0;
+	bool is_same = true;
+	int i;
+
+	for (i = 0; i < most; i++)
+	{
+		slots[i].call =
+			call_create(transfer->calls, call_session(transfer->call),
+						psprintf("download \"%s\"", transfer->shown), PG_INT64_MAX, &slots[i]);
+		slots[i].context =
+			AllocSetContextCreate(transfer->chunk, "agentvm slot", ALLOCSET_SMALL_SIZES);
+	}
+	for (;;)
+	{
+		Call *call;
+
+		for (i = 0; i < most && is_same && from < to; i++)
+		{
+			if (slots[i].len > 0)
+				continue;
+			slots[i].offset = from;
+			slots[i].len = Min(to - from, chunk_len);
+			from += slots[i].len;
+			under_way++;
+			send_slot(transfer, &slots[i], file_offset);
+		}
+		if (under_way == 0)
+			break;
+		calls_advance(transfer->calls);
+		while ((call = calls_answered(transfer->calls)) != NULL)
+		{
+			Slot *slot = call_arg(call);
+			const Answer *answer = call_answer(call);
+
+			if (call_failure(call) != NULL)
+				call_raise(call_failure(call));
+			if (!is_chunk(answer, file_offset + slot->offset, slot->len))
+				protest(transfer);
+			if (strcmp(answer->version, version) != 0 || answer->size != size)
+				is_same = false;
+			else if ((int64) answer->len != slot->len)
+				protest(transfer);
+			else
+				memcpy(content + slot->offset, answer->bytes, slot->len);
+			slot->len = 0;
+			under_way--;
+		}
+		if (under_way > 0 && (under_way == most || from >= to || !is_same))
+			calls_sleep(transfer->calls, PG_INT64_MAX);
+	}
+	for (i = 0; i < most; i++)
+		call_destroy(slots[i].call);
+	return is_same;
 }
 
 static void
@@ -239,11 +365,11 @@ try_file(Transfer *transfer, int64 offset, int64 length, bool remove)
 	int64 limit = avm_max_file_size_kib * INT64CONST(1024);
 	bytea *content = NULL;
 	char *version = NULL;
-	int64 want = Min(length < 0 ? PROTOCOL_MAX_CHUNK : length, PROTOCOL_MAX_CHUNK);
+	int64 want = length < 0 ? transfer->chunk_len : Min(length, transfer->chunk_len);
 	int64 size = 0;
 	int64 wanted = length;
 	int64 got = 0;
-	bool last = length >= 0 && length <= PROTOCOL_MAX_CHUNK;
+	bool last = length >= 0 && length <= want;
 
 	for (;;)
 	{
@@ -270,9 +396,22 @@ try_file(Transfer *transfer, int64 offset, int64 length, bool remove)
 		got += answer->len;
 		if (got == wanted && last)
 			break;
+		want = Min(wanted - got, transfer->chunk_len);
+		if (wanted - got > want)
+		{
+			/* all but the last one */
+			int64 to = wanted - want;
+
+			if (!get_between(transfer, offset, VARDATA(content), got, to, version, size))
+			{
+				pfree(content);
+				return NULL;
+			}
+			got = to;
+			want = wanted - got;
+		}
 		/* the end has to be told, too, of a file that one chunk holds */
-		want = Min(wanted - got, PROTOCOL_MAX_CHUNK);
-		last = got + want == wanted;
+		last = true;
 	}
 	SET_VARSIZE(content, VARHDRSZ + wanted);
 	return content;

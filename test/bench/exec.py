@@ -1,6 +1,7 @@
 """Commands and files in real VMs, against floors of the same run: exec.py DSN CONTROL KEYFILE IMAGE DIR ACCEL ROUNDS MIB
 
-Prints the lines that test/bench/run reads: NAME VALUE...
+With "native" for ACCEL, IMAGE is the runtime's program, which runs on this machine in place of a VM, and DIR/url has the
+gateway's address.  Prints the lines that test/bench/run reads: NAME VALUE...
 """
 import base64
 import contextlib
@@ -85,7 +86,7 @@ def round_trips(vm):
     for name in run:
         percentiles(name, seconds[name])
     # what the command itself takes there
-    alone = db.execute("SELECT extract(epoch FROM duration) FROM agentvm.exec(%s, 'n=0; while [ $n -lt 100 ]; do sh -lc true; n=$((n+1)); done')", (vm,)).fetchone()[0]
+    alone = db.execute("SELECT extract(epoch FROM duration) FROM agentvm.exec(%s, 's=$(command -v bash || echo sh); n=0; while [ $n -lt 100 ]; do $s -lc true; n=$((n+1)); done')", (vm,)).fetchone()[0]
     print(f"shell {float(alone) * 10:.3f}")
 
 
@@ -104,7 +105,49 @@ while :; do sleep 1000; done
 """
 
 
+def raw_native():
+    """Through a TCP connection of this machine into a file, and back: [seconds] of each way"""
+    taken = []
+
+    def one_way(send, take):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def come():
+                with listener.accept()[0] as connection:
+                    take(connection)
+
+            taker = threading.Thread(target=come)
+            taker.start()
+            began = time.perf_counter()
+            with socket.create_connection(listener.getsockname()) as link:
+                send(link)
+            taker.join()
+            taken.append(time.perf_counter() - began)
+
+    block, path = os.urandom(1024 * 1024), pathlib.Path(DIR, "raw")
+
+    def to_file(connection):
+        with open(path, "wb", buffering=0) as file:
+            while data := connection.recv(len(block)):
+                file.write(data)
+
+    def to_memory(connection):
+        content, at = memoryview(bytearray(SIZE)), 0
+        while at < SIZE:
+            at += connection.recv_into(content[at:])
+
+    def from_file(link):
+        with open(path, "rb", buffering=0) as file:
+            while data := file.read(len(block)):
+                link.sendall(data)
+
+    one_way(lambda link: [link.sendall(block) for _ in range(SIZE // len(block))], to_file)
+    one_way(from_file, to_memory)
+    return taken
+
+
 def raw_copy():
+    if ACCEL == "native":
+        return raw_native()
     boot = pathlib.Path(DIR, "raw-boot")
     boot.write_bytes(RAW_BOOT.encode().ljust(4096, b"\0"))
     path = f"{DIR}/raw.sock"
@@ -146,13 +189,14 @@ def raw_copy():
 
 def transfers(vm):
     content = os.urandom(SIZE)
+    path = f"{DIR}/copy" if ACCEL == "native" else "/tmp/copy"
     for turn in range(3):
         into, out = raw_copy()
-        up = timed(lambda: value("SELECT agentvm.upload(%s, '/tmp/copy', %b)", vm, content))
-        down = timed(lambda: value("SELECT agentvm.download(%s, '/tmp/copy')", vm))
+        up = timed(lambda: value("SELECT agentvm.upload(%s, %s, %b)", vm, path, content))
+        down = timed(lambda: value("SELECT length(agentvm.download(%s, %s))", vm, path))
         print(f"upload {SIZE / up / 1048576:.1f} {SIZE / into / 1048576:.1f}")
         print(f"download {SIZE / down / 1048576:.1f} {SIZE / out / 1048576:.1f}")
-    assert value("SELECT agentvm.download(%s, '/tmp/copy')", vm) == content
+    assert value("SELECT agentvm.download(%s, %s)", vm, path) == content
 
 
 def many(vms):
@@ -170,6 +214,37 @@ def many(vms):
     print(f"many {len(answers)} {took:.1f}")
 
 
+def native():
+    """A session on noop, and this machine's runtime in place of its VM"""
+    home = pathlib.Path(DIR, "runtime")
+    home.mkdir()
+    (home / "work").mkdir()
+    session = value("SELECT agentvm.provision('acme', profile => 'native')")
+    until = time.monotonic() + 30
+    while not value("SELECT running FROM agentvm.session WHERE session_id = %s", session):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    token = hmac.new(MASTER, f"{session}:1".encode(), hashlib.sha256).hexdigest()
+    settings = home / "runtime.env"
+    settings.touch(0o600)
+    settings.write_text(f"AGENTVM_GATEWAY_URL={pathlib.Path(DIR, 'url').read_text().strip()}\nAGENTVM_BOOTSTRAP_TOKEN={token}\nAGENTVM_ALLOW_INSECURE=1\n"
+                        f"AGENTVM_STATE_DIR={home}/state\nAGENTVM_WORK_DIR={home}/work\nAGENTVM_POWEROFF_COMMAND=/bin/true\n")
+    with open(home / "log", "wb") as log:
+        runtime = subprocess.Popen([IMAGE, f"--config={settings}"], stdin=subprocess.DEVNULL, stderr=log)
+    try:
+        db.execute("CALL agentvm.await(%s)", (session,))
+        round_trips(session)
+        transfers(session)
+        value("SELECT agentvm.terminate(%s)", session)
+        db.execute("CALL agentvm.await(%s, 'terminated')", (session,))
+    finally:
+        runtime.terminate()
+        runtime.wait()
+
+
+if ACCEL == "native":
+    native()
+    sys.exit()
 sessions = [value("SELECT agentvm.provision('acme', profile => %s)", profile) for profile in ("big", "micro", "micro", "micro")]
 for session in sessions:
     db.execute("CALL agentvm.await(%s)", (session,))

@@ -26,7 +26,7 @@ import time
 SOCKET, KEYFILE, GATEWAY, DIR = sys.argv[1:]
 KEY_ID, KEY = open(KEYFILE, encoding="ascii").read().strip().split(":", 1)
 CONTROL_KEY = hmac.new(base64.b64decode(KEY), b"agentvm control:" + GATEWAY.encode(), "sha256").digest()
-MAX_CHUNK = 256 * 1024
+MAX_CHUNK, MAX_PART = 1024 * 1024, 256 * 1024
 MAX_HEADER = 96 * 1024
 MAX_UNREAD = 512 * 1024  # input that a command has not read yet
 
@@ -171,7 +171,7 @@ class Command:
             pass
 
     def answer(self, header):
-        room = MAX_CHUNK if header.get("part") or self.ended is not None else 0
+        room = MAX_PART if header.get("part") or self.ended is not None else 0
         streams, data = [], b""
         for name, stream in zip(("stdout", "stderr"), self.streams):
             told, some = stream.find(header.get(name, 0), room - len(data))

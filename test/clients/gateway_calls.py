@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from gateway import *  # noqa: E402,F403  what the gateway's other tests use
 from gateway import CONNSTR, DIR, GATEWAY, KEY, KEYFILE, PARTS, TIMEOUT, Gateway, Proxy, VM, base64, certificate, db, free_port, hashlib, hmac, sql, until, value  # noqa: E402
 
-MAX_HEADER, MAX_CHUNK = 96 * 1024, 256 * 1024
+MAX_HEADER, MAX_CHUNK = 96 * 1024, 1024 * 1024
 paths = itertools.count()
 
 
@@ -116,34 +116,41 @@ def echo(_runtime, _number, header, data):
 class Runtime:
     """The channel of a VM; "handler" makes the answers, or None for none."""
 
-    def __init__(self, gateway, vm, handler=echo, by=None):
-        self.handler, self.calls, self.texts, self.code = handler, [], [], None
-        self.connection = websockets.sync.client.connect(  # by: a socket that leads there
-            f"{'wss' if gateway.tls else 'ws'}://127.0.0.1:{gateway.port}/v1/channel", subprotocols=["agentvm.v1"], ssl=gateway.tls, max_size=None, sock=by,
+    def __init__(self, gateway, vm, handler=echo, cable=None):
+        self.handler, self.calls, self.texts, self.code, self.cable = handler, [], [], None, cable
+        self.connection = websockets.sync.client.connect(
+            f"{'wss' if gateway.tls else 'ws'}://127.0.0.1:{gateway.port}/v1/channel", subprotocols=["agentvm.v1"], ssl=gateway.tls, max_size=None, sock=cable and cable.open(),
             additional_headers={"Authorization": f"Bearer {vm.session_token}"}, proxy=None, ping_interval=None, compression=None)
         self.channel = self.connection.__enter__()
         assert json.loads(self.channel.recv(TIMEOUT))["type"] == "hello"
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
+        if cable:
+            cable.take = self.take
+            self.channel.send('{"type": "cable"}')
+
+    def take(self, frame):
+        number = struct.unpack(">I", frame[:4])[0]
+        header, data = unpack(frame[4:])
+        self.calls.append((number, header, data))
+        answer = self.handler(self, number, header, data)
+        if answer is not None:
+            self.answer(number, *answer)
 
     def serve(self):
         try:
             for frame in self.channel:
                 if isinstance(frame, str):
                     self.texts.append(json.loads(frame))
-                    continue
-                number = struct.unpack(">I", frame[:4])[0]
-                header, data = unpack(frame[4:])
-                self.calls.append((number, header, data))
-                answer = self.handler(self, number, header, data)
-                if answer is not None:
-                    self.answer(number, *answer)
+                else:
+                    assert not self.cable, "a call does not come this way"
+                    self.take(frame)
         except websockets.ConnectionClosed:
             pass
         self.code = self.channel.close_code
 
     def answer(self, number, header, data=b""):
-        self.channel.send(struct.pack(">I", number) + pack(header, data))
+        (self.cable.message if self.cable else self.channel.send)(struct.pack(">I", number) + pack(header, data))
 
     def tell_end(self, command, **more):
         self.channel.send(json.dumps({"type": "ended", "command": command, "exit_code": 0, "duration_ms": 5, "stdout_bytes": 1, "stderr_bytes": 2, "timed_out": False, **more}))
@@ -168,56 +175,150 @@ class Runtime:
 class Cable(threading.Thread):
     """A VM without a network: its virtio port is a socket that the gateway connects to (see common/mux.h)."""
 
-    HELLO, OPEN, DATA, CREDIT, CLOSE = range(1, 6)
+    HELLO, OPEN, DATA, CREDIT, CLOSE, MESSAGE = range(1, 7)
+    PIECE = 131072
 
     def __init__(self, directory, name):
         super().__init__(daemon=True)
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(os.path.join(directory, name + ".sock"))
         self.listener.listen(1)
-        self.cable = self.listener.accept()[0]
-        self.own, self.rest, self.credit, self.taken = b"12345678", b"", 256 * 1024, 0
-        self.put(self.HELLO, 2, self.own + bytes(8), b"\xc0")
+        self.lock, self.streams, self.stream, self.take, self.cuts, self.wanted, self.filling = threading.RLock(), 0, None, None, 0, None, None
+        self.plug()
+        self.start()
+
+    def plug(self):
+        """The gateway connects, and both know each other."""
+        while True:
+            self.cable = self.listener.accept()[0]
+            try:
+                return self.greet()
+            except OSError:
+                self.cable.close()
+
+    def greet(self, filling=0):
+        """A guest that begins anew, with what fills up a piece that the one before has left unfinished"""
+        self.streams = 0
+        self.own, self.rest, self.coming, self.whole = os.urandom(8).replace(b"\xc0", b"x"), b"", b"", 0
+        self.put(self.HELLO, 3, b"agentvm:" + self.own + bytes(8), b"\xc0" * (1 + filling))
         while True:
             frames = [frame for frame in self.frames() if frame[0] == self.HELLO]
             if frames:
-                self.put(self.HELLO, 2, self.own + frames[-1][2:10])
-                if frames[-1][10:] == self.own:
-                    break
-        self.end, self.stream = socket.socketpair()
-        self.put(self.OPEN, 0)
-        self.start()
+                assert frames[-1][1:10] == b"\x03agentvm:"
+                self.peer = frames[-1][10:18]
+                self.put(self.HELLO, 3, b"agentvm:" + self.own + self.peer)
+                if frames[-1][18:] == self.own:
+                    return
+
+    def open(self):
+        """A stream to the gateway, in place of the one before: our end of it"""
+        end, self.wanted = socket.socketpair()
+        return end
+
+    def begin_anew(self, filling):
+        """The guest is replaced: see greet()"""
+        self.filling = filling
+        until(lambda: self.filling is None, "it is another one")
+
+    def leave_stream(self):
+        if self.stream:
+            self.stream.close()
+        self.stream = None
 
     def put(self, kind, number, data=b"", before=b""):
         frame = bytes([kind, number]) + data
-        self.cable.sendall(before + frame.replace(b"\xdb", b"\xdb\xdd").replace(b"\xc0", b"\xdb\xdc") + b"\xc0")
+        with self.lock:
+            self.cable.sendall(before + frame.replace(b"\xdb", b"\xdb\xdd").replace(b"\xc0", b"\xdb\xdc") + b"\xc0")
+
+    def message(self, data, nonce=None):
+        for at in range(0, len(data), self.PIECE):
+            self.piece(data[at:at + self.PIECE], 0 if at else len(data), nonce)
+
+    def piece(self, data, whole, nonce=None):
+        digits = [len(data) >> 14, len(data) >> 7 & 127, len(data) & 127] + [whole >> by & 127 for by in (21, 14, 7, 0)]
+        with self.lock:
+            self.cable.sendall(bytes([self.MESSAGE] + digits) + data + (nonce or self.peer))
 
     def frames(self):
         data = self.cable.recv(65536)
-        *whole, self.rest = (self.rest + data).split(b"\xc0")
-        return [frame.replace(b"\xdb\xdc", b"\xc0").replace(b"\xdb\xdd", b"\xdb") for frame in whole if frame]
+        if not data:
+            raise OSError("it is cut")
+        self.rest += data
+        found = []
+        while self.rest:
+            if self.rest[0] == self.MESSAGE:
+                digits = self.rest[1:8]
+                size = (digits[0] << 14 | digits[1] << 7 | digits[2]) + 16 if len(digits) == 7 else len(self.rest) + 1
+                if size > len(self.rest):
+                    break
+                whole = digits[3] << 21 | digits[4] << 14 | digits[5] << 7 | digits[6]
+                assert (whole == 0) == (self.coming != b"") and self.rest[size - 8:size] == self.own
+                self.whole = whole or self.whole
+                self.coming += self.rest[8:size - 8]
+                assert size - 16 == self.PIECE or len(self.coming) == self.whole
+                if len(self.coming) == self.whole:
+                    found.append(bytes([self.MESSAGE]) + self.coming)
+                    self.coming = b""
+                self.rest = self.rest[size:]
+                continue
+            frame, end, rest = self.rest.partition(b"\xc0")
+            if not end:
+                break
+            self.rest = rest.lstrip(b"\xc0")
+            if frame:
+                found.append(frame.replace(b"\xdb\xdc", b"\xc0").replace(b"\xdb\xdd", b"\xdb"))
+        return found
 
     def run(self):
         """Carry what comes on either side to the other one, as much of it as may go."""
         while True:
-            ready = select.select([self.cable] + ([self.stream] if self.credit else []), [], [])[0]
-            if self.stream in ready:
-                data = self.stream.recv(min(4096, self.credit))
-                if not data:
-                    self.cable.close()
-                    return
+            if self.filling is not None:
+                with self.lock:
+                    self.leave_stream()
+                    self.greet(self.filling)
+                self.filling = None
+            if self.wanted:
+                self.number, self.credit, self.taken, self.stream, self.wanted = self.streams % 16, 256 * 1024, 0, self.wanted, None
+                self.streams += 1
+                self.put(self.OPEN, self.number)
+            stream = self.stream
+            ready = select.select([self.cable] + ([stream] if stream and self.credit else []), [], [], 0.02)[0]
+            if stream in ready:
+                data = stream.recv(min(4096, self.credit))
                 self.credit -= len(data)
-                self.put(self.DATA, 0, data)
+                try:
+                    self.put(self.DATA if data else self.CLOSE, self.number, data)
+                except OSError:
+                    pass  # it is cut
+                if not data:
+                    self.leave_stream()
             if self.cable not in ready:
                 continue
-            for frame in self.frames():
-                if frame[0] == self.CREDIT:
+            try:
+                frames = self.frames()
+            except OSError:
+                with self.lock:
+                    self.leave_stream()
+                    self.cuts += 1
+                    self.plug()
+                continue
+            for frame in frames:
+                if frame[0] == self.MESSAGE:
+                    self.take(frame[1:])
+                elif self.stream is None or frame[1] != self.number:
+                    continue
+                elif frame[0] == self.CREDIT:
                     self.credit += int.from_bytes(frame[2:], "big")
+                elif frame[0] == self.CLOSE:
+                    stream.shutdown(socket.SHUT_WR)
                 elif frame[0] == self.DATA:
-                    self.stream.sendall(frame[2:])
+                    try:
+                        stream.sendall(frame[2:])
+                    except OSError:
+                        pass  # nobody reads it any more
                     self.taken += len(frame) - 2
                     if self.taken >= 8192:
-                        self.put(self.CREDIT, 0, self.taken.to_bytes(4, "big"))
+                        self.put(self.CREDIT, self.number, self.taken.to_bytes(4, "big"))
                         self.taken = 0
 
 
@@ -901,7 +1002,7 @@ def part_many():
 
 def part_bounds():
     """256 calls of a session, and so much memory, are under way at once."""
-    with Calling("--max-call-memory=2", "--request-timeout=3") as gateway:
+    with Calling("--max-call-memory=6", "--request-timeout=3") as gateway:
         vm, other = VM(gateway), VM(gateway)
         ask = {"op": "output", "command": command_id(), "wait_ms": 20000}
         with Runtime(gateway, vm, silent) as runtime, Runtime(gateway, other):
@@ -1101,7 +1202,7 @@ def part_cable():
         vm = VM(gateway)
         cable = Cable(directory, "vm")
         data = os.urandom(MAX_CHUNK)
-        with Runtime(gateway, vm, lambda _r, _n, header, _d: ({}, data if header["op"] == "get" else b""), by=cable.end):
+        with Runtime(gateway, vm, lambda _r, _n, header, _d: ({}, data if header["op"] == "get" else b""), cable=cable):
             for op, sent, got in (("get", b"", data), ("put", data, b"")):
                 def one(_, op=op, sent=sent, got=got):
                     with UnixConnection(gateway.path) as connection:
@@ -1111,11 +1212,96 @@ def part_cable():
             assert gateway.metric("agentvm_gateway_vm_pauses_total") == 0, "20 MB each way"
             # what it says by itself is bound
             for _ in range(4000):
-                cable.cable.sendall(b"\xc0" * 4096)
+                cable.cable.sendall(b"\xc0" * 262144)
                 if gateway.metric("agentvm_gateway_vm_pauses_total") > 0:
                     break
             assert gateway.metric("agentvm_gateway_vm_pauses_total") > 0
         vm.terminate()
+
+
+def part_messages():
+    """Messages of the cable: what makes no sense costs a VM its channel or its cable, and nobody else anything."""
+    directory = os.path.join(DIR, "vms")
+    os.mkdir(directory)
+    with Calling(f"--vm-sockets={directory}") as gateway:
+        vm, other = VM(gateway), VM(gateway)
+        cable, neighbour = Cable(directory, "vm"), Cable(directory, "neighbour")
+        ask = {"op": "output", "command": command_id()}
+
+        def offends(send, code=None, asked=True):
+            """The VM does that, with a call under way or none; it loses its channel, and without a code its cable, and the call is lost"""
+            nonlocal cable
+            cuts = cable.cuts
+            with Runtime(gateway, vm, silent if asked else echo, cable=cable) as runtime:
+                if asked:
+                    waits = gateway.send(vm.id, ask)
+                    until(lambda: runtime.calls, "it has arrived")
+                else:
+                    assert gateway.call(vm.id, ask)[0] == 200, "so that it is known how it takes calls"
+                send(runtime)
+                assert runtime.closed() == (code or 1006), (runtime.code, code)
+                if asked:
+                    assert answer_of(waits)[0] == 502
+            until(lambda: cable.cuts == cuts + (code is None), "its cable")
+            if code is None:
+                cable = Cable(directory, f"vm-{next(paths)}")  # that one is left alone for a while
+            until(lambda: gateway.metric("agentvm_gateway_channels") == 1, "it is gone")
+            assert gateway.metric("agentvm_gateway_call_memory_bytes") == 0
+            assert gateway.call(other.id, ask)[0] == 200
+
+        def number(runtime):
+            return struct.pack(">I", runtime.calls[0][0])
+
+        with Runtime(gateway, other, cable=neighbour):
+            good = pack({"a": 1})
+            offends(lambda r: cable.message(struct.pack(">I", 1) + good), 1008, asked=False)
+            offends(lambda r: cable.message(b"x"), 1008)
+            offends(lambda r: cable.message(struct.pack(">I", r.calls[0][0] + 1) + good), 1008)
+            for bad in (b"", b"\0\0\0", struct.pack(">I", 2**31) + b"{}", pack(b"[]"), pack(b"{")):
+                offends(lambda r, bad=bad: cable.message(number(r) + bad), 1007)
+            offends(lambda r: cable.message(number(r) + pack({}, b"x" * (MAX_HEADER + MAX_CHUNK + 100))), 1009)
+            offends(lambda r: cable.piece(b"x", 2**28 - 1), 1009)
+            offends(lambda r: cable.piece(b"x", 100))  # while the rest of that is still to come
+            offends(lambda r: r.channel.send(number(r) + good), 1008)  # not this way
+            # pieces
+            offends(lambda r: cable.piece(b"x" * 100, 0))
+            offends(lambda r: cable.piece(b"", 100))
+            offends(lambda r: cable.piece(b"x" * 101, 100))
+            offends(lambda r: cable.piece(b"x" * (Cable.PIECE + 1), 200000))
+            offends(lambda r: (cable.piece(b"x" * 100, 1000), cable.piece(b"x" * 100, 1000)))
+            offends(lambda r: (cable.piece(b"x" * 100, 150), cable.piece(b"x" * 51, 0)))
+            offends(lambda r: cable.message(number(r) + good, nonce=cable.own))
+            # another VM's call is not its to answer
+            with Runtime(gateway, vm, silent, cable=cable) as runtime:
+                mine = gateway.send(vm.id, ask)
+                until(lambda: runtime.calls, "it has arrived")
+                neighbour.message(number(runtime) + pack({"whose": "neighbour"}))
+                until(lambda: gateway.metric("agentvm_gateway_channels") == 1, "the neighbour's channel is closed")
+                runtime.answer(runtime.calls[0][0], {"whose": "mine"})
+                assert answer_of(mine)[:2] == (200, {"whose": "mine"})
+        with Runtime(gateway, other, cable=neighbour):
+            # nothing is passed on before the runtime says how
+            assert gateway.call(vm.id, ask)[0] == 404
+            # what is unfinished when the guest begins anew is no answer, and no reason to leave it
+            cuts = cable.cuts
+            for filling in (Cable.PIECE + 8, 0):
+                with Runtime(gateway, vm, silent, cable=cable) as runtime:
+                    waits = gateway.send(vm.id, ask)
+                    until(lambda: runtime.calls, "it has arrived")
+                    message = number(runtime) + pack({"a": 1}, b"x" * 200000)
+                    cable.piece(message[:Cable.PIECE], len(message))
+                    if filling:
+                        rest = message[Cable.PIECE:]
+                        with cable.lock:
+                            cable.cable.sendall(bytes([Cable.MESSAGE, len(rest) >> 14, len(rest) >> 7 & 127, len(rest) & 127, 0, 0, 0, 0]) + rest[:1000])
+                    cable.begin_anew(filling)
+                    assert answer_of(waits)[0] == 502
+                    assert runtime.closed() == 1006
+                with Runtime(gateway, vm, cable=cable):
+                    assert gateway.call(vm.id, ask, b"y" * MAX_CHUNK)[2] == b"y" * MAX_CHUNK
+            assert cable.cuts == cuts
+        vm.terminate()
+        other.terminate()
 
 
 def part_locks():

@@ -120,9 +120,9 @@ main(int argc, char **argv)
 		}
 		else
 		{
-			answer = transfer_get(header, &bytes, &len);
+			answer = transfer_get(header, &bytes, &len, NULL, NULL);
 			if (bytes != NULL)
-				json_object_set_new(answer, "hex", to_hex(bytes, len));
+				json_object_set_new(answer, "hex", to_hex(bytes + TRANSFER_ROOM, len));
 			free(bytes);
 		}
 		if (answer == NULL || json_dumpf(answer, stdout, JSON_COMPACT) != 0)

@@ -21,7 +21,8 @@
 
 #include "../../src/common/mux.h"
 
-#define QUEUE (64 * 1024)
+#define QUEUE (512 * 1024)
+#define MAX_MESSAGE 300000
 #define UNKNOWN 0
 
 /* never compiled away */
@@ -56,6 +57,11 @@ typedef struct End
 	uint8_t queue[QUEUE]; /* on the way to this end */
 	size_t queued;
 	struct End *other;
+	size_t messages[8]; /* lengths of those to be sent */
+	int num_messages;
+	uint8_t *going, *coming; /* NULL: none */
+	size_t coming_len;
+	uint64_t last_message; /* identity of the one that has come last */
 } End;
 
 static uint64_t progress; /* bytes taken */
@@ -157,6 +163,70 @@ closed(void *arg, int stream)
 	end->streams[stream].is_there = false;
 }
 
+/* A message begins with its identity; those of one end come in order. */
+static bool
+next_message(void *arg, const uint8_t **bytes, size_t *len)
+{
+	End *end = arg;
+	uint64_t identity;
+	size_t i;
+
+	CHECK(end->going == NULL);
+	if (end->num_messages == 0)
+		return false;
+	*len = end->messages[--end->num_messages];
+	*bytes = end->going = malloc(*len);
+	identity = ++counter;
+	for (i = 0; i < *len; i++)
+		end->going[i] = i < 8 ? (uint8_t) (identity >> (8 * i)) : byte_at(identity, false, i);
+	return true;
+}
+
+static void
+message_sent(void *arg)
+{
+	End *end = arg;
+
+	CHECK(end->going != NULL);
+	free(end->going);
+	end->going = NULL;
+}
+
+static uint8_t *
+expect_message(void *arg, size_t len)
+{
+	End *end = arg;
+
+	CHECK(end->coming == NULL && len > 0);
+	if (len > MAX_MESSAGE || (counter % 11 == 0 && !is_directed))
+		return NULL;
+	end->coming_len = len;
+	return end->coming = malloc(len);
+}
+
+static void
+message_came(void *arg, bool is_whole)
+{
+	End *end = arg;
+	uint64_t identity = 0;
+	size_t i;
+
+	CHECK(end->coming != NULL);
+	for (i = 0; is_whole && i < end->coming_len && !is_hostile[!end->is_guest]; i++)
+	{
+		if (i < 8)
+			identity |= (uint64_t) end->coming[i] << (8 * i);
+		else
+			CHECK(end->coming[i] == byte_at(identity, false, i));
+	}
+	CHECK(identity == 0 || identity > end->last_message);
+	if (identity != 0)
+		end->last_message = identity;
+	free(end->coming);
+	end->coming = NULL;
+	progress++;
+}
+
 static void
 restart(End *end)
 {
@@ -167,9 +237,21 @@ restart(End *end)
 static void
 make(End *end)
 {
-	MuxEvents events = {end->is_guest ? NULL : opened, deliver, fetch, closed, end};
+	MuxEvents events = {end->is_guest ? NULL : opened,
+						deliver,
+						fetch,
+						closed,
+						expect_message,
+						message_came,
+						next_message,
+						message_sent,
+						end};
 
 	memset(end->streams, 0, sizeof(end->streams));
+	free(end->going);
+	free(end->coming);
+	end->going = end->coming = NULL;
+	end->num_messages = 0;
 	end->mux = mux_create(&events);
 	restart(end);
 }
@@ -189,12 +271,26 @@ arrive(End *end, size_t len, size_t piece)
 		uint8_t *bytes = malloc(n);
 		const char *problem;
 
+		uint8_t *place;
+		size_t room = mux_room(end->mux, &place);
+
+		if (room > 0 && counter % 2 == 0)
+		{
+			n = n < room ? n : room;
+			memcpy(place, end->queue + at, n);
+			mux_placed(end->mux, n);
+			at += n;
+			free(bytes);
+			continue;
+		}
 		memcpy(bytes, end->queue + at, n);
 		problem = mux_input(end->mux, bytes, n);
 		free(bytes);
 		at += n;
 		if (problem != NULL)
 		{
+			if (!is_hostile[0] && !is_hostile[1] && !has_been_cut)
+				fprintf(stderr, "%s\n", problem);
 			CHECK(is_hostile[0] || is_hostile[1] || has_been_cut);
 			restart(end);
 		}
@@ -203,22 +299,52 @@ arrive(End *end, size_t len, size_t piece)
 	end->queued -= at;
 }
 
+/* Bytes of a message that are to leave as they are; false when some have to wait. */
+static bool
+leave_plain(End *end, size_t *sum)
+{
+	size_t left = QUEUE - end->other->queued;
+	size_t len;
+	const uint8_t *plain = mux_plain(end->mux, &len);
+	size_t n = len < left ? len : left;
+
+	if (len > 0 && counter % 17 == 0 && counter < 1 << 30)
+	{
+		mux_plain_lost(end->mux);
+		return true;
+	}
+	if (n > 0)
+	{
+		memcpy(end->other->queue + end->other->queued, plain, n);
+		end->other->queued += n;
+		mux_plain_sent(end->mux, n);
+	}
+	*sum += n;
+	return n == len;
+}
+
 static size_t
 leave(End *end, size_t room)
 {
-	uint8_t bytes[20000];
-	size_t left = QUEUE - end->other->queued;
-	size_t n;
+	static uint8_t bytes[PROTOCOL_CABLE_PIECE + 20000];
+	size_t left;
+	size_t n, plain = 0;
 
+	if (!leave_plain(end, &plain))
+		return plain;
+	left = QUEUE - end->other->queued;
 	if (room > left)
 		room = left;
+	if (room > sizeof(bytes))
+		room = sizeof(bytes);
 	if (room < MUX_MIN_ROOM)
-		return 0;
+		return plain;
 	n = mux_output(end->mux, bytes, room);
 	CHECK(n <= room);
 	memcpy(end->other->queue + end->other->queued, bytes, n);
 	end->other->queued += n;
-	return n;
+	(void) leave_plain(end, &plain);
+	return n + plain;
 }
 
 /* Everything moves that can. */
@@ -240,7 +366,7 @@ run_dry(End *guest, End *gateway)
 			mux_resume(guest->mux, i);
 			mux_resume(gateway->mux, i);
 		}
-		moved = leave(guest, 20000) + leave(gateway, 20000) + (size_t) (progress - before);
+		moved = leave(guest, QUEUE) + leave(gateway, QUEUE) + (size_t) (progress - before);
 		moved += guest->queued + gateway->queued;
 		arrive(guest, QUEUE, QUEUE);
 		arrive(gateway, QUEUE, QUEUE);
@@ -302,6 +428,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	counter = 1;
 	is_hostile[0] = is_hostile[1] = has_been_cut = false;
 	guest->queued = gateway->queued = 0;
+	guest->last_message = gateway->last_message = 0;
 	guest->is_guest = true;
 	guest->other = gateway;
 	gateway->other = guest;
@@ -331,8 +458,11 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				if (stream >= 0)
 					mux_ready(guest->mux, stream);
 				break;
+			case 2: /* a message */
+				if (end->num_messages < 8)
+					end->messages[end->num_messages++] = 9 + (amount >> (amount & 15));
+				break;
 			case 1:
-			case 2:
 				owned->to_send += owned->is_there ? amount >> (amount & 15) : 0;
 				mux_ready(end->mux, stream);
 				break;
@@ -397,8 +527,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			default: /* both directions for a while */
 				for (i = 0; i < 4; i++)
 				{
-					(void) leave(guest, 20000);
-					(void) leave(gateway, 20000);
+					(void) leave(guest, QUEUE);
+					(void) leave(gateway, QUEUE);
 					arrive(guest, QUEUE, amount + 1);
 					arrive(gateway, QUEUE, amount + 1);
 				}
@@ -429,6 +559,15 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	CHECK(mux_streams(guest->mux) == 0 && mux_streams(gateway->mux) == 0);
 	is_hostile[0] = is_hostile[1] = false;
 	counter |= 1 << 30;
+	for (i = 0; i < 2; i++)
+	{
+		uint64_t before = ends[!i].last_message;
+
+		counter += counter % 11 == 10 ? 2 : 0; /* not to be refused */
+		ends[i].messages[ends[i].num_messages++] = 140000;
+		run_dry(guest, gateway);
+		CHECK(ends[!i].last_message > before && ends[i].going == NULL);
+	}
 	for (i = 0; i < MUX_STREAMS; i++)
 	{
 		int stream = mux_open(guest->mux);
@@ -444,6 +583,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	check_agreement(guest, gateway);
 	mux_free(guest->mux);
 	mux_free(gateway->mux);
+	CHECK(guest->coming == NULL && gateway->coming == NULL);
 	return 0;
 }
 
@@ -493,8 +633,8 @@ exchange(int times)
 	{
 		int i;
 
-		(void) leave(&guest_end, 20000);
-		(void) leave(&gateway_end, 20000);
+		(void) leave(&guest_end, sizeof(guest_end.queue));
+		(void) leave(&gateway_end, sizeof(gateway_end.queue));
 		arrive(&guest_end, QUEUE, QUEUE);
 		arrive(&gateway_end, QUEUE, QUEUE);
 		for (i = 0; i < MUX_STREAMS; i++)
@@ -586,6 +726,7 @@ said(End *end, int kind, int number, const uint8_t *bytes, size_t len, size_t mo
 static void
 check_nonsense(void)
 {
+	const uint8_t greeting[24] = PROTOCOL_CABLE_MAGIC; /* and zeros */
 	const uint8_t zeros[16] = {0}, one[4] = {0, 0, 0, 1}, much[4] = {0, 4, 0, 1};
 	const int whole = PROTOCOL_CABLE_WINDOW / 4096;
 	End *guest = &guest_end, *gateway = &gateway_end;
@@ -612,11 +753,13 @@ check_nonsense(void)
 	CHECK(said(gateway, PROTOCOL_CABLE_CLOSE, 0, NULL, 0, 1, 1) != NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_CLOSE, 0, NULL, 0, 0, 1) == NULL);
 	CHECK(said(gateway, PROTOCOL_CABLE_CLOSE, 0, NULL, 0, 0, 2) != NULL);
-	CHECK(said(gateway, 6, 0, NULL, 0, 0, 1) != NULL);
-	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, zeros, 16, 0, 1) != NULL);
-	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION + 1, zeros, 8, 8, 1) != NULL);
-	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, zeros, 8, 7, 1) != NULL);
-	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, one, 4, 12, 1) ==
+	CHECK(said(gateway, 7, 0, NULL, 0, 0, 1) != NULL);
+	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, greeting, 24, 0, 1) != NULL);
+	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION + 1, greeting, 16, 8, 1) !=
+		  NULL);
+	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, greeting, 16, 7, 1) != NULL);
+	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, zeros, 8, 16, 1) != NULL);
+	CHECK(said(gateway, PROTOCOL_CABLE_HELLO, PROTOCOL_CABLE_VERSION, greeting, 8, 16, 1) ==
 		  NULL); /* it begins anew */
 }
 

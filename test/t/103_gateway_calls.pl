@@ -12,7 +12,7 @@ $node->safe_psql('postgres', "SELECT agentvm.create_team('acme'); SELECT agentvm
 my $gateway = dirname(__FILE__) . '/../../src/gateway/agentvm-gateway';
 local $ENV{PG_CTL} = 'pg_ctl -w -s -D ' . $node->data_dir . ' -l ' . $node->logfile;
 local $ENV{SERVER_LOG} = $node->logfile;
-my @parts = $ENV{AGENTVM_GATEWAY_PARTS} ? split(/ /, $ENV{AGENTVM_GATEWAY_PARTS}) : qw(functions rights call audit order refused tickets keys owned transfers ended restart hostile many bounds listeners tls drain memory cable locks);
+my @parts = $ENV{AGENTVM_GATEWAY_PARTS} ? split(/ /, $ENV{AGENTVM_GATEWAY_PARTS}) : qw(functions rights call audit order refused tickets keys owned transfers ended restart hostile many bounds listeners tls drain memory cable messages locks);
 for my $part (@parts)
 {
 	my $passed = IPC::Run::run([ "$ENV{AGENTVM_VENV}/bin/python", '-I', dirname(__FILE__) . '/../clients/gateway_calls.py', $node->connstr('postgres'), $node->basedir . '/keys', $gateway, PostgreSQL::Test::Utils::tempdir_short(), $part ],

@@ -116,7 +116,7 @@ $part->(0);
 refused($part->(2), 'invalid', qr/before byte 412144 is missing/, 'a part is missing');
 ok(!-e "$work/.agentvm-$command", 'of a transfer that fails nothing is left');
 for my $case ([ size => -1 ], [ size => 2 ], [ offset => -1 ], [ offset => 1 ], [ offset => '0' ], [ size => undef ], [ mode => '888' ], [ mode => '' ], [ mode => '10000' ], [ mode => undef ], [ mode => 644 ],
-	[ command => 'x' ], [ command => '../../../../../../../../../../etc/x1' ], [ command => undef ], [ path => '' ], [ path => undef ], [ path => "a\0b" ], [ path => 'x' x 4096 ], [ path => 'x/' x 2047 ], [ bytes => 'x' x 262145, size => 262145 ])
+	[ command => 'x' ], [ command => '../../../../../../../../../../etc/x1' ], [ command => undef ], [ path => '' ], [ path => undef ], [ path => "a\0b" ], [ path => 'x' x 4096 ], [ path => 'x/' x 2047 ], [ bytes => 'x' x 1048577, size => 1048577 ])
 {
 	my (%change) = @$case;
 	refused(put('three', 'abc', %change), 'invalid', qr/./, 'refused: ' . join(' ', map { ref ? 'x' : substr($_ // 'null', 0, 20) } map { s/\0/NUL/r } map { $_ // 'null' } %change));
@@ -283,7 +283,7 @@ refused(get('nothing'), 'no_file', qr/^open nothing: No such file or directory$/
 refused(get('one/x'), 'no_file', qr/Not a directory/, 'nor a directory');
 refused(get('directory'), 'wrong_file', qr/^directory is a directory$/, 'a directory');
 refused(get($_), 'wrong_file', qr/^\Q$_\E is no regular file$/, "not waited for: $_") for 'pipe', '/dev/zero';
-for my $case ([ offset => -1 ], [ offset => undef ], [ offset => 9223372036854775807 ], [ length => -1 ], [ length => 262145 ], [ length => '1' ], [ command => undef ], [ path => undef ], [ path => '' ], [ path => "one\0" ])
+for my $case ([ offset => -1 ], [ offset => undef ], [ offset => 9223372036854775807 ], [ length => -1 ], [ length => 1048577 ], [ length => '1' ], [ command => undef ], [ path => undef ], [ path => '' ], [ path => "one\0" ])
 {
 	refused(get('one', @$case), 'invalid', qr/./, 'refused: ' . join(' ', map { defined ? s/\0/NUL/r : 'null' } @$case));
 }

@@ -11,7 +11,8 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 my ($HELLO, $OPEN, $DATA, $CREDIT, $CLOSE) = 1 .. 5;
-my $VERSION = 2;
+my $VERSION = 3;
+my $MAGIC = "agentvm:";
 my $node = new_node('main');
 my $base = PostgreSQL::Test::Utils::tempdir_short();
 my ($dir, $later, $many) = ("$base/a", "$base/b", "$base/c");
@@ -64,9 +65,8 @@ sub take
 	my $end = time + ($seconds // $timeout);
 	while (1)
 	{
-		while ($vm->{in} =~ s/^([^\xc0]*)\xc0//s)
+		while ($vm->{in} =~ s/^\xc0*([^\xc0]+)\xc0//s)
 		{
-			next if $1 eq '';
 			my ($kind, $number, $bytes) = unpack('CCa*', $1 =~ s/\xdb([\xdc\xdd])/$1 eq "\xdc" ? "\xc0" : "\xdb"/ger);
 			return [ $kind, $number, $bytes ];
 		}
@@ -93,12 +93,12 @@ sub synced
 {
 	my ($vm) = @_;
 	my $own = pack('Q>', ++$nonce);
-	put($vm, "\xc0" . frame($HELLO, $VERSION, $own . "\0" x 8));
+	put($vm, "\xc0" . frame($HELLO, $VERSION, $MAGIC . $own . "\0" x 8));
 	while (my $frame = take($vm))
 	{
 		next unless $frame->[0] == $HELLO;
-		my ($theirs, $known) = unpack('a8a8', $frame->[2]);
-		put($vm, frame($HELLO, $VERSION, $own . $theirs));
+		my ($theirs, $known) = unpack("x8a8a8", $frame->[2]);
+		put($vm, frame($HELLO, $VERSION, $MAGIC . $own . $theirs));
 		return 1 if $known eq $own;
 	}
 	return 0;
@@ -196,7 +196,7 @@ is(status_of_token($third), 401, 'do not count for another one');
 
 # ---- nonsense ----
 my @nonsense = ([ frame($OPEN, 16), frame($DATA, 0, 'x'), frame($CREDIT, 1, "\0\0\0\1"), frame(77, 0), "\xdb\x01\xc0" ],
-	[ frame($DATA, 5), 'x' x 20000 . "\xc0", frame($OPEN, 1) . frame($OPEN, 1), frame($OPEN, 1) . frame($CREDIT, 1, pack('N', 1)), frame($HELLO, 1, 'x' x 16) ]);
+	[ frame($DATA, 5), 'x' x 20000 . "\xc0", frame($OPEN, 1) . frame($OPEN, 1), frame($OPEN, 1) . frame($CREDIT, 1, pack('N', 1)), frame($HELLO, 1, $MAGIC . "x" x 16) ]);
 my (@came, $came_number, @bad);
 for my $i (0, 1)
 {
@@ -219,7 +219,7 @@ cmp_ok($told, '<=', scalar(@came), "the log says little of it: $told");
 # ---- floods ----
 close($_->{listener}) and unlink $_->{path} for @bad;
 my $garbage = join('', map { chr(int(rand(256))) } 1 .. 100000);
-my $greetings = join('', map { frame($HELLO, $VERSION, pack('Q>Q>', $_ + 1000, 0)) } 1 .. 20000);
+my $greetings = join('', map { frame($HELLO, $VERSION, $MAGIC . pack("Q>Q>", $_ + 1000, 0)) } 1 .. 20000);
 my $requests = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" x 440;
 # How a VM begins, and what it says from then on, again and again
 my %floods = (

@@ -127,7 +127,7 @@ for my $what (sort keys %nonsense)
 	$control->faults({ op => 'start', do => $nonsense{$what} }, { op => 'output', do => $nonsense{$what} });
 	fails_with($node, run('true'), '58000', qr/answer of the runtime of session $session makes no sense/, "an answer: $what");
 }
-$control->faults({ op => 'start', do => { raw => '00' x 400_000 }, times => 1000 });
+$control->faults({ op => 'start', do => { raw => '00' x 1_300_000 }, times => 1000 });
 fails_with($node, run('true', "timeout => '1 s'"), 'AV009', qr/too large/, 'an answer that is too long is not read to its end');
 $control->faults({ op => 'start', session => $session, do => $nonsense{'too large a number'}, times => 100 });
 is($node->safe_psql('postgres', "SELECT string_agg(coalesce(sqlstate, stdout), ',' ORDER BY sqlstate) FROM agentvm.exec_many('{$session,$other}', 'printf well')"), '58000,well', 'one that talks nonsense is in nobody else\'s way');

@@ -135,6 +135,23 @@ $stack->beats($two);
 	is($client->answer, "0|run\n", 'the gateway is killed, and the command has run once') or diag($client->error);
 	await($node, "SELECT count(*) FROM agentvm.command WHERE session_id = '$one'", 0, timeout => $patience, name => 'its end is in the log');
 }
+{
+	# all that has a meaning on the cable is in it
+	my $content = "decode(repeat('00c0dbdcdd065a', 2000000), 'hex')";
+	my @clients = map { AgentVM::Client->new($node) } 1 .. 2;
+	$clients[$_]->send("SELECT agentvm.upload('$one', '/tmp/large$_', $content)") for 0, 1;
+	await($node, "SELECT count(*) FROM agentvm.command WHERE session_id = '$one' AND kind = 'upload'", 2, name => 'two transfers at once are under way');
+	await($node, "SELECT stdout::bigint > 0 FROM " . exec_sql($one, 'cat /tmp/.agentvm-* | wc -c'), 't', name => 'the first bytes are there');
+	$gateway->stop('KILL');
+	$gateway->start;
+	is($_->answer, 14_000_000, 'the gateway is killed, and a transfer goes on') or diag($_->error) for @clients;
+	$clients[$_]->send("SELECT agentvm.download('$one', '/tmp/large$_') = $content") for 0, 1;
+	await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$one' AND kind = 'download_started' AND detail->>'path' LIKE '/tmp/large_'", 't', name => 'back again');
+	$gateway->stop('KILL');
+	$gateway->start;
+	is($_->answer, 't', 'once more, and what comes is what was sent') or diag($_->error) for @clients;
+	await($node, "SELECT count(*) FROM agentvm.command WHERE session_id = '$one'", 0, timeout => $patience, name => 'their ends are in the log');
+}
 $gateway->stop('KILL');
 fails_with($node, 'SELECT * FROM ' . exec_sql($one, 'true'), 'AV009', qr/gateway/, 'no gateway');
 $gateway->start;
