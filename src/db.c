@@ -288,8 +288,8 @@ forget_relation(Datum arg, Oid relation)
 	}
 }
 
-static Oid
-relation_oid(DbRelation *relation)
+Oid
+db_relation_oid(DbRelation *relation)
 {
 	static int version = 0;
 
@@ -319,11 +319,11 @@ db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const char *const *keys
 	Assert(nkeys <= lengthof(scankeys));
 	CommandCounterIncrement();
 	lookup->snapshot = RegisterSnapshot(GetLatestSnapshot());
-	lookup->table = table_open(relation_oid(&key->table), AccessShareLock);
+	lookup->table = table_open(db_relation_oid(&key->table), AccessShareLock);
 	for (i = 0; i < nkeys; i++)
 		ScanKeyEntryInitialize(&scankeys[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
 							   DEFAULT_COLLATION_OID, F_TEXTEQ, CStringGetTextDatum(keys[i]));
-	lookup->scan = systable_beginscan(lookup->table, relation_oid(&key->index), true,
+	lookup->scan = systable_beginscan(lookup->table, db_relation_oid(&key->index), true,
 									  lookup->snapshot, nkeys, scankeys);
 }
 
@@ -466,10 +466,10 @@ insert_row(DbInsert *insert, Relation table, Datum *values, const char *nulls)
 void
 db_insert(DbInsert *insert, Datum *values, const char *nulls)
 {
-	Relation table = table_open(relation_oid(&insert->table), RowExclusiveLock);
+	Relation table = table_open(db_relation_oid(&insert->table), RowExclusiveLock);
 
 	/* anew, if it has changed while we waited for the lock */
-	(void) relation_oid(&insert->table);
+	(void) db_relation_oid(&insert->table);
 	if (insert->version != insert->table.version)
 		prepare_insert(insert, table);
 	if (insert_needs_sql(table))

@@ -87,6 +87,9 @@ typedef struct DbRelation
 	struct DbRelation *next;
 } DbRelation;
 
+/* Its OID; inside a scope.  Once a lock on it has been waited for, ask again whether "version" is the same. */
+extern Oid db_relation_oid(DbRelation *relation);
+
 /* One of our tables and the index to look into; static, begins as {{"table"}, {"index"}}. */
 typedef struct DbKey
 {

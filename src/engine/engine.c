@@ -298,23 +298,21 @@ compare_jobs(const void *a, const void *b)
 static void
 lock_and_take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 {
-	pg_uuid_t *ids = palloc(sizeof(pg_uuid_t) * count);
-	ListCell *lc;
+	SessionBatch *batch = session_batch_begin();
 	int i;
 
+	/* several jobs may be of the same session: a lease that is not the row's is an old one */
 	for (i = 0; i < count; i++)
-		ids[i] = jobs[i].session_id;
-	foreach (lc, session_rows_lock(ids, count, due_by))
 	{
-		SessionRow *row = lfirst(lc);
-		Job key = {row->session_id, jobs[0].act ? row->lease : 0};
-		Job *job = bsearch(&key, jobs, count, sizeof(Job), compare_jobs);
+		Job *job = &jobs[i];
+		SessionRow *row = session_row_lock(batch, &job->session_id, due_by);
 
-		if (job == NULL)
-			continue; /* the lease is another one by now */
+		if (row == NULL || (job->act != NULL && row->lease != job->lease))
+			continue;
 		take_turn(engine, row, job->act);
 		job->done = true;
 	}
+	session_batch_end(batch);
 }
 
 /* Undo the effects in memory of the turns after the first so many. */
