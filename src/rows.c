@@ -68,7 +68,7 @@ prepare_table(DbTable *table, Relation relation)
 
 	context = AllocSetContextCreate(TopMemoryContext, "agentvm table", ALLOCSET_SMALL_SIZES);
 	old = MemoryContextSwitchTo(context);
-	initStringInfo(&sql);
+	initStringInfo(&sql); /* of no use where nothing is changed */
 	appendStringInfo(&sql, "UPDATE agentvm.%s SET ", table->table.name);
 	table->query = palloc0(sizeof(DbQuery));
 	for (i = 0; i < table->ncolumns; i++)

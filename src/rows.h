@@ -14,7 +14,7 @@
 #define DB_TABLE_COLUMNS 48
 
 /*
- * One of our tables, a unique index on its key, a uuid, and columns of it: the key, those that
+ * One of our tables, an index on its key, a uuid (unique, if rows are changed), and columns of it: the key, those that
  * are changed, then those that are only read.  Static, begins as
  * {{"table"}, {"index"}, number of columns, of these the key and those changed, {"key", ...}}.
  */

@@ -546,6 +546,14 @@ run_lists(Engine *engine)
 	}
 }
 
+/* What has been sent leaves. */
+static void
+push(Engine *engine)
+{
+	if (engine->transport->push != NULL)
+		engine->transport->push(engine->client);
+}
+
 /* ---- claim ---- */
 
 /* engine_claim() without what has to be done after each claim. */
@@ -624,6 +632,7 @@ engine_claim(Engine *engine, int limit)
 	/* as long as there is more to claim, which may be more for them, calls for several stay */
 	if (!dlist_is_empty(&engine->gathering))
 		acts_send_gathered(engine, engine_next_look(engine) != DT_NOBEGIN);
+	push(engine);
 	return claimed;
 }
 
@@ -739,6 +748,7 @@ engine_run(Engine *engine)
 			engine->one_at_a_time--;
 		record(engine, batch, count);
 	}
+	push(engine);
 }
 
 TimestampTz

@@ -70,9 +70,12 @@ struct HttpClient
 	CURLM *multi;
 	int epoll_fd;
 	int timer_fd;
-	bool broken;		/* the multi handle refuses to work and must be replaced */
-	bool wake;			/* a call ended without libcurl: make the fd readable */
-	bool used;			/* there may be connections that are kept */
+	bool broken; /* the multi handle refuses to work and must be replaced */
+	bool wake;	 /* calls have ended that nobody was told of */
+	bool now;	 /* libcurl wants to be called at once */
+	int64 due;	 /* when it wants to be called next, ms on the timer's clock; 0: no time */
+	int64 armed; /* when the timer goes off: not after "due", and often before it; 0: it does not */
+	bool used;	 /* there may be connections that are kept */
 	int in_flight;		/* calls on either list */
 	int max_kept;		/* connections */
 	dlist_head running; /* of HttpCall, added to the multi handle */
@@ -154,24 +157,63 @@ on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *socket_arg)
 	return 0;
 }
 
+/* Milliseconds on the timer's clock. */
+static int64
+clock_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64CONST(1000) + now.tv_nsec / 1000000;
+}
+
+/* Have the timer go off then; a time that has come makes the fd readable at once. */
+static int
+arm(HttpClient *client, int64 at)
+{
+	struct itimerspec when = {{0, 0}, {at / 1000, at % 1000 * 1000000}};
+
+	client->armed = at;
+	return timerfd_settime(client->timer_fd, TFD_TIMER_ABSTIME, &when, NULL) == 0 ? 0 : -1;
+}
+
+/*
+ * Each call has a timeout, so that the next of them moves with each that ends: the timer
+ * is left as it is while that is not too late, and set again when it has gone off.
+ */
 static int
 on_timer(CURLM *multi, long timeout_ms, void *arg)
 {
 	HttpClient *client = arg;
-	struct itimerspec when = {{0, 0}, {0, 0}};
 
-	if (client->wake)
-		timeout_ms = 0;
-	else if (timeout_ms < 0 && client->in_flight == 0 && client->used)
-		timeout_ms = CLOSE_WHEN_IDLE_MS;
-	if (timeout_ms > 0)
+	if (timeout_ms == 0)
 	{
-		when.it_value.tv_sec = timeout_ms / 1000;
-		when.it_value.tv_nsec = (timeout_ms % 1000) * 1000000;
+		client->now = true;
+		return 0;
 	}
-	else if (timeout_ms == 0)
-		when.it_value.tv_nsec = 1; /* zero would disarm it */
-	return timerfd_settime(client->timer_fd, 0, &when, NULL) == 0 ? 0 : -1;
+	if (timeout_ms < 0 && client->in_flight == 0 && client->used)
+		timeout_ms = CLOSE_WHEN_IDLE_MS;
+	/* a ms more than asked for: libcurl's own clock is finer */
+	client->due = timeout_ms < 0 ? 0 : clock_ms() + timeout_ms + 1;
+	if (client->due == 0 || (client->armed != 0 && client->armed <= client->due))
+		return 0;
+	return arm(client, client->due);
+}
+
+/* The timer has gone off: whether it is time for what it was set for. */
+static bool
+time_has_come(HttpClient *client)
+{
+	client->armed = 0;
+	if (client->due == 0)
+		return false;
+	if (clock_ms() < client->due)
+	{
+		(void) arm(client, client->due);
+		return false;
+	}
+	client->due = 0;
+	return true;
 }
 
 /* Programs that the server runs are not to inherit a connection. */
@@ -461,6 +503,8 @@ http_cancel(HttpCall *call)
 int
 http_client_fd(HttpClient *client)
 {
+	if (client->now || client->wake)
+		(void) arm(client, 1);
 	return client->epoll_fd;
 }
 
@@ -775,7 +819,6 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	{
 		end_call(call, rc);
 		client->wake = true;
-		on_timer(client->multi, 0, client);
 	}
 	signals_restore(&saved);
 	return call;
@@ -783,17 +826,12 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 
 /* ---- moving on ---- */
 
-void
-http_run(HttpClient *client)
+/* Hand over to libcurl what is ready. */
+static void
+move_on(HttpClient *client)
 {
 	struct epoll_event events[64];
-	sigset_t saved;
-	CURLMsg *message;
-	int left;
 	int running;
-
-	signals_block(&saved);
-	client->wake = false;
 
 	/* The set is level triggered: what is not reached today wakes the caller again. */
 	for (int round = 0; round < MAX_ROUNDS && client->multi != NULL; round++)
@@ -802,7 +840,7 @@ http_run(HttpClient *client)
 		bool expired = false;
 		CURLMcode rc = CURLM_OK;
 
-		if (n <= 0)
+		if (n <= 0 && !client->now)
 			break;
 		for (int i = 0; i < n && rc == CURLM_OK; i++)
 		{
@@ -812,7 +850,8 @@ http_run(HttpClient *client)
 			{
 				uint64 ticks;
 
-				expired = read(client->timer_fd, &ticks, sizeof(ticks)) > 0 || expired;
+				if (read(client->timer_fd, &ticks, sizeof(ticks)) > 0)
+					expired = time_has_come(client);
 				continue;
 			}
 			if (events[i].events & EPOLLIN)
@@ -824,15 +863,29 @@ http_run(HttpClient *client)
 			rc = curl_multi_socket_action(client->multi, events[i].data.fd, mask, &running);
 		}
 		if (expired && client->in_flight == 0 && client->used)
+		{
 			forget_connections(client);
-		else if (expired && rc == CURLM_OK)
+			continue;
+		}
+		if ((expired || client->now) && rc == CURLM_OK)
+		{
+			client->now = false;
 			rc = curl_multi_socket_action(client->multi, CURL_SOCKET_TIMEOUT, 0, &running);
+		}
 		if (rc != CURLM_OK)
 		{
 			client->broken = true;
 			break;
 		}
 	}
+}
+
+/* Take from libcurl what has ended. */
+static void
+take_ended(HttpClient *client)
+{
+	CURLMsg *message;
+	int left;
 
 	while (client->multi != NULL && (message = curl_multi_info_read(client->multi, &left)) != NULL)
 	{
@@ -849,7 +902,29 @@ http_run(HttpClient *client)
 	/* A multi handle that fails does so for good: end all, http_start makes a new one. */
 	while (client->broken && !dlist_is_empty(&client->running))
 		end_call(dlist_head_element(HttpCall, node, &client->running), CURLE_ABORTED_BY_CALLBACK);
+}
+
+void
+http_run(HttpClient *client)
+{
+	sigset_t saved;
+
+	signals_block(&saved);
+	move_on(client);
+	take_ended(client);
+	client->wake = false;
+	if (client->multi == NULL)
+		client->now = false;
 	signals_restore(&saved);
+}
+
+void
+http_push(HttpClient *client)
+{
+	if (!client->now)
+		return;
+	http_run(client);
+	client->wake = !dlist_is_empty(&client->ended);
 }
 
 /* Why there is no reply, without anything that the other side may have sent. */
