@@ -144,6 +144,14 @@ typedef struct DbInsert
  */
 extern void db_insert(DbInsert *insert, Datum *values, const char *nulls);
 
+/*
+ * From db_inserts_keep() to db_inserts_end(), in the same (sub)transaction, db_insert() keeps what it has
+ * made ready for a table, which costs more than a row does; in CurrentMemoryContext.  An abort ends it, too.
+ * Does not nest.
+ */
+extern void db_inserts_keep(void);
+extern void db_inserts_end(void);
+
 /* ---- the caller ---- */
 
 /* Whether "role" has the rights of agentvm_admin (superusers do). */

@@ -298,8 +298,11 @@ compare_jobs(const void *a, const void *b)
 static void
 lock_and_take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 {
-	SessionBatch *batch = session_batch_begin();
+	SessionBatch *batch;
 	int i;
+
+	db_inserts_keep();
+	batch = session_batch_begin();
 
 	/* several jobs may be of the same session: a lease that is not the row's is an old one */
 	for (i = 0; i < count; i++)
@@ -313,6 +316,7 @@ lock_and_take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 		job->done = true;
 	}
 	session_batch_end(batch);
+	db_inserts_end();
 }
 
 /* Undo the effects in memory of the turns after the first so many. */
