@@ -4,11 +4,8 @@
  *		AWS over HTTP: endpoints, form bodies, signed requests, error classes.
  *
  * EC2 and STS speak AWS's "Query" protocol: a form is POSTed to "/", the answer
- * is XML; SSM is POSTed JSON, and answers with it.  libcurl signs (Signature Version 4); this file keeps to the subset
- * in which every libcurl since 7.88 signs correctly: a POST to "/" without a
- * query, no header that is empty, repeated or a prefix of another, and the user
- * agent set apart from the headers.  The form is escaped the way in which AWS
- * canonicalizes it.
+ * is XML; SSM is POSTed JSON, and answers with it.  All are POSTs without a query, which
+ * sigv4.c signs.  The form is escaped the way in which AWS canonicalizes it.
  *
  * A region becomes part of a host name that is sent signatures, so its form is
  * checked here once more, whoever has checked it before.
@@ -98,16 +95,29 @@ static void
 append_escaped(StringInfo body, const char *text)
 {
 	static const char hex[] = "0123456789ABCDEF";
+	static const char plain[] =
+		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~";
+	static bool is_plain[256];
 	char *utf8 = pg_server_to_any(text, strlen(text), PG_UTF8);
+	const char *p = utf8;
 
-	for (const char *p = utf8; *p != '\0'; p++)
+	if (!is_plain['A'])
 	{
-		unsigned char c = (unsigned char) *p;
+		for (const char *c = plain; *c != '\0'; c++)
+			is_plain[(unsigned char) *c] = true;
+	}
+	for (;;)
+	{
+		const char *run = p;
+		unsigned char c;
 
-		if ((c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
-			c == '_' || c == '.' || c == '-' || c == '~')
-			appendStringInfoCharMacro(body, c);
-		else if (c == ' ')
+		while (is_plain[(unsigned char) *p])
+			p++;
+		appendBinaryStringInfo(body, run, p - run);
+		c = (unsigned char) *p++;
+		if (c == '\0')
+			break;
+		if (c == ' ')
 			appendStringInfoCharMacro(body, '+');
 		else
 		{
@@ -210,7 +220,7 @@ make_request(const char *service, const char *region, const char *content_type,
 	request->method = "POST";
 	request->url = service_url(service, region);
 	request->headers = list_make1(psprintf("Content-Type: %s", content_type));
-	request->sigv4 = psprintf("aws:amz:%s:%s", region, service);
+	request->sigv4 = psprintf("%s/%s", region, service);
 	return request;
 }
 

@@ -51,6 +51,7 @@
 #include "storage/fd.h"
 
 #include "net/http.h"
+#include "net/sigv4.h"
 #include "signals.h"
 
 #define DEFAULT_TIMEOUT_MS 30000
@@ -76,8 +77,9 @@ struct HttpClient
 	int64 due;	 /* when it wants to be called next, ms on the timer's clock; 0: no time */
 	int64 armed; /* when the timer goes off: not after "due", and often before it; 0: it does not */
 	bool used;	 /* there may be connections that are kept */
-	int in_flight;		/* calls on either list */
-	int max_kept;		/* connections */
+	int in_flight; /* calls on either list */
+	int max_kept;  /* connections */
+	SigningKey signing_key;
 	dlist_head running; /* of HttpCall, added to the multi handle */
 	dlist_head ended;	/* of HttpCall, to be returned by http_finished */
 };
@@ -376,6 +378,7 @@ static void
 forget_connections(HttpClient *client)
 {
 	curl_multi_cleanup(client->multi);
+	sigv4_forget(&client->signing_key);
 	client->used = false;
 	client->broken = !open_multi(client);
 	if (client->broken)
@@ -483,6 +486,7 @@ http_client_destroy(HttpClient *client)
 		close(client->epoll_fd);
 	ReleaseExternalFD();
 	ReleaseExternalFD();
+	sigv4_forget(&client->signing_key);
 	free(client);
 }
 
@@ -603,7 +607,7 @@ add_secret_header(HttpCall *call, const char *name, const Secret *value)
 
 /* Hand the request to the easy handle; what libcurl does not copy, the call keeps. */
 static CURLcode
-set_up_call(HttpCall *call, const HttpRequest *request)
+set_up_call(HttpCall *call, const HttpRequest *request, List *headers)
 {
 	CURL *easy = call->easy;
 	CURLcode rc = CURLE_OK;
@@ -689,20 +693,11 @@ set_up_call(HttpCall *call, const HttpRequest *request)
 		strcmp(request->method, "POST") != 0)
 		SETOPT(CURLOPT_CUSTOMREQUEST, request->method);
 
-	foreach (lc, request->headers)
+	foreach (lc, headers)
 	{
 		if (!add_header(call, lfirst(lc)))
 			return CURLE_OUT_OF_MEMORY;
 	}
-	if (request->sigv4 != NULL)
-	{
-		SETOPT(CURLOPT_AWS_SIGV4, request->sigv4);
-		SETOPT(CURLOPT_USERNAME, secret_bytes(request->access_key));
-		SETOPT(CURLOPT_PASSWORD, secret_bytes(request->secret_key));
-	}
-	if (request->session_token != NULL &&
-		!add_secret_header(call, "X-Amz-Security-Token", request->session_token))
-		return CURLE_OUT_OF_MEMORY;
 	if (request->metadata_token != NULL &&
 		!add_secret_header(call, "X-aws-ec2-metadata-token", request->metadata_token))
 		return CURLE_OUT_OF_MEMORY;
@@ -779,12 +774,15 @@ HttpCall *
 http_start(HttpClient *client, const HttpRequest *request, void *arg)
 {
 	HttpCall *call;
+	List *headers;
 	CURLcode rc;
 	sigset_t saved;
 
 	check_request(request);
 	if (request->sigv4 != NULL && (request->access_key == NULL || request->secret_key == NULL))
 		elog(ERROR, "a signed request needs keys");
+	headers = request->sigv4 != NULL ? sigv4_sign(&client->signing_key, request, time(NULL))
+									 : request->headers;
 
 	call = calloc(1, sizeof(HttpCall));
 	if (call == NULL)
@@ -807,7 +805,7 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	if (call->easy == NULL || client->multi == NULL)
 		rc = CURLE_OUT_OF_MEMORY;
 	else
-		rc = set_up_call(call, request);
+		rc = set_up_call(call, request, headers);
 	if (rc == CURLE_OK)
 	{
 		if (curl_multi_add_handle(client->multi, call->easy) == CURLM_OK)

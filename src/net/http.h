@@ -38,7 +38,8 @@ typedef struct HttpRequest
 	size_t body_len;	/* bytes */
 	const char *tail;	/* what follows the body, so that nobody has to join the two, or NULL */
 	size_t tail_len;	/* bytes */
-	const char *sigv4;	/* CURLOPT_AWS_SIGV4 value such as "aws:amz:us-east-1:ec2", or NULL */
+	const char *
+		sigv4; /* sign by AWS's Signature Version 4, for a region and service, "us-east-1/ec2"; or NULL */
 	const Secret *access_key;	 /* with sigv4 */
 	const Secret *secret_key;	 /* with sigv4 */
 	const Secret *session_token; /* X-Amz-Security-Token, or NULL */
