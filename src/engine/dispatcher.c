@@ -45,7 +45,7 @@
 #include "utils/timestamp.h"
 
 #define ERROR_PAUSE_MS 1000
-#define GATHER_FROM 64 /* calls in flight, from which on answers are taken in several at a time: */
+#define GATHER_FROM 64	/* calls in flight, from which on answers are taken in several at a time: */
 #define GATHER_US 20000 /* so long after those before */
 #define STATEMENT_LIMIT_MS                                                                         \
 	60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
