@@ -60,7 +60,7 @@ is(column('session_event', "concat_ws('>', old_state, new_state)"), 'provisionin
 sql('DROP TRIGGER refuse ON agentvm.session');
 sql("DELETE FROM agentvm.session WHERE state = 'provisioning'");
 
-# other triggers and rules
+# other triggers
 sql(q(CREATE TRIGGER after AFTER UPDATE ON agentvm.session FOR EACH ROW WHEN (OLD.state <> NEW.state) EXECUTE FUNCTION public.note('row')));
 launched();
 is(seen(), 'row>provisioning>ready', 'a trigger after each row sees both');
@@ -74,16 +74,13 @@ dispatched();
 is(column('session', "concat_ws(' ', state, tags)"), 'terminated {"again": 1}', 'one that changes the row anew, between two changes of one transaction');
 sql(q(DROP TRIGGER again ON agentvm.session; CREATE TRIGGER of AFTER UPDATE OF state ON agentvm.session FOR EACH ROW EXECUTE FUNCTION public.note('of')));
 launched();
-like(seen(), qr/^of>.*of>provisioning>ready/, 'one that asks for columns');
+is(seen(), 'of>provisioning>ready', 'one that asks for columns');
 sql(q(DROP TRIGGER of ON agentvm.session; CREATE TRIGGER statement AFTER UPDATE ON agentvm.session REFERENCING NEW TABLE AS news FOR EACH STATEMENT EXECUTE FUNCTION public.note_all('all')));
 launched();
 is(seen(), 'all', 'one for each statement');
 sql(q(DROP TRIGGER statement ON agentvm.session; CREATE TRIGGER before BEFORE UPDATE ON agentvm.session FOR EACH ROW EXECUTE FUNCTION public.before()));
 is(launched() . ' ' . column('session', 'detail'), 'ready changed', 'one before each row');
-sql(q(DROP TRIGGER before ON agentvm.session; CREATE RULE also AS ON UPDATE TO agentvm.session WHERE NEW.state = 'ready' AND OLD.state <> 'ready' DO ALSO INSERT INTO public.seen VALUES (NEW.session_id, 'rule')));
-launched();
-like(seen(), qr/rule/, 'a rule');
-sql('DROP RULE also ON agentvm.session');
+sql('DROP TRIGGER before ON agentvm.session');
 
 # what others change at the same time: nothing is lost, nobody is put off
 provisioned();
