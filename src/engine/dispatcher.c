@@ -45,8 +45,8 @@
 #include "utils/timestamp.h"
 
 #define ERROR_PAUSE_MS 1000
-#define GATHER_FROM 64	/* calls in flight, from which on answers are taken in several at a time: */
-#define GATHER_US 20000 /* so long after those before */
+/* so long (us) after those before answers are taken in, where they come all the time */
+#define GATHER_US 20000
 #define STATEMENT_LIMIT_MS                                                                         \
 	60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
 
@@ -364,7 +364,7 @@ agentvm_dispatcher_main(Datum arg)
 		if (until <= GetCurrentTimestamp() ||
 			(!shared_sleep_until(slot, until) && until != pause_until))
 			continue;
-		if (engine != NULL && engine_in_flight(engine) >= GATHER_FROM && until != pause_until &&
+		if (engine != NULL && engine_only_waits(engine) && until != pause_until &&
 			gather(Min(until, pass_began + GATHER_US)))
 			continue;
 		if (engine != NULL && until != pause_until)

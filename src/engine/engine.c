@@ -36,7 +36,8 @@
 #define LOCKED_RETRY_US 100000	/* how soon a record is tried again whose row a user has locked */
 #define RAISED_RETRY_US 1000000 /* the same after an error, twice as long each time */
 #define RAISED_PAUSE_S 60		/* how long a session is passed by whose claim has raised */
-#define JOINED 20000			/* sessions that wait for calls for several at most */
+#define GATHER_FROM 64 /* calls in flight, from which on answers come one after the other */
+#define JOINED 20000   /* sessions that wait for calls for several at most */
 
 /*
  * Leases end within one lease time, so only the near end of the index is read.
@@ -124,6 +125,13 @@ int
 engine_in_flight(Engine *engine)
 {
 	return engine->in_flight + engine->joined;
+}
+
+bool
+engine_only_waits(Engine *engine)
+{
+	return engine->in_flight >= GATHER_FROM &&
+		   (engine->transport->sending == NULL || !engine->transport->sending(engine->client));
 }
 
 /* ---- transactions ---- */

@@ -29,6 +29,8 @@ typedef struct Transport
 	void (*run)(void *client);
 	/* Let calls that have been started leave at once; NULL: they do. */
 	void (*push)(void *client);
+	/* Whether calls have been started that have not left; NULL: there are none. */
+	bool (*sending)(void *client);
 	/* The next reply, in CurrentMemoryContext, and what its call was started with; or NULL. */
 	HttpReply *(*finished)(void *client, void **arg);
 } Transport;

@@ -78,6 +78,7 @@ struct HttpClient
 	int64 armed; /* when the timer goes off: not after "due", and often before it; 0: it does not */
 	bool used;	 /* there may be connections that are kept */
 	int in_flight; /* calls on either list */
+	int unsent;	   /* of those under way: not sent yet, since their connections are being made */
 	int max_kept;  /* connections */
 	SigningKey signing_key;
 	dlist_head running; /* of HttpCall, added to the multi handle */
@@ -231,7 +232,10 @@ on_open(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 static int
 on_send(void *arg, char *remote_ip, char *local_ip, int remote_port, int local_port)
 {
-	((HttpCall *) arg)->sends++;
+	HttpCall *call = arg;
+
+	if (call->sends++ == 0)
+		call->client->unsent--;
 	return CURL_PREREQFUNC_OK;
 }
 
@@ -439,7 +443,11 @@ free_call(HttpCall *call)
 
 	signals_block(&saved);
 	if (call->added)
+	{
 		curl_multi_remove_handle(client->multi, call->easy);
+		if (call->sends == 0)
+			client->unsent--;
+	}
 	/* Not kept for another call: curl_easy_reset() would leave the keys in it. */
 	if (call->easy != NULL)
 		curl_easy_cleanup(call->easy);
@@ -510,6 +518,12 @@ http_client_fd(HttpClient *client)
 	if (client->now || client->wake)
 		(void) arm(client, 1);
 	return client->epoll_fd;
+}
+
+bool
+http_is_sending(HttpClient *client)
+{
+	return client->unsent > 0;
 }
 
 /* ---- beginning a call ---- */
@@ -728,6 +742,8 @@ end_call(HttpCall *call, CURLcode result)
 		curl_easy_getinfo(call->easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer_us);
 		curl_multi_remove_handle(client->multi, call->easy);
 		call->added = false;
+		if (call->sends == 0)
+			client->unsent--;
 		call->maybe_sent = request_size > 0 || pretransfer_us > 0;
 	}
 	dlist_delete(&call->node);
@@ -809,7 +825,10 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	if (rc == CURLE_OK)
 	{
 		if (curl_multi_add_handle(client->multi, call->easy) == CURLM_OK)
+		{
 			call->added = true;
+			client->unsent++;
+		}
 		else
 			rc = CURLE_FAILED_INIT;
 	}

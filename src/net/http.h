@@ -112,6 +112,9 @@ extern void http_run(HttpClient *client);
  */
 extern void http_push(HttpClient *client);
 
+/* Whether there are calls whose request has not left yet, since their connections are being made. */
+extern bool http_is_sending(HttpClient *client);
+
 /*
  * The next call that has ended, or NULL.  Sets *arg to what http_start() was
  * given.  The reply is allocated in CurrentMemoryContext and is the caller's.
