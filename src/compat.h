@@ -92,6 +92,15 @@ typedef void JsonActionResult;
 #define pg_noreturn pg_attribute_noreturn()
 #endif
 
+/* 18 can count what an index scan does. */
+#if PG_VERSION_NUM >= 180000
+#define AvmIndexBeginscan(table, index, snapshot, nkeys)                                           \
+	index_beginscan(table, index, snapshot, NULL, nkeys, 0)
+#else
+#define AvmIndexBeginscan(table, index, snapshot, nkeys)                                           \
+	index_beginscan(table, index, snapshot, nkeys, 0)
+#endif
+
 /* 18 carries the extension's name and version in the magic block. */
 #if PG_VERSION_NUM >= 180000
 #define AVM_MODULE_MAGIC(modname, modversion)                                                      \

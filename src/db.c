@@ -288,8 +288,8 @@ forget_relation(Datum arg, Oid relation)
 	}
 }
 
-static Oid
-relation_oid(DbRelation *relation)
+Oid
+db_relation_oid(DbRelation *relation)
 {
 	static int version = 0;
 
@@ -319,11 +319,11 @@ db_lookup_begin(DbLookup *lookup, DbKey *key, int nkeys, const Datum *keys)
 	Assert(nkeys <= lengthof(scankeys));
 	CommandCounterIncrement();
 	lookup->snapshot = RegisterSnapshot(GetLatestSnapshot());
-	lookup->table = table_open(relation_oid(&key->table), AccessShareLock);
+	lookup->table = table_open(db_relation_oid(&key->table), AccessShareLock);
 	for (i = 0; i < nkeys; i++)
 		ScanKeyEntryInitialize(&scankeys[i], 0, Max(key->first, 1) + i, BTEqualStrategyNumber,
 							   InvalidOid, DEFAULT_COLLATION_OID, key->equal, keys[i]);
-	lookup->scan = systable_beginscan(lookup->table, relation_oid(&key->index), true,
+	lookup->scan = systable_beginscan(lookup->table, db_relation_oid(&key->index), true,
 									  lookup->snapshot, nkeys, scankeys);
 }
 
@@ -420,68 +420,184 @@ insert_needs_sql(Relation table)
 			 triggers->trig_insert_before_statement || triggers->trig_insert_after_statement));
 }
 
-static void
-insert_row(DbInsert *insert, Relation table, Datum *values, const char *nulls)
+/* What rows are inserted with: made ready by the first, and kept for those that follow. */
+typedef struct Inserter
+{
+	DbInsert *insert;
+	int version; /* of what follows, as insert->version */
+	Relation table;
+	EState *estate;
+	ResultRelInfo *result;
+	TupleTableSlot *slot;
+	List *defaults; /* ExprState, as in insert->defaults; NULL for constants */
+} Inserter;
+
+/* Those that are kept, as long as this (sub)transaction lasts: an error has closed them. */
+static struct
+{
+	bool open;
+	LocalTransactionId transaction;
+	SubTransactionId subtransaction;
+	MemoryContext context;
+	List *inserters;
+} kept;
+
+static bool
+inserters_are_kept(void)
+{
+	return kept.open && kept.transaction == AvmLocalTransactionId() &&
+		   kept.subtransaction == GetCurrentSubTransactionId();
+}
+
+static Inserter *
+begin_inserting(DbInsert *insert, Relation table)
 {
 	EState *estate = CreateExecutorState();
-	ResultRelInfo *result = makeNode(ResultRelInfo);
 	MemoryContext old = MemoryContextSwitchTo(estate->es_query_cxt);
-	TupleTableSlot *slot;
+	Inserter *inserter = palloc0(sizeof(Inserter));
 	ListCell *lc;
+
+	inserter->insert = insert;
+	inserter->version = insert->version;
+	inserter->table = table;
+	inserter->estate = estate;
+	inserter->result = makeNode(ResultRelInfo);
+	InitResultRelInfo(inserter->result, table, 0, NULL, 0);
+	ExecOpenIndices(inserter->result, false);
+	inserter->slot = ExecInitExtraTupleSlot(estate, RelationGetDescr(table), &TTSOpsVirtual);
+	foreach (lc, insert->defaults)
+	{
+		Expr *value = ((TargetEntry *) lfirst(lc))->expr;
+
+		inserter->defaults =
+			lappend(inserter->defaults, IsA(value, Const) ? NULL : ExecInitExpr(value, NULL));
+	}
+	MemoryContextSwitchTo(old);
+	return inserter;
+}
+
+static void
+end_inserting(Inserter *inserter)
+{
+	ExecCloseIndices(inserter->result);
+	ExecResetTupleTable(inserter->estate->es_tupleTable, false);
+	table_close(inserter->table, NoLock);
+	FreeExecutorState(inserter->estate);
+}
+
+static void
+insert_row(Inserter *inserter, Datum *values, const char *nulls)
+{
+	DbInsert *insert = inserter->insert;
+	EState *estate = inserter->estate;
+	MemoryContext old = MemoryContextSwitchTo(GetPerTupleMemoryContext(estate));
+	TupleTableSlot *slot = ExecClearTuple(inserter->slot);
+	ListCell *lc;
+	ListCell *state;
 	int i;
 
-	InitResultRelInfo(result, table, 0, NULL, 0);
-	ExecOpenIndices(result, false);
-	slot = ExecInitExtraTupleSlot(estate, RelationGetDescr(table), &TTSOpsVirtual);
-	ExecClearTuple(slot);
 	memset(slot->tts_isnull, true, sizeof(bool) * slot->tts_tupleDescriptor->natts);
 	for (i = 0; i < insert->ncolumns; i++)
 	{
 		slot->tts_values[insert->attnums[i] - 1] = values[i];
 		slot->tts_isnull[insert->attnums[i] - 1] = nulls != NULL && nulls[i] == 'n';
 	}
-	foreach (lc, insert->defaults)
+	forboth(lc, insert->defaults, state, inserter->defaults)
 	{
 		TargetEntry *entry = lfirst(lc);
 		bool *isnull = &slot->tts_isnull[entry->resno - 1];
 		Datum *value = &slot->tts_values[entry->resno - 1];
 
-		if (IsA(entry->expr, Const))
+		if (lfirst(state) == NULL)
 		{
 			*value = ((Const *) entry->expr)->constvalue;
 			*isnull = ((Const *) entry->expr)->constisnull;
 		}
 		else
-			*value = ExecEvalExprSwitchContext(ExecInitExpr(entry->expr, NULL),
-											   GetPerTupleExprContext(estate), isnull);
+			*value =
+				ExecEvalExprSwitchContext(lfirst(state), GetPerTupleExprContext(estate), isnull);
 	}
 	ExecStoreVirtualTuple(slot);
-	ExecSimpleRelationInsert(result, estate, slot);
-	ExecCloseIndices(result);
-	ExecResetTupleTable(estate->es_tupleTable, false);
+	ExecSimpleRelationInsert(inserter->result, estate, slot);
+	ExecClearTuple(slot);
 	MemoryContextSwitchTo(old);
-	FreeExecutorState(estate);
+	ResetPerTupleExprContext(estate);
+}
+
+void
+db_inserts_keep(void)
+{
+	kept.open = true;
+	kept.transaction = AvmLocalTransactionId();
+	kept.subtransaction = GetCurrentSubTransactionId();
+	kept.context = CurrentMemoryContext;
+	kept.inserters = NIL;
+}
+
+void
+db_inserts_end(void)
+{
+	ListCell *lc;
+
+	foreach (lc, kept.inserters)
+		end_inserting(lfirst(lc));
+	kept.open = false;
+	kept.inserters = NIL;
+}
+
+/* The inserter that is kept for this, or NULL. */
+static Inserter *
+find_inserter(DbInsert *insert)
+{
+	ListCell *lc;
+
+	foreach (lc, kept.inserters)
+	{
+		Inserter *inserter = lfirst(lc);
+
+		if (inserter->insert == insert && inserter->version == insert->version)
+			return inserter;
+	}
+	return NULL;
 }
 
 void
 db_insert(DbInsert *insert, Datum *values, const char *nulls)
 {
-	Relation table = table_open(relation_oid(&insert->table), RowExclusiveLock);
+	bool keep = inserters_are_kept();
+	Inserter *inserter = keep ? find_inserter(insert) : NULL;
+	Relation table;
 
-	/* anew, if it has changed while we waited for the lock */
-	(void) relation_oid(&insert->table);
-	if (insert->version != insert->table.version)
-		prepare_insert(insert, table);
-	if (insert_needs_sql(table))
-		db_run(insert->query, values, nulls);
-	else
+	if (inserter == NULL)
 	{
+		table = table_open(db_relation_oid(&insert->table), RowExclusiveLock);
+		/* anew, if it has changed while we waited for the lock */
+		(void) db_relation_oid(&insert->table);
+		if (insert->version != insert->table.version)
+			prepare_insert(insert, table);
+		if (insert_needs_sql(table))
+		{
+			db_run(insert->query, values, nulls);
+			table_close(table, NoLock);
+			return;
+		}
 		PreventCommandIfReadOnly("INSERT");
 		PreventCommandIfParallelMode("INSERT");
-		insert_row(insert, table, values, nulls);
-		CommandCounterIncrement();
+		if (keep)
+		{
+			MemoryContext old = MemoryContextSwitchTo(kept.context);
+
+			inserter = begin_inserting(insert, table);
+			kept.inserters = lappend(kept.inserters, inserter);
+			MemoryContextSwitchTo(old);
+		}
+		else
+			inserter = begin_inserting(insert, table);
 	}
-	table_close(table, NoLock);
+	insert_row(inserter, values, nulls);
+	CommandCounterIncrement();
+	if (!keep)
+		end_inserting(inserter);
 }
 
 /* ---- the caller ---- */

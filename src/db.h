@@ -87,6 +87,9 @@ typedef struct DbRelation
 	struct DbRelation *next;
 } DbRelation;
 
+/* Its OID; inside a scope.  Once a lock on it has been waited for, ask again whether "version" is the same. */
+extern Oid db_relation_oid(DbRelation *relation);
+
 /* One of our tables, the index to look into and how its columns compare; static, begins as {{"table"}, {"index"}, F_...EQ, first}. */
 typedef struct DbKey
 {
@@ -142,6 +145,14 @@ typedef struct DbInsert
  * the INSERT would raise.
  */
 extern void db_insert(DbInsert *insert, Datum *values, const char *nulls);
+
+/*
+ * From db_inserts_keep() to db_inserts_end(), in the same (sub)transaction, db_insert() keeps what it has
+ * made ready for a table, which costs more than a row does; in CurrentMemoryContext.  An abort ends it, too.
+ * Does not nest.
+ */
+extern void db_inserts_keep(void);
+extern void db_inserts_end(void);
 
 /* ---- the caller ---- */
 

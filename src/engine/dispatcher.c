@@ -45,6 +45,8 @@
 #include "utils/timestamp.h"
 
 #define ERROR_PAUSE_MS 1000
+/* so long (us) after those before answers are taken in, where they come all the time */
+#define GATHER_US 10000
 #define STATEMENT_LIMIT_MS                                                                         \
 	60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
 
@@ -52,6 +54,10 @@ void
 worker_settings(void)
 {
 	static const char *const settings[][2] = {
+#ifdef USE_LZ4
+		/* a handle with its request is compressed at each launch, which takes ten times as long by pglz */
+		{"default_toast_compression", "lz4"},
+#endif
 		{"default_transaction_deferrable", "off"},
 		{"default_transaction_isolation", "read committed"},
 		{"default_transaction_read_only", "off"},
@@ -225,6 +231,21 @@ pass(Engine *engine, DispatcherSlot *slot, int lane, TimestampTz *next_periodic)
 	return Min(engine_next_look(engine), *next_periodic);
 }
 
+/*
+ * Where answers come in one after the other, each by itself would cost a pass, most of which
+ * is the same for one and for many.  What is committed meanwhile does not wait: returns
+ * whether that has ended the pause.
+ */
+static bool
+gather(TimestampTz until)
+{
+	long ms = (until - GetCurrentTimestamp()) / 1000;
+
+	return ms > 0 && (WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, ms,
+								AvmWaitEvent("AgentvmDispatcher")) &
+					  WL_LATCH_SET) != 0;
+}
+
 /* What only a runner does in a pass. */
 static void
 run_threads(DispatcherSlot *slot)
@@ -285,6 +306,7 @@ agentvm_dispatcher_main(Datum arg)
 
 	for (;;)
 	{
+		TimestampTz pass_began;
 		TimestampTz until;
 		int events = WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH;
 		pgsocket fd = PGINVALID_SOCKET;
@@ -299,6 +321,7 @@ agentvm_dispatcher_main(Datum arg)
 								GetCurrentTimestamp() + avm_sweep_interval_ms * INT64CONST(1000));
 		}
 
+		pass_began = GetCurrentTimestamp();
 		/* what is committed after this look wakes us again; a new engine looks at everything */
 		if (engine == NULL)
 			(void) shared_take_due(slot, &until);
@@ -340,6 +363,9 @@ agentvm_dispatcher_main(Datum arg)
 		/* after an error we sleep whatever is committed meanwhile */
 		if (until <= GetCurrentTimestamp() ||
 			(!shared_sleep_until(slot, until) && until != pause_until))
+			continue;
+		if (engine != NULL && engine_only_waits(engine) && until != pause_until &&
+			gather(Min(until, pass_began + GATHER_US)))
 			continue;
 		if (engine != NULL && until != pause_until)
 		{

@@ -36,7 +36,8 @@
 #define LOCKED_RETRY_US 100000	/* how soon a record is tried again whose row a user has locked */
 #define RAISED_RETRY_US 1000000 /* the same after an error, twice as long each time */
 #define RAISED_PAUSE_S 60		/* how long a session is passed by whose claim has raised */
-#define JOINED 20000			/* sessions that wait for calls for several at most */
+#define GATHER_FROM 64 /* calls in flight, from which on answers come one after the other */
+#define JOINED 20000   /* sessions that wait for calls for several at most */
 
 /*
  * Leases end within one lease time, so only the near end of the index is read.
@@ -124,6 +125,13 @@ int
 engine_in_flight(Engine *engine)
 {
 	return engine->in_flight + engine->joined;
+}
+
+bool
+engine_only_waits(Engine *engine)
+{
+	return engine->in_flight >= GATHER_FROM &&
+		   (engine->transport->sending == NULL || !engine->transport->sending(engine->client));
 }
 
 /* ---- transactions ---- */
@@ -298,23 +306,25 @@ compare_jobs(const void *a, const void *b)
 static void
 lock_and_take_turns(Engine *engine, Job *jobs, int count, TimestampTz due_by)
 {
-	pg_uuid_t *ids = palloc(sizeof(pg_uuid_t) * count);
-	ListCell *lc;
+	SessionBatch *batch;
 	int i;
 
-	for (i = 0; i < count; i++)
-		ids[i] = jobs[i].session_id;
-	foreach (lc, session_rows_lock(ids, count, due_by))
-	{
-		SessionRow *row = lfirst(lc);
-		Job key = {row->session_id, jobs[0].act ? row->lease : 0};
-		Job *job = bsearch(&key, jobs, count, sizeof(Job), compare_jobs);
+	db_inserts_keep();
+	batch = session_batch_begin();
 
-		if (job == NULL)
-			continue; /* the lease is another one by now */
+	/* several jobs may be of the same session: a lease that is not the row's is an old one */
+	for (i = 0; i < count; i++)
+	{
+		Job *job = &jobs[i];
+		SessionRow *row = session_row_lock(batch, &job->session_id, due_by);
+
+		if (row == NULL || (job->act != NULL && row->lease != job->lease))
+			continue;
 		take_turn(engine, row, job->act);
 		job->done = true;
 	}
+	session_batch_end(batch);
+	db_inserts_end();
 }
 
 /* Undo the effects in memory of the turns after the first so many. */
@@ -548,6 +558,14 @@ run_lists(Engine *engine)
 	}
 }
 
+/* What has been sent leaves. */
+static void
+push(Engine *engine)
+{
+	if (engine->transport->push != NULL)
+		engine->transport->push(engine->client);
+}
+
 /* ---- claim ---- */
 
 /* engine_claim() without what has to be done after each claim. */
@@ -626,6 +644,7 @@ engine_claim(Engine *engine, int limit)
 	/* as long as there is more to claim, which may be more for them, calls for several stay */
 	if (!dlist_is_empty(&engine->gathering))
 		acts_send_gathered(engine, engine_next_look(engine) != DT_NOBEGIN);
+	push(engine);
 	return claimed;
 }
 
@@ -741,6 +760,7 @@ engine_run(Engine *engine)
 			engine->one_at_a_time--;
 		record(engine, batch, count);
 	}
+	push(engine);
 }
 
 TimestampTz

@@ -46,6 +46,12 @@ extern int engine_fd(Engine *engine);
 extern int engine_in_flight(Engine *engine);
 
 /*
+ * Whether there is so much in flight that answers come all the time, and nothing is to be done for those calls
+ * but to take them in: then it is cheaper to let some gather.
+ */
+extern bool engine_only_waits(Engine *engine);
+
+/*
  * When to look again at the latest, if nothing wakes us: when the next row may
  * be due, or a record is to be tried again whose row was locked.  DT_NOBEGIN: at once, more is due now.
  */

@@ -12,59 +12,109 @@
 #include "db.h"
 #include "engine/session_row.h"
 #include "engine/wake.h"
-#include "utils/array.h"
+#include "rows.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
-#define ROW_COLUMNS                                                                                \
-	"s.session_id, s.team_id, s.agent_id, s.provider, s.created_at, s.deadline_at, s.ceiling_at, " \
-	"s.options, s.vcpus, s.memory_mib, s.disk_gib, s.runtime, "                                    \
-	"(extract(epoch FROM s.bootstrap_timeout) * 1000000)::int8, s.key_id, "                        \
-	"(SELECT installation_id FROM agentvm.installation ORDER BY in_use DESC, created_at LIMIT "    \
-	"1), s.lane, "                                                                                 \
-	"s.state, s.end_reason, s.detail, s.vm_id, s.region, s.address, s.purchase, s.attempt, "       \
-	"s.launched_at, s.ready_at, s.ended_at, s.next_check_at, s.lease, s.retries, s.running, "      \
-	"s.handle, s.resumed_at, s.warm_key IS NOT NULL "
+/* Columns of agentvm.session: those that session_row_save() writes come first. */
+enum
+{
+	SESSION_ID,
+	STATE,
+	END_REASON,
+	DETAIL,
+	VM_ID,
+	REGION,
+	ADDRESS,
+	PURCHASE,
+	ATTEMPT,
+	LAUNCHED_AT,
+	READY_AT,
+	RESUMED_AT,
+	ENDED_AT,
+	NEXT_CHECK_AT,
+	LEASE,
+	LEASE_PID,
+	LEASE_START,
+	RETRIES,
+	RUNNING,
+	HANDLE,
+	PAYLOAD,
+	KEY_ID,
+	PAYLOAD_KEY_ID,
+	FINAL_HEARTBEAT_AT,
+	SAVED,
+	TEAM_ID = SAVED,
+	AGENT_ID,
+	PROVIDER,
+	CREATED_AT,
+	DEADLINE_AT,
+	CEILING_AT,
+	OPTIONS,
+	VCPUS,
+	MEMORY_MIB,
+	DISK_GIB,
+	RUNTIME,
+	BOOTSTRAP_TIMEOUT,
+	LANE,
+	WARM_KEY,
+	COLUMNS
+};
 
-/*
- * The engine never waits for a lock of a user.  The candidates come with their
- * ids, so that the primary key finds them.
- */
-static DbQuery lock_query = {
-	"SELECT " ROW_COLUMNS "FROM agentvm.session s "
-	"WHERE s.session_id = ANY ($1) AND ($2 = 'infinity' OR s.next_check_at <= $2) "
-	"FOR UPDATE SKIP LOCKED",
-	2,
-	{UUIDARRAYOID, TIMESTAMPTZOID}};
+static DbTable sessions = {{"session"},
+						   {"session_pkey"},
+						   COLUMNS,
+						   SAVED,
+						   {[SESSION_ID] = "session_id",
+							[STATE] = "state",
+							[END_REASON] = "end_reason",
+							[DETAIL] = "detail",
+							[VM_ID] = "vm_id",
+							[REGION] = "region",
+							[ADDRESS] = "address",
+							[PURCHASE] = "purchase",
+							[ATTEMPT] = "attempt",
+							[LAUNCHED_AT] = "launched_at",
+							[READY_AT] = "ready_at",
+							[RESUMED_AT] = "resumed_at",
+							[ENDED_AT] = "ended_at",
+							[NEXT_CHECK_AT] = "next_check_at",
+							[LEASE] = "lease",
+							[LEASE_PID] = "lease_pid",
+							[LEASE_START] = "lease_start",
+							[RETRIES] = "retries",
+							[RUNNING] = "running",
+							[HANDLE] = "handle",
+							[PAYLOAD] = "payload_enc",
+							[KEY_ID] = "key_id",
+							[PAYLOAD_KEY_ID] = "payload_key_id",
+							[FINAL_HEARTBEAT_AT] = "final_heartbeat_at",
+							[TEAM_ID] = "team_id",
+							[AGENT_ID] = "agent_id",
+							[PROVIDER] = "provider",
+							[CREATED_AT] = "created_at",
+							[DEADLINE_AT] = "deadline_at",
+							[CEILING_AT] = "ceiling_at",
+							[OPTIONS] = "options",
+							[VCPUS] = "vcpus",
+							[MEMORY_MIB] = "memory_mib",
+							[DISK_GIB] = "disk_gib",
+							[RUNTIME] = "runtime",
+							[BOOTSTRAP_TIMEOUT] = "bootstrap_timeout",
+							[LANE] = "lane",
+							[WARM_KEY] = "warm_key"}};
 
-static DbQuery read_query = {
-	"SELECT " ROW_COLUMNS "FROM agentvm.session s WHERE s.session_id = $1", 1, {UUIDOID}};
+StaticAssertDecl(SAVED <= lengthof(((DbQuery *) NULL)->argtypes),
+				 "more columns are saved than a query has parameters");
+
+static DbQuery installation_query = {
+	"SELECT installation_id FROM agentvm.installation ORDER BY in_use DESC, created_at LIMIT 1"};
 
 static DbQuery lease_query = {
 	"SELECT lease FROM agentvm.session WHERE session_id = $1", 1, {UUIDOID}};
 
-static DbQuery save_query = {
-	"UPDATE agentvm.session SET state = $2, end_reason = $3, detail = $4, vm_id = $5, region = $6, "
-	"address = $7, purchase = $8, attempt = $9, launched_at = $10, ready_at = $11, ended_at = $12, "
-	"next_check_at = $13, lease = $14, "
-	"lease_pid = CASE WHEN $14 IS NOT NULL THEN $15 END, "
-	"lease_start = CASE WHEN $14 IS NOT NULL THEN $16 END, "
-	"retries = $17, running = $18, resumed_at = $20, "
-	/* at the end nothing is kept that only a live VM needs */
-	"handle = CASE WHEN $12 IS NULL THEN $19 END, "
-	"payload_enc = CASE WHEN $12 IS NULL THEN payload_enc END, "
-	"key_id = CASE WHEN $12 IS NULL THEN key_id END, "
-	"payload_key_id = CASE WHEN $12 IS NULL THEN payload_key_id END, "
-	"final_heartbeat_at = CASE WHEN $12 IS NOT NULL THEN "
-	"(SELECT h.last_heartbeat_at FROM agentvm.session_heartbeat h WHERE h.session_id = $1) END "
-	"WHERE session_id = $1",
-	20,
-	{UUIDOID,		 TEXTOID,		 TEXTOID,		 TEXTOID,  TEXTOID,
-	 TEXTOID,		 TEXTOID,		 TEXTOID,		 INT4OID,  TIMESTAMPTZOID,
-	 TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID,  INT4OID,
-	 TIMESTAMPTZOID, INT4OID,		 BOOLOID,		 JSONBOID, TIMESTAMPTZOID},
-	/* a plan made for NULLs looks cheaper each time, which costs more than it saves */
-	true};
+static DbQuery last_beat_query = {
+	"SELECT last_heartbeat_at FROM agentvm.session_heartbeat WHERE session_id = $1", 1, {UUIDOID}};
 
 /*
  * Somebody may hold a beat in a transaction that stays open: then the row is left
@@ -84,133 +134,186 @@ static DbQuery still_beats_query = {
 	1,
 	{UUIDOID}};
 
+struct SessionBatch
+{
+	DbRows *rows;
+	char *cluster;
+};
+
 static DbInsert event_insert = {
 	{"session_event"},
 	7,
 	{"session_id", "team_id", "kind", "old_state", "new_state", "reason", "detail"}};
 
-static Jsonb *
-copy_jsonb(uint64 row, int column, MemoryContext context)
+/* Text, document or number of a column of the row at hand; NULL is NULL or 0. */
+static char *
+get_text(DbRows *rows, int column)
 {
 	bool isnull;
-	Datum value = db_value(row, column, &isnull);
-	MemoryContext old;
-	Jsonb *copy;
+	Datum value = db_rows_value(rows, column, &isnull);
 
-	if (isnull)
-		return NULL;
-	old = MemoryContextSwitchTo(context);
-	copy = (Jsonb *) PG_DETOAST_DATUM_COPY(value);
-	MemoryContextSwitchTo(old);
-	return copy;
+	return isnull ? NULL : TextDatumGetCString(value);
+}
+
+static Jsonb *
+get_jsonb(DbRows *rows, int column)
+{
+	bool isnull;
+	Datum value = db_rows_value(rows, column, &isnull);
+
+	return isnull ? NULL : (Jsonb *) PG_DETOAST_DATUM_COPY(value);
 }
 
 static int64
-get_int(uint64 row, int column, int size)
+get_int8(DbRows *rows, int column)
 {
 	bool isnull;
-	Datum value = db_value(row, column, &isnull);
+	Datum value = db_rows_value(rows, column, &isnull);
+
+	return isnull ? 0 : DatumGetInt64(value);
+}
+
+static int
+get_int4(DbRows *rows, int column)
+{
+	bool isnull;
+	Datum value = db_rows_value(rows, column, &isnull);
+
+	return isnull ? 0 : DatumGetInt32(value);
+}
+
+static bool
+get_bool(DbRows *rows, int column)
+{
+	bool isnull;
+	Datum value = db_rows_value(rows, column, &isnull);
+
+	return !isnull && DatumGetBool(value);
+}
+
+/* As extract(epoch FROM interval) has it. */
+static int64
+get_interval_us(DbRows *rows, int column)
+{
+	bool isnull;
+	Interval *span = DatumGetIntervalP(db_rows_value(rows, column, &isnull));
 
 	if (isnull)
 		return 0;
-	switch (size)
-	{
-		case 1:
-			return DatumGetBool(value);
-		case 2:
-			return DatumGetInt16(value);
-		case 4:
-			return DatumGetInt32(value);
-		default:
-			return DatumGetInt64(value);
-	}
+	return span->time + span->day * USECS_PER_DAY +
+		   (int64) (span->month / MONTHS_PER_YEAR * DAYS_PER_YEAR * USECS_PER_DAY) +
+		   span->month % MONTHS_PER_YEAR * DAYS_PER_MONTH * USECS_PER_DAY;
 }
 
-/* Build a SessionRow in "context" from a row of the last result. */
+/* A SessionRow of the row at hand. */
 static SessionRow *
-row_from_result(uint64 i, MemoryContext context)
+make_row(DbRows *rows, char *cluster)
 {
-	SessionRow *row = MemoryContextAllocZero(context, sizeof(SessionRow));
+	SessionRow *row = palloc0(sizeof(SessionRow));
 	bool isnull;
-	int c = 1;
 
-	memcpy(&row->session_id, DatumGetUUIDP(db_value(i, c, &isnull)), sizeof(pg_uuid_t));
-	row->id_text = db_text(i, c++, context);
-	row->team_id = db_text(i, c++, context);
-	row->agent_id = db_text(i, c++, context);
-	row->provider = db_text(i, c++, context);
-	row->created_at = get_int(i, c++, 8);
-	row->deadline_at = get_int(i, c++, 8);
-	row->ceiling_at = get_int(i, c++, 8);
-	row->options = copy_jsonb(i, c++, context);
-	row->vcpus = get_int(i, c++, 4);
-	row->memory_mib = get_int(i, c++, 4);
-	row->disk_gib = get_int(i, c++, 4);
-	row->runtime = get_int(i, c++, 1);
-	row->bootstrap_timeout_us = get_int(i, c++, 8);
-	row->key_id = db_text(i, c++, context);
-	row->cluster = db_text(i, c++, context);
-	row->lane = get_int(i, c++, 2);
-	row->state = row->saved_state = state_parse(db_text(i, c++, context));
-	row->end_reason = db_text(i, c++, context);
-	row->detail = db_text(i, c++, context);
-	row->vm_id = db_text(i, c++, context);
-	row->region = db_text(i, c++, context);
-	row->address = db_text(i, c++, context);
-	row->purchase = db_text(i, c++, context);
-	row->attempt = get_int(i, c++, 4);
-	row->launched_at = get_int(i, c++, 8);
-	row->ready_at = get_int(i, c++, 8);
-	row->ended_at = get_int(i, c++, 8);
-	row->next_check_at = get_int(i, c++, 8);
-	row->lease = get_int(i, c++, 8);
-	row->retries = get_int(i, c++, 4);
-	row->running = get_int(i, c++, 1);
-	row->handle = copy_jsonb(i, c++, context);
-	row->resumed_at = get_int(i, c++, 8);
-	row->warm = get_int(i, c++, 1);
+	row->session_id = *DatumGetUUIDP(db_rows_value(rows, SESSION_ID, &isnull));
+	row->id_text = DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&row->session_id)));
+	row->team_id = get_text(rows, TEAM_ID);
+	row->agent_id = get_text(rows, AGENT_ID);
+	row->provider = get_text(rows, PROVIDER);
+	row->created_at = get_int8(rows, CREATED_AT);
+	row->deadline_at = get_int8(rows, DEADLINE_AT);
+	row->ceiling_at = get_int8(rows, CEILING_AT);
+	row->options = get_jsonb(rows, OPTIONS);
+	row->vcpus = get_int4(rows, VCPUS);
+	row->memory_mib = get_int4(rows, MEMORY_MIB);
+	row->disk_gib = get_int4(rows, DISK_GIB);
+	row->runtime = get_bool(rows, RUNTIME);
+	row->bootstrap_timeout_us = get_interval_us(rows, BOOTSTRAP_TIMEOUT);
+	row->key_id = get_text(rows, KEY_ID);
+	row->cluster = cluster;
+	row->lane = DatumGetInt16(db_rows_value(rows, LANE, &isnull));
+	row->state = row->saved_state = state_parse(get_text(rows, STATE));
+	row->end_reason = get_text(rows, END_REASON);
+	row->detail = get_text(rows, DETAIL);
+	row->vm_id = get_text(rows, VM_ID);
+	row->region = get_text(rows, REGION);
+	row->address = get_text(rows, ADDRESS);
+	row->purchase = get_text(rows, PURCHASE);
+	row->attempt = get_int4(rows, ATTEMPT);
+	row->launched_at = get_int8(rows, LAUNCHED_AT);
+	row->ready_at = get_int8(rows, READY_AT);
+	row->resumed_at = get_int8(rows, RESUMED_AT);
+	row->ended_at = get_int8(rows, ENDED_AT);
+	row->next_check_at = get_int8(rows, NEXT_CHECK_AT);
+	row->lease = get_int8(rows, LEASE);
+	row->retries = get_int4(rows, RETRIES);
+	row->running = get_bool(rows, RUNNING);
+	row->handle = get_jsonb(rows, HANDLE);
+	(void) db_rows_value(rows, WARM_KEY, &isnull);
+	row->warm = !isnull;
 	return row;
 }
 
-List *
-session_rows_lock(const pg_uuid_t *ids, int count, TimestampTz due_by)
+/* The uuid of the installation, in CurrentMemoryContext. */
+static char *
+installation(void)
 {
-	MemoryContext context = CurrentMemoryContext;
-	Datum *elements = palloc(sizeof(Datum) * Max(count, 1));
-	Datum values[2];
-	List *rows = NIL;
-	uint64 i;
+	char *id;
 
-	for (i = 0; i < count; i++)
-		elements[i] = UUIDPGetDatum(&ids[i]);
-	values[0] =
-		PointerGetDatum(construct_array(elements, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
-	values[1] = TimestampTzGetDatum(due_by);
-	db_run(&lock_query, values, NULL);
-
-	for (i = 0; i < SPI_processed; i++)
-	{
-		SessionRow *row = row_from_result(i, context);
-		MemoryContext old = MemoryContextSwitchTo(context);
-
-		rows = lappend(rows, row);
-		MemoryContextSwitchTo(old);
-	}
+	db_run(&installation_query, NULL, NULL);
+	id = SPI_processed > 0 ? db_text(0, 1, CurrentMemoryContext) : NULL;
 	SPI_freetuptable(SPI_tuptable);
-	return rows;
+	return id;
+}
+
+SessionBatch *
+session_batch_begin(void)
+{
+	SessionBatch *batch = palloc(sizeof(SessionBatch));
+
+	batch->cluster = installation();
+	batch->rows = db_rows_open(&sessions, true);
+	return batch;
+}
+
+void
+session_batch_end(SessionBatch *batch)
+{
+	db_rows_close(batch->rows);
+	pfree(batch);
+}
+
+SessionRow *
+session_row_lock(SessionBatch *batch, const pg_uuid_t *id, TimestampTz due_by)
+{
+	ItemPointerData place;
+	SessionRow *row;
+
+	if (!db_rows_lock(batch->rows, id, &place))
+		return NULL;
+	if (due_by != DT_NOEND)
+	{
+		TimestampTz due = get_int8(batch->rows, NEXT_CHECK_AT);
+
+		if (due == 0 || due > due_by)
+			return NULL;
+	}
+	row = make_row(batch->rows, batch->cluster);
+	row->batch = batch;
+	row->place = place;
+	return row;
 }
 
 SessionRow *
 session_row_read(const pg_uuid_t *id)
 {
-	MemoryContext context = CurrentMemoryContext;
-	Datum values[1] = {UUIDPGetDatum(id)};
+	DbRows *rows = db_rows_open(&sessions, false);
+	ItemPointerData place;
 	SessionRow *row = NULL;
 
-	db_run(&read_query, values, NULL);
-	if (SPI_processed > 0)
-		row = row_from_result(0, context);
-	SPI_freetuptable(SPI_tuptable);
+	if (db_rows_find(rows, id, &place))
+	{
+		row = make_row(rows, installation());
+		row->place = place;
+	}
+	db_rows_close(rows);
 	return row;
 }
 
@@ -218,10 +321,13 @@ int64
 session_row_lease(const pg_uuid_t *id)
 {
 	Datum values[1] = {UUIDPGetDatum(id)};
+	bool isnull;
 	int64 lease;
 
 	db_run(&lease_query, values, NULL);
-	lease = SPI_processed > 0 ? get_int(0, 1, 8) : 0;
+	lease = SPI_processed > 0 ? DatumGetInt64(db_value(0, 1, &isnull)) : 0;
+	if (SPI_processed > 0 && isnull)
+		lease = 0;
 	SPI_freetuptable(SPI_tuptable);
 	return lease;
 }
@@ -248,41 +354,66 @@ set_jsonb(Datum *values, char *nulls, int i, Jsonb *document)
 	values[i] = PointerGetDatum(document);
 }
 
+/* When the runtime was last heard of: a tombstone keeps that, the narrow table does not. */
+static void
+set_final_heartbeat(Datum *values, char *nulls, const SessionRow *row)
+{
+	Datum key[1] = {UUIDPGetDatum(&row->session_id)};
+	bool isnull = true;
+
+	db_run(&last_beat_query, key, NULL);
+	if (SPI_processed > 0)
+		values[FINAL_HEARTBEAT_AT] = db_value(0, 1, &isnull);
+	SPI_freetuptable(SPI_tuptable);
+	nulls[FINAL_HEARTBEAT_AT] = isnull ? 'n' : ' ';
+}
+
 void
 session_row_save(SessionRow *row)
 {
-	Datum values[20];
-	char nulls[20];
+	bool ended = row->ended_at != 0;
+	DbRows *rows = row->batch != NULL ? row->batch->rows : db_rows_open(&sessions, true);
+	Datum values[SAVED] = {0};
+	char nulls[SAVED];
 
 	memset(nulls, ' ', sizeof(nulls));
-	values[0] = UUIDPGetDatum(&row->session_id);
-	set_text(values, nulls, 1, state_name(row->state));
-	set_text(values, nulls, 2, row->end_reason);
-	set_text(values, nulls, 3, row->detail);
-	set_text(values, nulls, 4, row->vm_id);
-	set_text(values, nulls, 5, row->region);
-	set_text(values, nulls, 6, row->address);
-	set_text(values, nulls, 7, row->purchase);
-	values[8] = Int32GetDatum(row->attempt);
-	set_time(values, nulls, 9, row->launched_at);
-	set_time(values, nulls, 10, row->ready_at);
-	set_time(values, nulls, 11, row->ended_at);
-	set_time(values, nulls, 12, row->next_check_at);
-	nulls[13] = row->lease != 0 ? ' ' : 'n';
-	values[13] = Int64GetDatum(row->lease);
-	values[14] = Int32GetDatum(MyProcPid);
-	values[15] = TimestampTzGetDatum(MyStartTimestamp);
-	values[16] = Int32GetDatum(row->retries);
-	values[17] = BoolGetDatum(row->running);
-	set_jsonb(values, nulls, 18, row->handle);
-	set_time(values, nulls, 19, row->resumed_at);
-	db_run(&save_query, values, nulls);
+	set_text(values, nulls, STATE, state_name(row->state));
+	set_text(values, nulls, END_REASON, row->end_reason);
+	set_text(values, nulls, DETAIL, row->detail);
+	set_text(values, nulls, VM_ID, row->vm_id);
+	set_text(values, nulls, REGION, row->region);
+	set_text(values, nulls, ADDRESS, row->address);
+	set_text(values, nulls, PURCHASE, row->purchase);
+	values[ATTEMPT] = Int32GetDatum(row->attempt);
+	set_time(values, nulls, LAUNCHED_AT, row->launched_at);
+	set_time(values, nulls, READY_AT, row->ready_at);
+	set_time(values, nulls, RESUMED_AT, row->resumed_at);
+	set_time(values, nulls, ENDED_AT, row->ended_at);
+	set_time(values, nulls, NEXT_CHECK_AT, row->next_check_at);
+	values[LEASE] = Int64GetDatum(row->lease);
+	values[LEASE_PID] = Int32GetDatum(MyProcPid);
+	values[LEASE_START] = TimestampTzGetDatum(MyStartTimestamp);
+	if (row->lease == 0)
+		nulls[LEASE] = nulls[LEASE_PID] = nulls[LEASE_START] = 'n';
+	values[RETRIES] = Int32GetDatum(row->retries);
+	values[RUNNING] = BoolGetDatum(row->running);
+	/* at the end nothing is kept that only a live VM needs */
+	set_jsonb(values, nulls, HANDLE, ended ? NULL : row->handle);
+	nulls[PAYLOAD] = nulls[KEY_ID] = nulls[PAYLOAD_KEY_ID] = ended ? 'n' : 'k';
+	nulls[FINAL_HEARTBEAT_AT] = 'n';
+	if (ended)
+		set_final_heartbeat(values, nulls, row);
+	db_rows_update(rows, &row->session_id, &row->place, values, nulls);
+	if (row->batch == NULL)
+		db_rows_close(rows);
 
 	if (state_is_ended(row->state) && row->runtime)
 	{
-		db_run(&unbeat_query, values, NULL);
+		Datum key[1] = {UUIDPGetDatum(&row->session_id)};
+
+		db_run(&unbeat_query, key, NULL);
 		if (SPI_processed == 0)
-			db_run(&still_beats_query, values, NULL);
+			db_run(&still_beats_query, key, NULL);
 	}
 	row->saved_state = row->state;
 	if (row->next_check_at != 0)

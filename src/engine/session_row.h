@@ -12,10 +12,13 @@
 
 #include "datatype/timestamp.h"
 #include "engine/state.h"
-#include "nodes/pg_list.h"
 #include "providers/provider.h"
+#include "storage/itemptr.h"
 #include "utils/jsonb.h"
 #include "utils/uuid.h"
+
+/* Sessions that a transaction locks, and writes back one by one. */
+typedef struct SessionBatch SessionBatch;
 
 /* What the engine reads; the second part it may change, session_row_save() writes that part. */
 typedef struct SessionRow
@@ -57,15 +60,24 @@ typedef struct SessionRow
 	int retries;
 	bool running;
 	Jsonb *handle;
+
+	SessionBatch *batch;   /* NULL: read without one */
+	ItemPointerData place; /* where the row was last seen */
 } SessionRow;
 
 /*
- * Lock those of the sessions that nobody else holds a lock on and that are due
- * at "due_by" (DT_NOEND: due or not), and read them.  Returns a List of
- * SessionRow *, allocated in CurrentMemoryContext as it was before the call.
- * Inside a db scope.
+ * Begin with sessions that are to be locked and saved, palloc'd in CurrentMemoryContext; end in the
+ * same (sub)transaction, an abort does so, too.  Inside a db scope.
  */
-extern List *session_rows_lock(const pg_uuid_t *ids, int count, TimestampTz due_by);
+extern SessionBatch *session_batch_begin(void);
+extern void session_batch_end(SessionBatch *batch);
+
+/*
+ * Lock a session and read it, palloc'd in CurrentMemoryContext; NULL when there is none, when
+ * somebody else has it locked, whom the engine does not wait for, or when it is not
+ * due at "due_by" (DT_NOEND: due or not).
+ */
+extern SessionRow *session_row_lock(SessionBatch *batch, const pg_uuid_t *id, TimestampTz due_by);
 
 /* Read one session without locking it; NULL when there is none.  Inside a db scope. */
 extern SessionRow *session_row_read(const pg_uuid_t *id);

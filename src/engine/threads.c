@@ -484,7 +484,7 @@ finished(void *client, void **arg)
 	return reply;
 }
 
-const Transport thread_transport = {create, destroy, fd, room, start, run, finished};
+const Transport thread_transport = {create, destroy, fd, room, start, run, NULL, NULL, finished};
 
 int
 threads_stuck(void)

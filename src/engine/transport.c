@@ -49,13 +49,26 @@ run(void *client)
 	http_run(client);
 }
 
+static void
+push(void *client)
+{
+	http_push(client);
+}
+
+static bool
+sending(void *client)
+{
+	return http_is_sending(client);
+}
+
 static HttpReply *
 finished(void *client, void **arg)
 {
 	return http_finished(client, arg);
 }
 
-static const Transport http_transport = {create, destroy, fd, room, start, run, finished};
+static const Transport http_transport = {create, destroy, fd,	   room,	start,
+										 run,	 push,	  sending, finished};
 
 const Transport *
 transport_of(int lane)

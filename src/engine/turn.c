@@ -20,6 +20,7 @@
 #include "engine/retry.h"
 #include "engine/shared.h"
 #include "engine/turn.h"
+#include "rows.h"
 #include "secret/credentials.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
@@ -41,11 +42,9 @@ typedef struct ConfigEntry
 static DbQuery forget_token_query = {
 	"DELETE FROM agentvm.session_token WHERE session_id = $1 AND kind = 'bootstrap'", 1, {UUIDOID}};
 
-static DbQuery add_token_query = {
-	"INSERT INTO agentvm.session_token (token_sha256, session_id, kind) "
-	"VALUES ($1, $2, 'bootstrap') ON CONFLICT (token_sha256) DO NOTHING",
-	2,
-	{BYTEAOID, UUIDOID}};
+static DbTable tokens = {{"session_token"}, {"session_token_session"}, 1, 1, {"session_id"}};
+
+static DbInsert token_insert = {{"session_token"}, 3, {"token_sha256", "session_id", "kind"}};
 
 ErrorData *
 abort_subtransaction(MemoryContext context, ResourceOwner owner)
@@ -191,11 +190,23 @@ log_call(const SessionRow *row, const char *operation, const HttpReply *reply,
 	session_event_add(row, "provider_call", NULL, detail);
 }
 
+/* Whether a session has tokens; of a new one that is told sooner than they are deleted. */
+static bool
+has_tokens(const pg_uuid_t *session_id)
+{
+	DbRows *rows = db_rows_open(&tokens, false);
+	ItemPointerData place;
+	bool found = db_rows_find(rows, session_id, &place);
+
+	db_rows_close(rows);
+	return found;
+}
+
 /* A new launch attempt: its bootstrap token's hash is committed with it, the one before becomes void. */
 static void
 begin_attempt(SessionRow *row, int attempt)
 {
-	Datum values[2];
+	Datum values[3];
 
 	row->attempt = attempt;
 	if (!row->runtime || row->key_id == NULL)
@@ -207,11 +218,15 @@ begin_attempt(SessionRow *row, int attempt)
 
 		SET_VARSIZE(hash, VARHDRSZ + SHA256_LEN);
 		secret_sha256(token, (uint8 *) VARDATA(hash));
-		values[0] = UUIDPGetDatum(&row->session_id);
-		db_run(&forget_token_query, values, NULL);
+		if (has_tokens(&row->session_id))
+		{
+			values[0] = UUIDPGetDatum(&row->session_id);
+			db_run(&forget_token_query, values, NULL);
+		}
 		values[0] = PointerGetDatum(hash);
 		values[1] = UUIDPGetDatum(&row->session_id);
-		db_run(&add_token_query, values, NULL);
+		values[2] = CStringGetTextDatum("bootstrap");
+		db_insert(&token_insert, values, NULL);
 	}
 }
 

@@ -98,16 +98,29 @@ static void
 append_escaped(StringInfo body, const char *text)
 {
 	static const char hex[] = "0123456789ABCDEF";
+	static const char plain[] =
+		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~";
+	static bool is_plain[256];
 	char *utf8 = pg_server_to_any(text, strlen(text), PG_UTF8);
+	const char *p = utf8;
 
-	for (const char *p = utf8; *p != '\0'; p++)
+	if (!is_plain['A'])
 	{
-		unsigned char c = (unsigned char) *p;
+		for (const char *c = plain; *c != '\0'; c++)
+			is_plain[(unsigned char) *c] = true;
+	}
+	for (;;)
+	{
+		const char *run = p;
+		unsigned char c;
 
-		if ((c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
-			c == '_' || c == '.' || c == '-' || c == '~')
-			appendStringInfoCharMacro(body, c);
-		else if (c == ' ')
+		while (is_plain[(unsigned char) *p])
+			p++;
+		appendBinaryStringInfo(body, run, p - run);
+		c = (unsigned char) *p++;
+		if (c == '\0')
+			break;
+		if (c == ' ')
 			appendStringInfoCharMacro(body, '+');
 		else
 		{

@@ -70,11 +70,15 @@ struct HttpClient
 	CURLM *multi;
 	int epoll_fd;
 	int timer_fd;
-	bool broken;		/* the multi handle refuses to work and must be replaced */
-	bool wake;			/* a call ended without libcurl: make the fd readable */
-	bool used;			/* there may be connections that are kept */
-	int in_flight;		/* calls on either list */
-	int max_kept;		/* connections */
+	bool broken; /* the multi handle refuses to work and must be replaced */
+	bool wake;	 /* calls have ended that nobody was told of */
+	bool now;	 /* libcurl wants to be called at once */
+	int64 due;	 /* when it wants to be called next, ms on the timer's clock; 0: no time */
+	int64 armed; /* when the timer goes off: not after "due", and often before it; 0: it does not */
+	bool used;	 /* there may be connections that are kept */
+	int in_flight; /* calls on either list */
+	int unsent;	   /* of those under way: not sent yet, since their connections are being made */
+	int max_kept;  /* connections */
 	dlist_head running; /* of HttpCall, added to the multi handle */
 	dlist_head ended;	/* of HttpCall, to be returned by http_finished */
 };
@@ -154,24 +158,63 @@ on_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *socket_arg)
 	return 0;
 }
 
+/* Milliseconds on the timer's clock. */
+static int64
+clock_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64CONST(1000) + now.tv_nsec / 1000000;
+}
+
+/* Have the timer go off then; a time that has come makes the fd readable at once. */
+static int
+arm(HttpClient *client, int64 at)
+{
+	struct itimerspec when = {{0, 0}, {at / 1000, at % 1000 * 1000000}};
+
+	client->armed = at;
+	return timerfd_settime(client->timer_fd, TFD_TIMER_ABSTIME, &when, NULL) == 0 ? 0 : -1;
+}
+
+/*
+ * Each call has a timeout, so that the next of them moves with each that ends: the timer
+ * is left as it is while that is not too late, and set again when it has gone off.
+ */
 static int
 on_timer(CURLM *multi, long timeout_ms, void *arg)
 {
 	HttpClient *client = arg;
-	struct itimerspec when = {{0, 0}, {0, 0}};
 
-	if (client->wake)
-		timeout_ms = 0;
-	else if (timeout_ms < 0 && client->in_flight == 0 && client->used)
-		timeout_ms = CLOSE_WHEN_IDLE_MS;
-	if (timeout_ms > 0)
+	if (timeout_ms == 0)
 	{
-		when.it_value.tv_sec = timeout_ms / 1000;
-		when.it_value.tv_nsec = (timeout_ms % 1000) * 1000000;
+		client->now = true;
+		return 0;
 	}
-	else if (timeout_ms == 0)
-		when.it_value.tv_nsec = 1; /* zero would disarm it */
-	return timerfd_settime(client->timer_fd, 0, &when, NULL) == 0 ? 0 : -1;
+	if (timeout_ms < 0 && client->in_flight == 0 && client->used)
+		timeout_ms = CLOSE_WHEN_IDLE_MS;
+	/* a ms more than asked for: libcurl's own clock is finer */
+	client->due = timeout_ms < 0 ? 0 : clock_ms() + timeout_ms + 1;
+	if (client->due == 0 || (client->armed != 0 && client->armed <= client->due))
+		return 0;
+	return arm(client, client->due);
+}
+
+/* The timer has gone off: whether it is time for what it was set for. */
+static bool
+time_has_come(HttpClient *client)
+{
+	client->armed = 0;
+	if (client->due == 0)
+		return false;
+	if (clock_ms() < client->due)
+	{
+		(void) arm(client, client->due);
+		return false;
+	}
+	client->due = 0;
+	return true;
 }
 
 /* Programs that the server runs are not to inherit a connection. */
@@ -187,7 +230,10 @@ on_open(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 static int
 on_send(void *arg, char *remote_ip, char *local_ip, int remote_port, int local_port)
 {
-	((HttpCall *) arg)->sends++;
+	HttpCall *call = arg;
+
+	if (call->sends++ == 0)
+		call->client->unsent--;
 	return CURL_PREREQFUNC_OK;
 }
 
@@ -394,7 +440,11 @@ free_call(HttpCall *call)
 
 	signals_block(&saved);
 	if (call->added)
+	{
 		curl_multi_remove_handle(client->multi, call->easy);
+		if (call->sends == 0)
+			client->unsent--;
+	}
 	/* Not kept for another call: curl_easy_reset() would leave the keys in it. */
 	if (call->easy != NULL)
 		curl_easy_cleanup(call->easy);
@@ -461,7 +511,15 @@ http_cancel(HttpCall *call)
 int
 http_client_fd(HttpClient *client)
 {
+	if (client->now || client->wake)
+		(void) arm(client, 1);
 	return client->epoll_fd;
+}
+
+bool
+http_is_sending(HttpClient *client)
+{
+	return client->unsent > 0;
 }
 
 /* ---- beginning a call ---- */
@@ -692,6 +750,8 @@ end_call(HttpCall *call, CURLcode result)
 		curl_easy_getinfo(call->easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer_us);
 		curl_multi_remove_handle(client->multi, call->easy);
 		call->added = false;
+		if (call->sends == 0)
+			client->unsent--;
 		call->maybe_sent = request_size > 0 || pretransfer_us > 0;
 	}
 	dlist_delete(&call->node);
@@ -770,7 +830,10 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	if (rc == CURLE_OK)
 	{
 		if (curl_multi_add_handle(client->multi, call->easy) == CURLM_OK)
+		{
 			call->added = true;
+			client->unsent++;
+		}
 		else
 			rc = CURLE_FAILED_INIT;
 	}
@@ -778,7 +841,6 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 	{
 		end_call(call, rc);
 		client->wake = true;
-		on_timer(client->multi, 0, client);
 	}
 	signals_restore(&saved);
 	return call;
@@ -786,17 +848,12 @@ http_start(HttpClient *client, const HttpRequest *request, void *arg)
 
 /* ---- moving on ---- */
 
-void
-http_run(HttpClient *client)
+/* Hand over to libcurl what is ready. */
+static void
+move_on(HttpClient *client)
 {
 	struct epoll_event events[64];
-	sigset_t saved;
-	CURLMsg *message;
-	int left;
 	int running;
-
-	signals_block(&saved);
-	client->wake = false;
 
 	/* The set is level triggered: what is not reached today wakes the caller again. */
 	for (int round = 0; round < MAX_ROUNDS && client->multi != NULL; round++)
@@ -805,7 +862,7 @@ http_run(HttpClient *client)
 		bool expired = false;
 		CURLMcode rc = CURLM_OK;
 
-		if (n <= 0)
+		if (n <= 0 && !client->now)
 			break;
 		for (int i = 0; i < n && rc == CURLM_OK; i++)
 		{
@@ -815,7 +872,8 @@ http_run(HttpClient *client)
 			{
 				uint64 ticks;
 
-				expired = read(client->timer_fd, &ticks, sizeof(ticks)) > 0 || expired;
+				if (read(client->timer_fd, &ticks, sizeof(ticks)) > 0)
+					expired = time_has_come(client);
 				continue;
 			}
 			if (events[i].events & EPOLLIN)
@@ -827,15 +885,29 @@ http_run(HttpClient *client)
 			rc = curl_multi_socket_action(client->multi, events[i].data.fd, mask, &running);
 		}
 		if (expired && client->in_flight == 0 && client->used)
+		{
 			forget_connections(client);
-		else if (expired && rc == CURLM_OK)
+			continue;
+		}
+		if ((expired || client->now) && rc == CURLM_OK)
+		{
+			client->now = false;
 			rc = curl_multi_socket_action(client->multi, CURL_SOCKET_TIMEOUT, 0, &running);
+		}
 		if (rc != CURLM_OK)
 		{
 			client->broken = true;
 			break;
 		}
 	}
+}
+
+/* Take from libcurl what has ended. */
+static void
+take_ended(HttpClient *client)
+{
+	CURLMsg *message;
+	int left;
 
 	while (client->multi != NULL && (message = curl_multi_info_read(client->multi, &left)) != NULL)
 	{
@@ -852,7 +924,29 @@ http_run(HttpClient *client)
 	/* A multi handle that fails does so for good: end all, http_start makes a new one. */
 	while (client->broken && !dlist_is_empty(&client->running))
 		end_call(dlist_head_element(HttpCall, node, &client->running), CURLE_ABORTED_BY_CALLBACK);
+}
+
+void
+http_run(HttpClient *client)
+{
+	sigset_t saved;
+
+	signals_block(&saved);
+	move_on(client);
+	take_ended(client);
+	client->wake = false;
+	if (client->multi == NULL)
+		client->now = false;
 	signals_restore(&saved);
+}
+
+void
+http_push(HttpClient *client)
+{
+	if (!client->now)
+		return;
+	http_run(client);
+	client->wake = !dlist_is_empty(&client->ended);
 }
 
 /* Why there is no reply, without anything that the other side may have sent. */

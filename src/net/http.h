@@ -85,7 +85,7 @@ extern void http_client_destroy(HttpClient *client);
  */
 extern void http_client_keep(HttpClient *client, int connections);
 
-/* The fd to wait on for readability; belongs to the client. */
+/* The fd to wait on for readability, asked for before each wait; belongs to the client. */
 extern int http_client_fd(HttpClient *client);
 
 /*
@@ -104,6 +104,15 @@ extern void http_cancel(HttpCall *call);
 
 /* Move all calls on as far as they go without blocking.  Signals are blocked meanwhile. */
 extern void http_run(HttpClient *client);
+
+/*
+ * Let calls that have just been started leave, rather than at the next http_run(); what else there is to do
+ * makes the fd readable.
+ */
+extern void http_push(HttpClient *client);
+
+/* Whether there are calls whose request has not left yet, since their connections are being made. */
+extern bool http_is_sending(HttpClient *client);
 
 /*
  * The next call that has ended, or NULL.  Sets *arg to what http_start() was

@@ -6,7 +6,7 @@
  * agentvm.key_file names a file of lines "id:base64 of 32 bytes"; the first key
  * encrypts, all of them decrypt.  What has been read is kept until the end of the
  * transaction and then wiped, so that no idle process holds a key; stat() before
- * each use tells whether the file is still the same.
+ * use tells whether the file is still the same.
  *
  * The file is opened first and everything about it is then asked of the
  * descriptor, so that nobody can swap it between check and use.  The change
@@ -32,6 +32,7 @@
 #include "common/base64.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
+#include "utils/timestamp.h"
 
 #include "agentvm.h"
 #include "db.h"
@@ -42,6 +43,9 @@
 
 /* File times move in ticks, so a file this young (s) may change again and look the same. */
 #define KEY_FILE_YOUNG 2
+
+/* What was checked this short a time (us) ago is not again: a transaction of the engine may use keys hundreds of times. */
+#define KEY_FILE_CHECKED 10000
 
 typedef struct Key
 {
@@ -62,7 +66,8 @@ typedef struct Keyring
 	MemoryContext context; /* holds path and keys; NULL: nothing is cached */
 	char *path;
 	struct stat identity;
-	bool young; /* the file was so young when read that its times prove nothing */
+	TimestampTz checked; /* when the file was last seen to be still the same */
+	bool young;			 /* the file was so young when read that its times prove nothing */
 	int nkeys;
 	Key *keys;
 } Keyring;
@@ -326,6 +331,7 @@ keyring_load(const char *path)
 		keyring.path = MemoryContextStrdup(context, path);
 		keyring.keys = (Key *) MemoryContextAllocZero(context, lines * sizeof(Key));
 		keyring.identity = st;
+		keyring.checked = GetCurrentTimestamp();
 		keyring.young = time(NULL) - st.st_ctim.tv_sec < KEY_FILE_YOUNG;
 
 		problem = parse_file(path, buffer, len);
@@ -359,9 +365,18 @@ keyring_refresh(KeyringProblem *problem)
 		return false;
 	}
 
-	if (keyring.context != NULL && !keyring.young && strcmp(keyring.path, avm_key_file) == 0 &&
-		stat(avm_key_file, &st) == 0 && same_file(&st, &keyring.identity))
-		return true;
+	if (keyring.context != NULL && strcmp(keyring.path, avm_key_file) == 0)
+	{
+		TimestampTz now = GetCurrentTimestamp();
+
+		if (now >= keyring.checked && now < keyring.checked + KEY_FILE_CHECKED)
+			return true;
+		if (!keyring.young && stat(avm_key_file, &st) == 0 && same_file(&st, &keyring.identity))
+		{
+			keyring.checked = now;
+			return true;
+		}
+	}
 
 	keyring_forget();
 	problem->message = keyring_load(avm_key_file);

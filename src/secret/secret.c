@@ -288,10 +288,17 @@ secret_redact(const SecretSet *set, const char *text)
 void
 sha256_bytes(const void *bytes, size_t len, uint8 digest[SHA256_LEN])
 {
+	/* since OpenSSL 3 EVP_sha256() is looked up by its name for each digest, at the price of 500 bytes */
+	static const EVP_MD *sha256 = NULL;
 	unsigned int digest_len = 0;
 
-	if (EVP_Digest(bytes, len, digest, &digest_len, EVP_sha256(), NULL) != 1 ||
-		digest_len != SHA256_LEN)
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+	if (sha256 == NULL)
+		sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
+#endif
+	if (sha256 == NULL)
+		sha256 = EVP_sha256();
+	if (EVP_Digest(bytes, len, digest, &digest_len, sha256, NULL) != 1 || digest_len != SHA256_LEN)
 		ereport(ERROR, errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not compute a SHA-256 hash"));
 }
 
