@@ -278,6 +278,8 @@ db_rows_update(DbRows *rows, const pg_uuid_t *key, ItemPointer place, Datum *val
 		AfterTriggerBeginQuery();
 		ExecSimpleRelationUpdate(rows->result, rows->estate, NULL, rows->row, slot);
 		*place = slot->tts_tid;
+		/* what a trigger's function keeps from call to call is there for the next row */
+		MemoryContextSwitchTo(rows->estate->es_query_cxt);
 		AfterTriggerEndQuery(rows->estate);
 		MemoryContextSwitchTo(old);
 		ResetPerTupleExprContext(rows->estate);

@@ -324,8 +324,9 @@ link_send(Link *link, const char *text)
 	if (link->wsi == NULL || !link->opened || link->texts.count >= MAX_TEXTS)
 		return false;
 	memory = malloc(LWS_PRE + len);
-	if (memory != NULL)
-		memcpy(memory + LWS_PRE, text, len);
+	if (memory == NULL)
+		return false;
+	memcpy(memory + LWS_PRE, text, len);
 	return add_frame(link, &link->texts, memory, memory + LWS_PRE, len);
 }
 
