@@ -110,6 +110,7 @@ begin(FunctionCallInfo fcinfo, const Way *way)
 		else
 		{
 			/* somebody has been faster */
+			session_left_alone(id);
 			session_facts(id, role, &facts);
 			(void) may_begin(way, id, &facts);
 		}

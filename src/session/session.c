@@ -67,6 +67,9 @@ static DbQuery extend_query = {
 	2,
 	{UUIDOID, INTERVALOID}};
 
+static DbQuery due_query = {
+	"SELECT next_check_at, lane FROM agentvm.session WHERE session_id = $1", 1, {UUIDOID}};
+
 static DbKey ending_key = {{"session_ending"}, {"session_ending_pkey"}, F_UUID_EQ};
 static DbInsert ending_insert = {{"session_ending"}, 1, {"session_id"}};
 
@@ -148,6 +151,21 @@ session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts)
 	pg_unreachable();
 }
 
+void
+session_left_alone(const pg_uuid_t *id)
+{
+	Datum values[1] = {UUIDPGetDatum(id)};
+	bool isnull;
+	TimestampTz due;
+
+	db_run(&due_query, values, NULL);
+	if (SPI_processed == 0)
+		return;
+	due = DatumGetTimestampTz(db_value(0, 1, &isnull));
+	if (!isnull)
+		wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)), due);
+}
+
 bool
 session_end(const pg_uuid_t *id, const char *detail)
 {
@@ -159,7 +177,10 @@ session_end(const pg_uuid_t *id, const char *detail)
 		values[1] = CStringGetTextDatum(detail);
 	db_run(&terminate_query, values, nulls);
 	if (SPI_processed == 0)
+	{
+		session_left_alone(id);
 		return false;
+	}
 	wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
 					DatumGetTimestampTz(db_value(0, 1, &isnull)));
 	return true;
@@ -223,6 +244,7 @@ agentvm_extend(PG_FUNCTION_ARGS)
 	db_run(&extend_query, values, NULL);
 	if (SPI_processed == 0)
 	{
+		session_left_alone(id);
 		session_facts(id, role, &facts);
 		if (facts.state == STATE_TERMINATING || state_is_ended(facts.state))
 			ereport(ERROR, (errcode(AVM_SESSION_ENDED),

@@ -65,6 +65,13 @@ extern void session_facts(const pg_uuid_t *id, Oid role, SessionFacts *facts);
 pg_noreturn extern void session_raise_ended(const pg_uuid_t *id, const SessionFacts *facts);
 
 /*
+ * To be called where an UPDATE has found nothing to do: if that was because somebody else had
+ * changed the row meanwhile, it holds the row's lock all the same, and workers that pass it
+ * by look again when that is over.  Inside a db scope.
+ */
+extern void session_left_alone(const pg_uuid_t *id);
+
+/*
  * Begin the end of a session for whoever has a right to that, which is not looked at;
  * "detail" may be NULL.  False: it was ending already.  Inside a db scope.
  */

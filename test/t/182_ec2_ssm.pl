@@ -246,7 +246,7 @@ $node->append_conf('postgresql.conf', "agentvm.orphan_grace = '1s'\n");
 $node->reload;
 $faults->set(action => 'DeleteParameter', mode => 'throttle', n => 1);
 sub states { my %state = map { $_->{id} => $_->{state} } $moto->instances; return join(' ', @state{@orphans}); }
-my $end = time + AgentVM::Process::timeout();
+$end = time + AgentVM::Process::timeout();
 my @left;
 do { one('SELECT agentvm.sweep_inventory()'); push @left, scalar parameters(); } until states() eq 'terminated terminated' || time > $end;
 is(states(), 'terminated terminated', 'VMs of lost rows are reaped, though a parameter is not deleted at once');
