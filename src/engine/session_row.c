@@ -304,13 +304,15 @@ session_row_lock(SessionBatch *batch, const pg_uuid_t *id, TimestampTz due_by)
 SessionRow *
 session_row_read(const pg_uuid_t *id)
 {
+	char *cluster =
+		installation(); /* first: it may have to wait, and the row is to be as it is then */
 	DbRows *rows = db_rows_open(&sessions, false);
 	ItemPointerData place;
 	SessionRow *row = NULL;
 
 	if (db_rows_find(rows, id, &place))
 	{
-		row = make_row(rows, installation());
+		row = make_row(rows, cluster);
 		row->place = place;
 	}
 	db_rows_close(rows);

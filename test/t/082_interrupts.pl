@@ -85,7 +85,10 @@ $faults->clear;
 sql("UPDATE agentvm.session SET next_check_at = 'infinity' WHERE ended_at IS NULL; ALTER SYSTEM SET agentvm.dispatchers = 1; SELECT pg_reload_conf()");
 await($node, 'SELECT count(*) FROM agentvm.stat_dispatcher', 1);
 my $pid = sql('SELECT pid FROM agentvm.stat_dispatcher');
-my $fds = fds($pid) =~ s/ ?socket//gr;
+# of a dispatcher, while it waits: to wait takes one of its own
+sub waits { return until_true(sub { sql("SELECT wait_event_type FROM pg_stat_activity WHERE pid = $pid") eq 'Extension' }); }
+sub waiting_fds { waits(); return fds($pid) =~ s/ ?socket//gr; }
+my $fds = waiting_fds();
 $faults->set(mode => 'slow', ms => 1500, action => 'RunInstances');
 my $session = launch($node, 'acme');
 until_true(sub { sql('SELECT in_flight FROM agentvm.stat_dispatcher') });
@@ -104,7 +107,8 @@ await($node, "SELECT wait_event_type FROM pg_stat_activity WHERE pid = $pid", 'L
 $locker->run('COMMIT');
 await_vm($node, launch($node, 'acme'));
 is(sql('SELECT pid FROM agentvm.stat_dispatcher'), $pid, 'it is the same dispatcher');
-is(fds($pid) =~ s/ ?socket//gr, $fds, 'with the same fds');
+until_true(sub { waiting_fds() eq $fds });
+is(waiting_fds(), $fds, 'with the same fds');
 $locker->run('BEGIN; LOCK TABLE agentvm.session');
 sql('SELECT agentvm.wake()');
 await($node, "SELECT wait_event_type FROM pg_stat_activity WHERE pid = $pid", 'Lock');
