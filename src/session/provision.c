@@ -22,6 +22,7 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
 #include "access/xact.h"
 #include "agentvm.h"
 #include "catalog/pg_type.h"
@@ -38,6 +39,7 @@
 #include "secret/credentials.h"
 #include "secret/secret.h"
 #include "session/session.h"
+#include "storage/bufmgr.h"
 #include "team/team.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
@@ -939,10 +941,16 @@ hash_shape(const Request *request, const Provider *provider, const Resolved *res
 static bool
 has_warm(const char *team_id)
 {
-	Datum key = CStringGetTextDatum(team_id);
+	Relation index = index_open(db_relation_oid(&warm_key.index), AccessShareLock);
+	bool used = RelationGetNumberOfBlocks(index) > 1; /* more than the page that says what it is */
+	Datum key;
 	DbLookup lookup;
 	bool found;
 
+	index_close(index, NoLock);
+	if (!used)
+		return false;
+	key = CStringGetTextDatum(team_id);
 	db_lookup_begin(&lookup, &warm_key, 1, &key);
 	found = db_lookup_next(&lookup) != NULL;
 	db_lookup_end(&lookup);
