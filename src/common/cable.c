@@ -200,15 +200,8 @@ cable_flush(Cable *cable, bool *more)
 			if (cable->out_len == 0)
 				break;
 		}
-		if (plain_len == 0)
-			n = write(cable->fd, cable->out + cable->out_at, cable->out_len);
-		else if (plain != NULL)
-			n = write(cable->fd, plain, plain_len);
-		else if ((n = cable->events.write(cable->events.arg, cable->fd, plain_len)) == 0)
-		{
-			mux_plain_lost(cable->mux);
-			continue;
-		}
+		n = plain_len > 0 ? write(cable->fd, plain, plain_len)
+						  : write(cable->fd, cable->out + cable->out_at, cable->out_len);
 		if (n < 0 && errno != EAGAIN && errno != EINTR)
 			return false;
 		if (n <= 0)

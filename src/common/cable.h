@@ -12,8 +12,6 @@
 #ifndef COMMON_CABLE_H
 #define COMMON_CABLE_H
 
-#include <sys/types.h>
-
 #include "mux.h"
 
 #define CABLE_STREAM_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
@@ -35,12 +33,6 @@ typedef struct CableEvents
 	void (*message)(void *arg, bool is_whole);
 	bool (*next)(void *arg, const uint8_t **bytes, size_t *len);
 	void (*sent)(void *arg);
-
-	/*
-	 * Write to "fd" the next bytes of a message of which "next" has none, at most so
-	 * many; as write(), and 0: they cannot be had. NULL: there is no such message.
-	 */
-	ssize_t (*write)(void *arg, int fd, size_t max);
 
 	void *arg;
 } CableEvents;

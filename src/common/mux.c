@@ -68,9 +68,9 @@ struct Mux
 	size_t fill_left; /* ENDs to be sent before anything else */
 	bool check_due;
 	bool piece_missed;	/* there was no room for one */
-	const uint8_t *out; /* message that goes; NULL: its bytes are elsewhere */
-	size_t out_left;	/* 0: none goes */
-	size_t plain_left;	/* of the piece that goes */
+	const uint8_t *out; /* message that goes; NULL: none */
+	size_t out_left;
+	size_t plain_left; /* of the piece that goes */
 };
 
 Mux *
@@ -119,7 +119,7 @@ static void
 drop_messages(Mux *mux)
 {
 	bool had_in = mux->in != NULL;
-	bool had_out = mux->out_left > 0;
+	bool had_out = mux->out != NULL;
 
 	mux->in = NULL;
 	mux->in_len = mux->piece_left = mux->check_left = 0;
@@ -189,13 +189,14 @@ mux_frames(const Mux *mux)
 
 /* ---- what comes ---- */
 
+/* A number of so many digits, each of a byte's lower bits. */
 static uint64_t
-get_number(const uint8_t *bytes, int len)
+get_number(const uint8_t *bytes, int len, int bits)
 {
 	uint64_t number = 0;
 
 	while (len-- > 0)
-		number = number << 8 | *bytes++;
+		number = number << bits | *bytes++;
 	return number;
 }
 
@@ -233,8 +234,8 @@ deliver_kept(Mux *mux, int i)
 static const char *
 take_hello(Mux *mux)
 {
-	uint64_t sender = get_number(mux->frame + HEAD + MAGIC_LEN, 8);
-	uint64_t receiver = get_number(mux->frame + HEAD + MAGIC_LEN + 8, 8);
+	uint64_t sender = get_number(mux->frame + HEAD + MAGIC_LEN, 8, 8);
+	uint64_t receiver = get_number(mux->frame + HEAD + MAGIC_LEN + 8, 8, 8);
 	bool knows_us = receiver == mux->own;
 
 	if (mux->frame[1] != PROTOCOL_CABLE_VERSION)
@@ -331,7 +332,7 @@ take_frame(Mux *mux)
 
 		case PROTOCOL_CABLE_CREDIT:
 		{
-			uint32_t more = len == 4 ? (uint32_t) get_number(mux->frame + HEAD, 4) : 0;
+			uint32_t more = len == 4 ? (uint32_t) get_number(mux->frame + HEAD, 4, 8) : 0;
 
 			if (more == 0 || more > WINDOW - stream->credit)
 				return "a wrong credit";
@@ -408,17 +409,6 @@ end_frame(Mux *mux)
 	return problem;
 }
 
-/* A number of so many digits of 7 bits. */
-static size_t
-get_digits(const uint8_t *bytes, int len)
-{
-	size_t number = 0;
-
-	while (len-- > 0)
-		number = number << 7 | *bytes++;
-	return number;
-}
-
 /* Whether the next byte is of the head of a piece. */
 static bool
 is_in_piece_head(const Mux *mux, uint8_t byte)
@@ -431,8 +421,8 @@ is_in_piece_head(const Mux *mux, uint8_t byte)
 static const char *
 begin_piece(Mux *mux)
 {
-	size_t len = get_digits(mux->frame + 1, 3);
-	size_t whole = get_digits(mux->frame + 4, 4);
+	size_t len = get_number(mux->frame + 1, 3, 7);
+	size_t whole = get_number(mux->frame + 4, 4, 7);
 
 	mux->frames++;
 	mux->frame_len = 0;
@@ -690,7 +680,7 @@ put_piece(Mux *mux, uint8_t *at)
 	size_t whole = 0;
 
 	mux->piece_missed = false;
-	if (mux->out_left == 0)
+	if (mux->out == NULL)
 	{
 		if (!mux->events.next(mux->events.arg, &mux->out, &mux->out_left))
 			return at;
@@ -713,22 +703,14 @@ mux_plain(const Mux *mux, size_t *len)
 void
 mux_plain_sent(Mux *mux, size_t len)
 {
-	if (mux->out != NULL)
-		mux->out += len;
+	mux->out += len;
 	mux->out_left -= len;
 	mux->plain_left -= len;
 	if (mux->out_left == 0)
+	{
+		mux->out = NULL;
 		mux->events.sent(mux->events.arg);
-}
-
-void
-mux_plain_lost(Mux *mux)
-{
-	/* as after a sender that has been replaced */
-	mux->fill_left = mux->plain_left + NONCE;
-	mux->check_due = false;
-	mux->out_left = mux->plain_left = 0;
-	mux->events.sent(mux->events.arg);
+	}
 }
 
 /* The nonce that is the end of a piece. */

@@ -103,10 +103,7 @@ typedef struct MuxEvents
 	/* It is whole, or what is missing does not come any more; the room is the owner's again. */
 	void (*message)(void *arg, bool is_whole);
 
-	/*
-	 * Set the next message to be sent, which stays as it is until "sent"; false: there is
-	 * none for now.  *bytes may be NULL, if whoever asks mux_plain() has them.
-	 */
+	/* Set the next message to be sent, which stays as it is until "sent"; false: there is none for now. */
 	bool (*next)(void *arg, const uint8_t **bytes, size_t *len);
 
 	/* It has been sent, or the other end is not there any more. */
@@ -162,9 +159,6 @@ extern size_t mux_output(Mux *mux, uint8_t *bytes, size_t room);
  */
 extern const uint8_t *mux_plain(const Mux *mux, size_t *len);
 extern void mux_plain_sent(Mux *mux, size_t len);
-
-/* The rest of the message cannot be had: the other end does not get it. */
-extern void mux_plain_lost(Mux *mux);
 
 /* Open a stream, at once or when the other end is there; returns its number, or -1 when all are in use. */
 extern int mux_open(Mux *mux);

@@ -12,7 +12,6 @@
 #include <openssl/crypto.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "../common/log.h"
 #include "command.h"
@@ -82,11 +81,10 @@ call_fail(Call *call, const char *error, const char *message)
 
 /*
  * Put the answer's frame together, of which "bytes", malloc'ed and ours, is a part of a
- * file, or NULL, or that is still in "file", ours, from "offset" on; false when there is
- * no memory for it.
+ * file, or NULL; false when there is no memory for it.
  */
 static bool
-send_answer(const Call *call, json_t *answer, char *bytes, size_t len, int file, int64_t offset)
+send_answer(const Call *call, json_t *answer, char *bytes, size_t len)
 {
 	char *header = json_dumps(answer, JSON_COMPACT);
 	size_t header_len = header != NULL ? strlen(header) : 0;
@@ -100,32 +98,25 @@ send_answer(const Call *call, json_t *answer, char *bytes, size_t len, int file,
 	{
 		free(header);
 		free(bytes);
-		if (file >= 0)
-			close(file);
 		return false;
 	}
 	/* the bytes of a file stay where they are */
 	if (has_room)
 		frame = bytes + TRANSFER_ROOM - head_len;
-	else if ((memory = malloc(LINK_ROOM + head_len + (file < 0 ? len : 0))) != NULL)
+	else if ((memory = malloc(LINK_ROOM + head_len + len)) != NULL)
 	{
 		frame = memory + LINK_ROOM;
 		if (bytes != NULL)
 			memcpy(frame + head_len, bytes + TRANSFER_ROOM, len);
-		else if (len > 0 && file < 0)
+		else if (len > 0)
 			command_copy(call, frame + head_len);
 	}
 	if (frame != NULL)
 	{
 		memcpy(frame, words, sizeof(words));
 		memcpy(frame + sizeof(words), header, header_len);
-		if (file >= 0)
-			link_call_file(channel, memory, frame, head_len, file, offset, len);
-		else
-			link_call(channel, memory, frame, head_len + len);
+		link_call(channel, memory, frame, head_len + len);
 	}
-	else if (file >= 0)
-		close(file);
 	if (!has_room)
 		free(bytes);
 	free(header);
@@ -144,15 +135,12 @@ call_send(void)
 		Call *call = lws_container_of(ready.head, Call, list);
 		char *bytes = NULL;
 		size_t len = 0;
-		int file = -1;
-		int64_t offset = 0;
 
 		if (call->get != NULL)
-			call->answer = transfer_get(call->get, &bytes, &len,
-										link_takes_files(channel) ? &file : NULL, &offset);
+			call->answer = transfer_get(call->get, &bytes, &len);
 		else if (call->answer == NULL)
 			call->answer = command_answer(call, &len);
-		if (!send_answer(call, call->answer, bytes, len, file, offset))
+		if (!send_answer(call, call->answer, bytes, len))
 			log_line(LOG_LEVEL_ERROR, "a call cannot be answered", NULL);
 		forget(call);
 	}

@@ -353,19 +353,6 @@ link_call(Link *link, void *memory, char *bytes, size_t len)
 		link->calls_len += len;
 }
 
-bool
-link_takes_files(const Link *link)
-{
-	return link == on_cable && relay_takes_files();
-}
-
-void
-link_call_file(Link *link, void *memory, char *bytes, size_t len, int file, int64_t offset,
-			   size_t file_len)
-{
-	relay_send_file(memory, bytes, len, file, offset, file_len);
-}
-
 static void
 cable_message_came(const char *bytes, size_t len)
 {

@@ -82,14 +82,6 @@ extern bool link_has_room(const Link *link);
 extern void link_call(Link *link, void *memory, char *bytes, size_t len);
 
 /*
- * The same, and after it so many bytes of a file from there, which becomes the
- * link's; only if link_takes_files().
- */
-extern void link_call_file(Link *link, void *memory, char *bytes, size_t len, int file,
-						   int64_t offset, size_t file_len);
-extern bool link_takes_files(const Link *link);
-
-/*
  * Let calls and their answers go beside the channel, which is open, where there is
  * a way for that: as messages of the cable (relay.h).
  */

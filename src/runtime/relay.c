@@ -52,11 +52,7 @@ typedef struct Message
 	lws_dll2_t list;
 	void *memory;
 	const uint8_t *bytes;
-	size_t len;	  /* of all of it */
-	size_t at;	  /* of a message with a file: how much has been sent */
-	size_t own;	  /* bytes before those of the file */
-	int file;	  /* -1: none */
-	off_t offset; /* of its next byte */
+	size_t len;
 } Message;
 
 static const RelayEvents *message_events; /* NULL: there are none */
@@ -68,12 +64,6 @@ static size_t going_len;
 static bool is_settling;
 static bool was_sent;
 
-/* Files go to the port through a pipe, as splice() needs it */
-#define PIPE_SIZE (256 * 1024)
-static int file_pipe[2] = {-1, -1};
-static size_t in_pipe;
-static bool port_takes_files;
-
 static void look(void *arg);
 
 /* ---- messages ---- */
@@ -82,27 +72,8 @@ static void
 free_message(Message *message)
 {
 	lws_dll2_remove(&message->list);
-	if (message->file >= 0)
-		close(message->file);
 	free(message->memory);
 	free(message);
-}
-
-static void
-close_pipe(void)
-{
-	close(file_pipe[0]);
-	close(file_pipe[1]);
-	file_pipe[0] = file_pipe[1] = -1;
-	in_pipe = 0;
-}
-
-static bool
-open_pipe(void)
-{
-	if (file_pipe[0] < 0 && pipe2(file_pipe, O_CLOEXEC | O_NONBLOCK) == 0)
-		(void) fcntl(file_pipe[1], F_SETPIPE_SZ, PIPE_SIZE);
-	return file_pipe[0] >= 0;
 }
 
 static uint8_t *
@@ -111,7 +82,6 @@ expect(void *arg, size_t len)
 	if (message_events == NULL || len > max_message ||
 		(coming = calloc(1, sizeof(Message))) == NULL)
 		return NULL;
-	coming->file = -1;
 	coming->memory = malloc(len);
 	coming->bytes = coming->memory;
 	coming->len = len;
@@ -142,42 +112,9 @@ next_message(void *arg, const uint8_t **bytes, size_t *len)
 	if (going.head == NULL)
 		return false;
 	message = lws_container_of(going.head, Message, list);
-	*bytes = message->file >= 0 ? NULL : message->bytes;
+	*bytes = message->bytes;
 	*len = message->len;
 	return true;
-}
-
-/* The next bytes of a message with a file: see CableEvents. */
-static ssize_t
-write_message(void *arg, int fd, size_t max)
-{
-	Message *message = lws_container_of(going.head, Message, list);
-	ssize_t n;
-
-	if (message->at < message->own)
-	{
-		size_t left = message->own - message->at;
-
-		n = write(fd, message->bytes + message->at, left < max ? left : max);
-	}
-	else
-	{
-		if (in_pipe == 0)
-		{
-			n = open_pipe() ? splice(message->file, &message->offset, file_pipe[1], NULL,
-									 max < PIPE_SIZE ? max : PIPE_SIZE, SPLICE_F_NONBLOCK)
-							: -1;
-			if (n <= 0)
-				return 0; /* it is shorter by now */
-			in_pipe = (size_t) n;
-		}
-		n = splice(file_pipe[0], NULL, fd, NULL, in_pipe < max ? in_pipe : max, SPLICE_F_NONBLOCK);
-		in_pipe -= n > 0 ? (size_t) n : 0;
-	}
-	message->at += n > 0 ? (size_t) n : 0;
-	if (n == 0)
-		errno = EAGAIN;
-	return n > 0 ? n : -1;
 }
 
 static void
@@ -185,9 +122,6 @@ message_sent(void *arg)
 {
 	Message *message = lws_container_of(going.head, Message, list);
 
-	/* of one that was given up */
-	if (in_pipe > 0)
-		close_pipe();
 	going_len -= message->len;
 	free_message(message);
 	was_sent = true;
@@ -374,40 +308,22 @@ on_port(void *arg, uint32_t events)
 }
 
 void
-relay_send_file(void *memory, const char *bytes, size_t len, int file, int64_t offset,
-				size_t file_len)
+relay_send(void *memory, const char *bytes, size_t len)
 {
 	Message *message = calloc(1, sizeof(Message));
 
 	if (message == NULL || !mux_is_synced(cable.mux))
 	{
-		if (file >= 0)
-			close(file);
 		free(message);
 		free(memory);
 		return;
 	}
 	message->memory = memory;
 	message->bytes = (const uint8_t *) bytes;
-	message->own = len;
-	message->len = len + file_len;
-	message->file = file;
-	message->offset = offset;
+	message->len = len;
 	lws_dll2_add_tail(&message->list, &going);
-	going_len += message->len;
+	going_len += len;
 	settle();
-}
-
-void
-relay_send(void *memory, const char *bytes, size_t len)
-{
-	relay_send_file(memory, bytes, len, -1, 0, 0);
-}
-
-bool
-relay_takes_files(void)
-{
-	return is_up && port_takes_files;
 }
 
 /* See whether the port is there, and somebody at its other end. */
@@ -439,10 +355,6 @@ look(void *arg)
 	}
 	is_up = true;
 	is_full = false;
-	/* of an empty pipe nothing is sent, but it is seen whether something would be */
-	port_takes_files =
-		open_pipe() &&
-		(splice(file_pipe[0], NULL, cable.fd, NULL, 1, SPLICE_F_NONBLOCK) == 0 || errno == EAGAIN);
 	loop_watch(cable.fd, EPOLLIN, on_port, NULL);
 	settle();
 }
@@ -489,8 +401,7 @@ relay_start(const Settings *with)
 									   .expect = expect,
 									   .message = message_came,
 									   .next = next_message,
-									   .sent = message_sent,
-									   .write = write_message};
+									   .sent = message_sent};
 	struct sockaddr_un name = {.sun_family = AF_UNIX};
 	uint64_t random = 0;
 	socklen_t len;

@@ -23,7 +23,6 @@
 
 #include <stdbool.h>
 #include <stddef.h>
-#include <stdint.h>
 
 #include "settings.h"
 
@@ -51,14 +50,6 @@ extern void relay_take_messages(const RelayEvents *events, size_t max);
  * the relay's.  It is lost when the other end is.
  */
 extern void relay_send(void *memory, const char *bytes, size_t len);
-
-/*
- * The same, and after it so many bytes of a file from there, which belongs to the
- * relay then, without their coming to us; only if relay_takes_files().
- */
-extern void relay_send_file(void *memory, const char *bytes, size_t len, int file, int64_t offset,
-							size_t file_len);
-extern bool relay_takes_files(void);
 
 /* How many bytes of messages wait to be sent. */
 extern size_t relay_waiting(void);

@@ -30,7 +30,6 @@
 #define MAX_REMOVED 16
 #define IDLE_MS (10 * 60 * 1000)
 #define LOOK_MS (60 * 1000)
-#define MIN_PLAIN (64 * 1024) /* bytes of a part that may stay in their file */
 
 /* A file that is being written */
 typedef struct Upload
@@ -523,35 +522,10 @@ size_of(int fd, int64_t told, int64_t offset, int64_t len, int64_t got)
 }
 
 static json_t *
-describe(int fd, const struct stat *status, int64_t offset, int64_t length, int64_t got)
-{
-	char version[96];
-
-	snprintf(version, sizeof(version), "%jx-%jx-%jx-%jx.%09ld", (uintmax_t) status->st_dev,
-			 (uintmax_t) status->st_ino, (uintmax_t) status->st_size,
-			 (uintmax_t) status->st_mtim.tv_sec, status->st_mtim.tv_nsec);
-	return json_pack("{s:I, s:s}", "size",
-					 (json_int_t) size_of(fd, status->st_size, offset, length, got), "version",
-					 version);
-}
-
-/* How many bytes of a part need not come to us, or 0. */
-static size_t
-plain_part(int fd, int64_t offset, size_t length)
-{
-	struct stat status;
-
-	/* what the kernel makes up has no blocks */
-	if (fstat(fd, &status) != 0 || !S_ISREG(status.st_mode) || status.st_blocks == 0 ||
-		status.st_size - offset < MIN_PLAIN || length < MIN_PLAIN)
-		return 0;
-	return (int64_t) length < status.st_size - offset ? length : (size_t) (status.st_size - offset);
-}
-
-static json_t *
 read_part(int fd, const char *name, int64_t offset, size_t length, char **bytes, size_t *len)
 {
 	struct stat status;
+	char version[96];
 	json_t *answer = NULL;
 	char *content;
 	ssize_t got;
@@ -567,7 +541,15 @@ read_part(int fd, const char *name, int64_t offset, size_t length, char **bytes,
 	got = read_at(fd, content + TRANSFER_ROOM, length, offset);
 	error = errno;
 	if (got >= 0)
-		answer = describe(fd, &status, offset, (int64_t) length, (int64_t) got);
+	{
+		snprintf(version, sizeof(version), "%jx-%jx-%jx-%jx.%09ld", (uintmax_t) status.st_dev,
+				 (uintmax_t) status.st_ino, (uintmax_t) status.st_size,
+				 (uintmax_t) status.st_mtim.tv_sec, status.st_mtim.tv_nsec);
+		answer = json_pack(
+			"{s:I, s:s}", "size",
+			(json_int_t) size_of(fd, status.st_size, offset, (int64_t) length, (int64_t) got),
+			"version", version);
+	}
 	if (answer == NULL)
 	{
 		free(content);
@@ -579,7 +561,7 @@ read_part(int fd, const char *name, int64_t offset, size_t length, char **bytes,
 }
 
 json_t *
-transfer_get(const json_t *header, char **bytes, size_t *len, int *file, int64_t *file_offset)
+transfer_get(const json_t *header, char **bytes, size_t *len)
 {
 	const char *id = id_of(header);
 	const char *name = json_string_value(json_object_get(header, "path"));
@@ -592,8 +574,6 @@ transfer_get(const json_t *header, char **bytes, size_t *len, int *file, int64_t
 
 	*bytes = NULL;
 	*len = 0;
-	if (file != NULL)
-		*file = -1;
 	if (id == NULL || offset < 0 || length < 0 || length > PROTOCOL_MAX_CHUNK ||
 		offset > INT64_MAX - length - 1)
 		return failure(CALL_INVALID, "get: the header makes no sense");
@@ -609,17 +589,6 @@ transfer_get(const json_t *header, char **bytes, size_t *len, int *file, int64_t
 	fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
 	if (fd < 0)
 		return failure_errno("open", name, errno);
-	if (file != NULL && !json_is_true(json_object_get(header, "remove")) &&
-		(*len = plain_part(fd, offset, (size_t) length)) > 0)
-	{
-		struct stat status;
-
-		*file = fd;
-		*file_offset = offset;
-		(void) fstat(fd, &status);
-		answer = describe(fd, &status, offset, length, (int64_t) *len);
-		return answer;
-	}
 	answer = read_part(fd, name, offset, (size_t) length, bytes, len);
 	if (*bytes == NULL || !json_is_true(json_object_get(header, "remove")))
 	{

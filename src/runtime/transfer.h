@@ -53,14 +53,10 @@ extern json_t *transfer_put(const json_t *header, const char *bytes, size_t len)
  * or one that has been changed.  With "remove" the file is gone after this; the
  * same call within 10 minutes still has its bytes.
  *
- * With "file" the bytes may stay where they are: *file is then the file itself, the
- * caller's, *offset where they begin, and *bytes NULL; else it is -1.
- *
  * CALL_INVALID: the header makes no sense; CALL_WRONG_FILE: no regular file;
  * others as with transfer_put().
  */
 #define TRANSFER_ROOM 512
-extern json_t *transfer_get(const json_t *header, char **bytes, size_t *len, int *file,
-							int64_t *offset);
+extern json_t *transfer_get(const json_t *header, char **bytes, size_t *len);
 
 #endif /* RUNTIME_TRANSFER_H */

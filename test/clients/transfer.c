@@ -120,7 +120,7 @@ main(int argc, char **argv)
 		}
 		else
 		{
-			answer = transfer_get(header, &bytes, &len, NULL, NULL);
+			answer = transfer_get(header, &bytes, &len);
 			if (bytes != NULL)
 				json_object_set_new(answer, "hex", to_hex(bytes + TRANSFER_ROOM, len));
 			free(bytes);
