@@ -259,6 +259,13 @@ db_text(uint64 row, int column, MemoryContext context)
 	return result;
 }
 
+void
+db_set_text(Datum *values, char *nulls, int i, const char *text)
+{
+	nulls[i] = text ? ' ' : 'n';
+	values[i] = text ? CStringGetTextDatum(text) : (Datum) 0;
+}
+
 Datum
 db_text_array(List *texts)
 {

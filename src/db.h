@@ -72,6 +72,9 @@ extern Datum db_value(uint64 row, int column, bool *isnull);
 /* The same as a palloc'd C string in "context", or NULL; for text, name and uuid columns only. */
 extern char *db_text(uint64 row, int column, MemoryContext context);
 
+/* Make values[i] and nulls[i] of a text, which may be NULL; palloc'd. */
+extern void db_set_text(Datum *values, char *nulls, int i, const char *text);
+
 /* A text[] of a List of char *, palloc'd, as an argument. */
 extern Datum db_text_array(List *texts);
 

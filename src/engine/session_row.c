@@ -334,14 +334,7 @@ session_row_lease(const pg_uuid_t *id)
 	return lease;
 }
 
-/* Put a text, time or document into an argument array, NULL where it is absent. */
-static void
-set_text(Datum *values, char *nulls, int i, const char *text)
-{
-	nulls[i] = text ? ' ' : 'n';
-	values[i] = text ? CStringGetTextDatum(text) : (Datum) 0;
-}
-
+/* Put a time or document into an argument array, NULL where it is absent. */
 static void
 set_time(Datum *values, char *nulls, int i, TimestampTz time)
 {
@@ -379,13 +372,13 @@ session_row_save(SessionRow *row)
 	char nulls[SAVED];
 
 	memset(nulls, ' ', sizeof(nulls));
-	set_text(values, nulls, STATE, state_name(row->state));
-	set_text(values, nulls, END_REASON, row->end_reason);
-	set_text(values, nulls, DETAIL, row->detail);
-	set_text(values, nulls, VM_ID, row->vm_id);
-	set_text(values, nulls, REGION, row->region);
-	set_text(values, nulls, ADDRESS, row->address);
-	set_text(values, nulls, PURCHASE, row->purchase);
+	db_set_text(values, nulls, STATE, state_name(row->state));
+	db_set_text(values, nulls, END_REASON, row->end_reason);
+	db_set_text(values, nulls, DETAIL, row->detail);
+	db_set_text(values, nulls, VM_ID, row->vm_id);
+	db_set_text(values, nulls, REGION, row->region);
+	db_set_text(values, nulls, ADDRESS, row->address);
+	db_set_text(values, nulls, PURCHASE, row->purchase);
 	values[ATTEMPT] = Int32GetDatum(row->attempt);
 	set_time(values, nulls, LAUNCHED_AT, row->launched_at);
 	set_time(values, nulls, READY_AT, row->ready_at);
@@ -431,11 +424,11 @@ event_add(const pg_uuid_t *session_id, const char *team_id, const char *kind, co
 
 	nulls[0] = ' ';
 	values[0] = UUIDPGetDatum(session_id);
-	set_text(values, nulls, 1, team_id);
-	set_text(values, nulls, 2, kind);
-	set_text(values, nulls, 3, old_state);
-	set_text(values, nulls, 4, new_state);
-	set_text(values, nulls, 5, reason);
+	db_set_text(values, nulls, 1, team_id);
+	db_set_text(values, nulls, 2, kind);
+	db_set_text(values, nulls, 3, old_state);
+	db_set_text(values, nulls, 4, new_state);
+	db_set_text(values, nulls, 5, reason);
 	set_jsonb(values, nulls, 6, detail);
 	db_insert(&event_insert, values, nulls);
 }

@@ -20,6 +20,7 @@
 #include "protocol.h"
 #include "secret/secret.h"
 #include "session/commands.h"
+#include "session/request.h"
 #include "session/session.h"
 #include "utils/array.h"
 #include "utils/builtins.h"

@@ -13,16 +13,10 @@
  * committed by holders before us is seen, and nobody comes after us before our
  * transaction has ended.  The engine never needs this lock.
  *
- * Warm VMs.  provision() takes one, if there is one that is what a new one would
- * be: then it writes into that row what it would have written into a new one.
- * Whoever has such a row locked is passed by.  A team without warm VMs pays for one
- * look into an index that has nothing of it.
- *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
-#include "access/genam.h"
 #include "access/xact.h"
 #include "agentvm.h"
 #include "catalog/pg_type.h"
@@ -31,39 +25,21 @@
 #include "engine/placement.h"
 #include "engine/session_row.h"
 #include "engine/shared.h"
-#include "engine/turn.h"
 #include "engine/wake.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "providers/provider.h"
 #include "secret/credentials.h"
-#include "secret/secret.h"
+#include "session/request.h"
 #include "session/session.h"
-#include "storage/bufmgr.h"
+#include "session/warm.h"
 #include "team/team.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
-#include "utils/datum.h"
 #include "utils/timestamp.h"
 
 PG_FUNCTION_INFO_V1(agentvm_provision);
 PG_FUNCTION_INFO_V1(agentvm_provision_warm);
-
-/* The arguments, checked. Strings are NULL where not given. */
-typedef struct Request
-{
-	char *team_id;
-	char *agent_id;
-	char *profile;
-	char *provider;
-	char *idempotency_key;
-	Jsonb *env;
-	Jsonb *repos;
-	Jsonb *tags;
-	Jsonb *options;
-	int64 max_lifetime_s; /* 0: not given */
-	int64 idle_timeout_s; /* of a warm VM; 0: it is none */
-} Request;
 
 /* What team, profile and provider configuration add. 0 and NULL: nothing said. */
 typedef struct Resolved
@@ -129,40 +105,6 @@ static DbQuery sum_query = {
 	1,
 	{TEXTOID}};
 
-static DbQuery by_key_query = {
-	"SELECT session_id, args_hash FROM agentvm.session WHERE team_id = $1 AND idempotency_key = $2",
-	2,
-	{TEXTOID, TEXTOID}};
-
-static DbKey warm_key = {{"session"}, {"session_warm"}, F_TEXTEQ, 2};
-
-/*
- * The one that has waited longest, unless it is about to be ended, or would end itself
- * before the session does.
- */
-static DbQuery warm_query = {
-	"SELECT session_id FROM agentvm.session WHERE team_id = $1 AND warm_key = $2 "
-	"AND ended_at IS NULL AND state = 'warm' AND deadline_at > $3 AND ceiling_at >= $4 "
-	"ORDER BY created_at LIMIT 1 FOR UPDATE SKIP LOCKED",
-	4,
-	{TEXTOID, BYTEAOID, TIMESTAMPTZOID, TIMESTAMPTZOID},
-	.generic = true};
-
-static const char *const warm_without[] = {"enable_seqscan", "enable_bitmapscan", "enable_sort",
-										   "jit"};
-
-/* As terminate() has it: next_check_at is left alone while somebody holds a lease. */
-static DbQuery claim_query = {
-	"UPDATE agentvm.session SET state = 'ready', warm_key = NULL, detail = NULL, "
-	"ready_at = clock_timestamp(), agent_id = $2, tags = $3, idempotency_key = $4, "
-	"args_hash = $5, created_by = $6, deadline_at = $7, ceiling_at = least(ceiling_at, $8), "
-	"payload_enc = $9, payload_key_id = nullif($10, key_id), "
-	"next_check_at = CASE WHEN lease IS NULL THEN least(next_check_at, $7) "
-	"ELSE next_check_at END WHERE session_id = $1 RETURNING next_check_at, lane",
-	10,
-	{UUIDOID, TEXTOID, JSONBOID, TEXTOID, BYTEAOID, NAMEOID, TIMESTAMPTZOID, TIMESTAMPTZOID,
-	 BYTEAOID, TEXTOID}};
-
 /* In the order of the values that provision() gives. */
 static DbInsert session_insert = {{"session"},
 								  24,
@@ -205,202 +147,6 @@ static DbQuery insert_once_query = {
 	 JSONBOID,		 INT4OID,		 INT4OID,  INT4OID, BOOLOID,		INTERVALOID,
 	 INTERVALOID,	 BYTEAOID,		 TEXTOID,  INT2OID, TIMESTAMPTZOID, BYTEAOID}};
 
-/* ---- arguments ---- */
-
-static char *
-optional_identifier(FunctionCallInfo fcinfo, int argument, const char *name)
-{
-	return PG_ARGISNULL(argument) ? NULL : check_identifier(PG_GETARG_TEXT_PP(argument), name);
-}
-
-static Jsonb *
-empty_document(char kind)
-{
-	return DatumGetJsonbP(
-		DirectFunctionCall1(jsonb_in, CStringGetDatum(kind == 'o' ? "{}" : "[]")));
-}
-
-static Jsonb *
-document(FunctionCallInfo fcinfo, int argument, char kind, const char *name)
-{
-	Jsonb *value;
-
-	if (PG_ARGISNULL(argument))
-		return empty_document(kind);
-	value = PG_GETARG_JSONB_P(argument);
-	check_document(value, kind, name);
-	return value;
-}
-
-static void
-bad_document(const char *argument, const char *detail)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s has the wrong shape", argument),
-			 errdetail("%s", detail), hide_caller()));
-}
-
-/* Whether a shell takes it as a variable's name. Letters are ASCII's, whatever the locale. */
-static bool
-is_variable_name(const char *name, int len)
-{
-	static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_";
-	int i;
-
-	for (i = 0; i < len; i++)
-	{
-		bool digit = name[i] >= '0' && name[i] <= '9';
-
-		if (digit ? i == 0 : memchr(letters, name[i], sizeof(letters) - 1) == NULL)
-			return false;
-	}
-	return len > 0;
-}
-
-void
-check_env(Jsonb *env)
-{
-	JsonbIterator *it = JsonbIteratorInit(&env->root);
-	JsonbIteratorToken token;
-	JsonbValue v;
-
-	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
-	{
-		if (token == WJB_KEY)
-		{
-			if (!is_variable_name(v.val.string.val, v.val.string.len))
-				bad_document("env", "Names of environment variables consist of letters, digits and "
-									"_, and do not begin with a digit.");
-		}
-		else if (token == WJB_VALUE && v.type != jbvString)
-			bad_document("env", "Values of environment variables are strings.");
-	}
-}
-
-/* Tags: values that are strings, numbers or booleans. */
-static void
-check_tags(Jsonb *tags)
-{
-	JsonbIterator *it = JsonbIteratorInit(&tags->root);
-	JsonbIteratorToken token;
-	JsonbValue v;
-
-	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
-	{
-		if (token == WJB_VALUE && v.type != jbvString && v.type != jbvNumeric && v.type != jbvBool)
-			bad_document("tags", "Values of tags are strings, numbers or booleans.");
-	}
-}
-
-/* Whether nothing is left of a path without its slashes. */
-static bool
-is_root(const char *path, int len)
-{
-	while (len > 0 && path[len - 1] == '/')
-		len--;
-	return len == 0;
-}
-
-/* Repositories: objects with url, and perhaps ref and path, all strings. */
-static void
-check_repos(Jsonb *repos)
-{
-	JsonbIterator *it = JsonbIteratorInit(&repos->root);
-	JsonbIteratorToken token;
-	JsonbValue v;
-
-	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
-	{
-		JsonbIterator *members;
-		JsonbValue m;
-		bool has_url = false;
-		bool is_url = false;
-		bool is_path = false;
-
-		if (token != WJB_ELEM)
-			continue;
-		if (v.type != jbvBinary || !JsonContainerIsObject(v.val.binary.data))
-			bad_document("repos", "Each element is an object with url, and perhaps ref and path.");
-		members = JsonbIteratorInit(v.val.binary.data);
-		while ((token = JsonbIteratorNext(&members, &m, true)) != WJB_DONE)
-		{
-			if (token == WJB_KEY)
-			{
-				char *key = pnstrdup(m.val.string.val, m.val.string.len);
-
-				is_url = strcmp(key, "url") == 0;
-				is_path = strcmp(key, "path") == 0;
-				if (!is_url && !is_path && strcmp(key, "ref") != 0)
-					bad_document(
-						"repos",
-						psprintf("Unknown member \"%s\"; the known ones are url, ref and path.",
-								 key));
-			}
-			else if (token == WJB_VALUE)
-			{
-				if (m.type != jbvString || m.val.string.len == 0)
-					bad_document("repos", "url, ref and path are strings that are not empty.");
-				if (is_path && is_root(m.val.string.val, m.val.string.len))
-					ereport(ERROR,
-							(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-							 errmsg("repos has the wrong shape"),
-							 errdetail("The path of a repository is \"/\"."),
-							 errhint("Name a directory of its own, or leave path out: it then is "
-									 "the last part of the URL."),
-							 hide_caller()));
-				has_url = has_url || is_url;
-			}
-		}
-		if (!has_url)
-			bad_document("repos", "Each element needs a url.");
-	}
-}
-
-static char *
-team_argument(FunctionCallInfo fcinfo)
-{
-	if (PG_ARGISNULL(0))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("team_id must not be null")));
-	return check_identifier(PG_GETARG_TEXT_PP(0), "team_id");
-}
-
-static void
-read_request(FunctionCallInfo fcinfo, Request *request)
-{
-	request->team_id = team_argument(fcinfo);
-	request->agent_id = optional_identifier(fcinfo, 1, "agent_id");
-	request->profile = optional_identifier(fcinfo, 2, "profile");
-	request->provider = optional_identifier(fcinfo, 3, "provider");
-	request->idempotency_key = optional_identifier(fcinfo, 4, "idempotency_key");
-	request->env = document(fcinfo, 5, 'o', "env");
-	request->repos = document(fcinfo, 6, 'a', "repos");
-	request->tags = document(fcinfo, 7, 'o', "tags");
-	request->options = document(fcinfo, 8, 'o', "options");
-	request->max_lifetime_s =
-		PG_ARGISNULL(9) ? 0 : check_interval(PG_GETARG_INTERVAL_P(9), "max_lifetime");
-	check_env(request->env);
-	check_repos(request->repos);
-	check_tags(request->tags);
-}
-
-/* The same of provision_warm(). */
-static void
-read_warm_request(FunctionCallInfo fcinfo, Request *request)
-{
-	request->team_id = team_argument(fcinfo);
-	request->profile = optional_identifier(fcinfo, 1, "profile");
-	request->provider = optional_identifier(fcinfo, 2, "provider");
-	request->options = document(fcinfo, 3, 'o', "options");
-	if (PG_ARGISNULL(4))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("idle_timeout must not be null")));
-	request->idle_timeout_s = check_interval(PG_GETARG_INTERVAL_P(4), "idle_timeout");
-	request->env = empty_document('o');
-	request->repos = empty_document('a');
-	request->tags = empty_document('o');
-}
-
 /* ---- resolution ---- */
 
 static int64
@@ -420,13 +166,6 @@ int_or(int column, int64 fallback)
 		default:
 			return DatumGetInt64(value);
 	}
-}
-
-static void
-set_optional_text(Datum *values, char *nulls, int i, const char *text)
-{
-	nulls[i] = text ? ' ' : 'n';
-	values[i] = text ? CStringGetTextDatum(text) : (Datum) 0;
 }
 
 static Jsonb *
@@ -791,132 +530,6 @@ session_make_id(pg_uuid_t *id, TimestampTz now)
 	id->data[8] = 0x80 | (id->data[8] & 0x3f);
 }
 
-/* SHA-256 over all arguments but the key, so that a repeat can be told from a conflict. */
-static bytea *
-hash_request(const Request *request)
-{
-	bytea *hash = palloc(VARHDRSZ + SHA256_LEN);
-	const char *texts[3] = {request->agent_id, request->profile, request->provider};
-	Jsonb *documents[4] = {request->env, request->repos, request->tags, request->options};
-	StringInfoData all;
-	int i;
-
-	initStringInfo(&all);
-	for (i = 0; i < lengthof(texts); i++)
-	{
-		int32 len = texts[i] ? strlen(texts[i]) : -1;
-
-		appendBinaryStringInfo(&all, (char *) &len, sizeof(len));
-		if (texts[i] != NULL)
-			appendStringInfoString(&all, texts[i]);
-	}
-	/* jsonb keeps one form for equal documents, as text */
-	for (i = 0; i < lengthof(documents); i++)
-	{
-		(void) JsonbToCString(&all, &documents[i]->root, VARSIZE(documents[i]));
-		appendStringInfoChar(&all, '\n');
-	}
-	appendStringInfo(&all, "%lld", (long long) request->max_lifetime_s);
-	SET_VARSIZE(hash, VARHDRSZ + SHA256_LEN);
-	sha256_bytes(all.data, all.len, (uint8 *) VARDATA(hash));
-	secret_wipe(all.data, all.len);
-	pfree(all.data);
-	return hash;
-}
-
-/* The session that already has this key, if any; the same arguments give the same session. */
-static bool
-find_by_key(const Request *request, const bytea *hash, pg_uuid_t *found)
-{
-	Datum values[2] = {CStringGetTextDatum(request->team_id),
-					   CStringGetTextDatum(request->idempotency_key)};
-	bool isnull;
-	Datum stored;
-
-	db_run(&by_key_query, values, NULL);
-	if (SPI_processed == 0)
-		return false;
-	*found = *DatumGetUUIDP(db_value(0, 1, &isnull));
-	stored = db_value(0, 2, &isnull); /* NULL where other tooling made the row */
-	if (isnull ||
-		!datumIsEqual(PointerGetDatum(hash), PointerGetDatum(PG_DETOAST_DATUM(stored)), false, -1))
-		ereport(ERROR, (errcode(AVM_IDEMPOTENCY_CONFLICT),
-						errmsg("idempotency key \"%s\" was used before with other arguments",
-							   request->idempotency_key),
-						errhint("Use a new key for a new request."), hide_caller()));
-	SPI_freetuptable(SPI_tuptable);
-	return true;
-}
-
-/* Its row was there and is not: its transaction has been undone, or it has ended and gone. */
-pg_noreturn static void
-raise_key_conflict(const Request *request)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-			 errmsg("idempotency key \"%s\" was used concurrently", request->idempotency_key),
-			 errhint("Try again.")));
-	pg_unreachable();
-}
-
-/*
- * Environment and repositories for the runtime, encrypted; nobody else ever
- * gets them, so without a runtime they are not kept at all.
- */
-static bytea *
-make_payload(const Request *request, const char *session_id, char **key_id)
-{
-	StringInfoData text;
-	bytea *encrypted;
-
-	initStringInfo(&text);
-	appendStringInfoString(&text, "{\"env\": ");
-	(void) JsonbToCString(&text, &request->env->root, VARSIZE(request->env));
-	appendStringInfoString(&text, ", \"repos\": ");
-	(void) JsonbToCString(&text, &request->repos->root, VARSIZE(request->repos));
-	appendStringInfoChar(&text, '}');
-	encrypted =
-		secret_encrypt(request->team_id, "session", session_id, text.data, text.len, key_id);
-	secret_wipe(text.data, text.len);
-	pfree(text.data);
-	return encrypted;
-}
-
-/* ---- warm VMs ---- */
-
-/* Sessions that a transaction has taken, and which one. */
-static LocalTransactionId claimed_in = InvalidLocalTransactionId;
-static List *claimed = NIL; /* of pg_uuid_t *, in TopTransactionContext */
-
-bool
-session_claimed_here(const pg_uuid_t *id)
-{
-	ListCell *lc;
-
-	if (claimed_in != AvmLocalTransactionId())
-		return false;
-	foreach (lc, claimed)
-	{
-		if (memcmp(lfirst(lc), id, UUID_LEN) == 0)
-			return true;
-	}
-	return false;
-}
-
-static void
-note_claim(const pg_uuid_t *id)
-{
-	MemoryContext old = MemoryContextSwitchTo(TopTransactionContext);
-	pg_uuid_t *copy = palloc(sizeof(pg_uuid_t));
-
-	*copy = *id;
-	if (claimed_in != AvmLocalTransactionId())
-		claimed = NIL; /* the list went with its transaction */
-	claimed_in = AvmLocalTransactionId();
-	claimed = lappend(claimed, copy);
-	MemoryContextSwitchTo(old);
-}
-
 /* SHA-256 of all that a VM is made of, so that one can stand for another. */
 static bytea *
 hash_shape(const Request *request, const Provider *provider, const Resolved *resolved,
@@ -935,125 +548,6 @@ hash_shape(const Request *request, const Provider *provider, const Resolved *res
 	sha256_bytes(all.data, all.len, (uint8 *) VARDATA(hash));
 	pfree(all.data);
 	return hash;
-}
-
-/* Whether the team has any warm VM, of whatever shape; nearly all have none. */
-static bool
-has_warm(const char *team_id)
-{
-	Relation index = index_open(db_relation_oid(&warm_key.index), AccessShareLock);
-	bool used = RelationGetNumberOfBlocks(index) > 1; /* more than the page that says what it is */
-	Datum key;
-	DbLookup lookup;
-	bool found;
-
-	index_close(index, NoLock);
-	if (!used)
-		return false;
-	key = CStringGetTextDatum(team_id);
-	db_lookup_begin(&lookup, &warm_key, 1, &key);
-	found = db_lookup_next(&lookup) != NULL;
-	db_lookup_end(&lookup);
-	return found;
-}
-
-/* Whether the team's warm VMs are ours to give: those of a copied database are the other one's, too. */
-static bool
-may_take_warm(const char *team_id)
-{
-	char *problem;
-
-	return has_warm(team_id) && identity_look(&problem) == IDENTITY_IN_ORDER;
-}
-
-/* What a claim goes by, and what it writes. */
-typedef struct Claim
-{
-	const Request *request;
-	const bytea *shape;
-	bytea *hash; /* of the request; NULL: it has no key */
-	Name created_by;
-	bool has_payload;
-	TimestampTz now;
-	TimestampTz deadline;
-	TimestampTz ceiling;
-} Claim;
-
-/* Take a warm VM into *id; false where there is none. */
-static bool
-claim_warm(const Claim *claim, pg_uuid_t *id)
-{
-	const Request *request = claim->request;
-	bytea *payload = NULL;
-	char *key_id = NULL;
-	Datum values[10] = {CStringGetTextDatum(request->team_id), PointerGetDatum(claim->shape),
-						TimestampTzGetDatum(claim->now), TimestampTzGetDatum(claim->deadline)};
-	char nulls[10];
-	bool isnull;
-
-	db_plan_without(warm_without, lengthof(warm_without));
-	db_run(&warm_query, values, NULL);
-	if (SPI_processed == 0)
-		return false;
-	*id = *DatumGetUUIDP(db_value(0, 1, &isnull));
-	if (claim->has_payload)
-		payload = make_payload(request, session_text(id), &key_id);
-
-	memset(nulls, ' ', sizeof(nulls));
-	values[0] = UUIDPGetDatum(id);
-	set_optional_text(values, nulls, 1, request->agent_id);
-	values[2] = JsonbPGetDatum(request->tags);
-	set_optional_text(values, nulls, 3, request->idempotency_key);
-	nulls[4] = claim->hash ? ' ' : 'n';
-	values[4] = PointerGetDatum(claim->hash);
-	values[5] = NameGetDatum(claim->created_by);
-	values[6] = TimestampTzGetDatum(claim->deadline);
-	values[7] = TimestampTzGetDatum(claim->ceiling);
-	nulls[8] = payload ? ' ' : 'n';
-	values[8] = PointerGetDatum(payload);
-	set_optional_text(values, nulls, 9, key_id);
-	db_run(&claim_query, values, nulls);
-	wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
-					DatumGetTimestampTz(db_value(0, 1, &isnull)));
-	note_claim(id);
-	return true;
-}
-
-/*
- * The same; where somebody else's transaction with the same idempotency key has
- * committed meanwhile, his session it is, and the VM stays what it was.  Lock and
- * change are both in the subtransaction: a row that two transactions of one family
- * have marked would stay in the way of claims until a vacuum.
- */
-static bool
-claim_warm_once(const Claim *claim, pg_uuid_t *id)
-{
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	volatile bool failed = false;
-	volatile bool found = false;
-
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	PG_TRY();
-	{
-		found = claim_warm(claim, id);
-		ReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-	}
-	PG_CATCH();
-	{
-		ErrorData *error = abort_subtransaction(context, owner);
-
-		if (error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION)
-			ReThrowError(error);
-		failed = true;
-	}
-	PG_END_TRY();
-	if (failed && !find_by_key(claim->request, claim->hash, id))
-		raise_key_conflict(claim->request);
-	return failed || found;
 }
 
 /* Calling where nobody works is never a silent no-op; said once per transaction. */
@@ -1116,8 +610,8 @@ provision(const Request *request, pg_uuid_t *id)
 	/* before anything that may have changed since the key was first used: profile, provider, quota */
 	if (request->idempotency_key != NULL)
 	{
-		hash = hash_request(request);
-		if (find_by_key(request, hash, id))
+		hash = request_hash(request);
+		if (request_find(request, hash, id))
 		{
 			db_leave(&scope);
 			return;
@@ -1158,20 +652,20 @@ provision(const Request *request, pg_uuid_t *id)
 			 errmsg(
 				 "env and repos are ignored: the session has no runtime that could receive them"),
 			 hide_caller()));
-	if (request->idle_timeout_s > 0 || may_take_warm(request->team_id))
+	if (request->idle_timeout_s > 0 || warm_may_take(request->team_id))
 		shape = hash_shape(request, provider, &resolved, options, runtime);
 	if (shape != NULL && request->idle_timeout_s == 0)
 	{
-		Claim claim = {.request = request,
-					   .shape = shape,
-					   .hash = hash,
-					   .created_by = created_by,
-					   .has_payload = has_payload && runtime,
-					   .now = now,
-					   .deadline = now + lifetime * USECS_PER_SEC,
-					   .ceiling = now + ceiling * USECS_PER_SEC};
+		WarmClaim claim = {.request = request,
+						   .shape = shape,
+						   .hash = hash,
+						   .created_by = created_by,
+						   .has_payload = has_payload && runtime,
+						   .now = now,
+						   .deadline = now + lifetime * USECS_PER_SEC,
+						   .ceiling = now + ceiling * USECS_PER_SEC};
 
-		if (hash != NULL ? claim_warm_once(&claim, id) : claim_warm(&claim, id))
+		if (warm_claim(&claim, id))
 		{
 			db_leave(&scope);
 			return;
@@ -1181,21 +675,21 @@ provision(const Request *request, pg_uuid_t *id)
 
 	session_make_id(id, now);
 	if (runtime && has_payload)
-		payload = make_payload(request, session_text(id), &key_id);
+		payload = request_payload(request, session_text(id), &key_id);
 	else if (runtime)
 		key_id = keyring_current_id();
 
 	memset(nulls, ' ', sizeof(nulls));
 	values[0] = UUIDPGetDatum(id);
 	values[1] = CStringGetTextDatum(request->team_id);
-	set_optional_text(values, nulls, 2, request->agent_id);
+	db_set_text(values, nulls, 2, request->agent_id);
 	values[3] = CStringGetTextDatum(provider->name);
-	set_optional_text(values, nulls, 4, request->profile);
+	db_set_text(values, nulls, 4, request->profile);
 	values[5] = TimestampTzGetDatum(now);
 	values[6] = TimestampTzGetDatum(now + lifetime * USECS_PER_SEC);
 	values[7] = TimestampTzGetDatum(now + ceiling * USECS_PER_SEC);
 	values[8] = JsonbPGetDatum(request->tags);
-	set_optional_text(values, nulls, 9, request->idempotency_key);
+	db_set_text(values, nulls, 9, request->idempotency_key);
 	values[10] = NameGetDatum(created_by);
 	nulls[11] = hash ? ' ' : 'n';
 	values[11] = PointerGetDatum(hash);
@@ -1213,7 +707,7 @@ provision(const Request *request, pg_uuid_t *id)
 	values[18] = IntervalPGetDatum(&heartbeat_timeout);
 	nulls[19] = payload ? ' ' : 'n';
 	values[19] = PointerGetDatum(payload);
-	set_optional_text(values, nulls, 20, key_id);
+	db_set_text(values, nulls, 20, key_id);
 	values[21] = Int16GetDatum(lane);
 	values[22] = TimestampTzGetDatum(now);
 	nulls[23] = shape ? ' ' : 'n';
@@ -1223,7 +717,7 @@ provision(const Request *request, pg_uuid_t *id)
 	if (is_limited(&resolved))
 	{
 		/* whoever held the lock before us may have used our key, and the last room with it */
-		if (request->idempotency_key != NULL && find_by_key(request, hash, id))
+		if (request->idempotency_key != NULL && request_find(request, hash, id))
 		{
 			db_leave(&scope);
 			return;
@@ -1238,8 +732,8 @@ provision(const Request *request, pg_uuid_t *id)
 		if (SPI_processed == 0)
 		{
 			/* somebody else's transaction with the same key committed first */
-			if (!find_by_key(request, hash, id))
-				raise_key_conflict(request);
+			if (!request_find(request, hash, id))
+				request_raise_conflict(request);
 			db_leave(&scope);
 			return;
 		}
@@ -1269,7 +763,7 @@ agentvm_provision(PG_FUNCTION_ARGS)
 	if (has_content(fcinfo, 5) || has_content(fcinfo, 6))
 		hide_activity("agentvm.provision()");
 	PreventCommandDuringRecovery("agentvm.provision()");
-	read_request(fcinfo, &request);
+	request_read(fcinfo, &request);
 	provision(&request, id);
 	hide_caller_end(&hidden);
 	PG_RETURN_UUID_P(id);
@@ -1282,7 +776,7 @@ agentvm_provision_warm(PG_FUNCTION_ARGS)
 	Request request = {0};
 
 	PreventCommandDuringRecovery("agentvm.provision_warm()");
-	read_warm_request(fcinfo, &request);
+	request_read_warm(fcinfo, &request);
 	provision(&request, id);
 	PG_RETURN_UUID_P(id);
 }

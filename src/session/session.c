@@ -21,6 +21,7 @@
 #include "engine/wake.h"
 #include "miscadmin.h"
 #include "session/session.h"
+#include "session/warm.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/rel.h"
@@ -122,7 +123,7 @@ session_find(const pg_uuid_t *id, Oid role, SessionFacts *facts)
 	facts->changed_here =
 		TransactionIdIsCurrentTransactionId(DatumGetTransactionId(db_value(0, 5, &isnull)));
 	/* for everybody else it is not ready yet */
-	if (facts->state == STATE_READY && facts->changed_here && session_claimed_here(id))
+	if (facts->state == STATE_READY && facts->changed_here && warm_claimed_here(id))
 		facts->state = STATE_WARM;
 	facts->ceiling_at = DatumGetTimestampTz(db_value(0, 7, &isnull));
 	facts->runtime = DatumGetBool(db_value(0, 8, &isnull));

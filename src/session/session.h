@@ -42,9 +42,6 @@ extern char *session_text(const pg_uuid_t *id);
 /* A new id, version 7, for what is made at "now".  Raises where there is no randomness. */
 extern void session_make_id(pg_uuid_t *id, TimestampTz now);
 
-/* Whether the open transaction has taken this session, which was warm. */
-extern bool session_claimed_here(const pg_uuid_t *id);
-
 /* provision() itself, for those who call it from C: without flinfo. */
 extern PGDLLEXPORT Datum agentvm_provision(PG_FUNCTION_ARGS);
 
@@ -103,8 +100,5 @@ extern bool session_wait_look(const SessionWait *wait, SessionState *state);
 
 /* Sleep until something may have changed, or it is time to look anyway; AV011 when time is up. */
 extern void session_wait_sleep(SessionWait *wait);
-
-/* Raise 22023 unless it is an environment: names that a shell takes, values that are strings. */
-extern void check_env(Jsonb *env);
 
 #endif /* AGENTVM_SESSION_SESSION_H */
