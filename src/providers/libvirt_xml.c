@@ -316,7 +316,11 @@ lv_domain_xml(const LvJob *job, const char *name, const LvMachine *machine)
 		empty(&w, "apic", NULL);
 		empty(&w, "vmport", "state", "off", NULL);
 		close_element(&w);
-		empty(&w, "cpu", "mode", machine->kvm ? "host-passthrough" : "maximum", NULL);
+		open_element(&w, "cpu", "mode", machine->kvm ? "host-passthrough" : "maximum", NULL);
+		/* Linux would copy and clear memory by "rep movsb", which TCG does byte by byte */
+		if (!machine->kvm)
+			empty(&w, "feature", "policy", "disable", "name", "erms", NULL);
+		close_element(&w);
 		open_element(&w, "clock", "offset", "utc", NULL);
 		empty(&w, "timer", "name", "hpet", "present", "no", NULL);
 		close_element(&w);

@@ -152,7 +152,7 @@ def raw_copy():
     boot.write_bytes(RAW_BOOT.encode().ljust(4096, b"\0"))
     path = f"{DIR}/raw.sock"
     pathlib.Path(path).unlink(missing_ok=True)
-    command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", f"q35,accel={ACCEL}", "-cpu", "host" if ACCEL == "kvm" else "max", "-m", "1024",
+    command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", f"q35,accel={ACCEL}", "-cpu", "host" if ACCEL == "kvm" else "max,-erms", "-m", "1024",
                "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", f"{IMAGE}/kernel", "-initrd", f"{IMAGE}/initrd", "-append", "console=ttyS0 quiet panic=-1",
                "-drive", f"if=none,id=boot,file={boot},format=raw,readonly=on", "-device", "virtio-blk-pci,drive=boot,serial=agentvm-boot",
                "-device", "virtio-serial-pci", "-chardev", f"socket,id=raw,path={path},server=on,wait=off", "-device", "virtserialport,chardev=raw,name=raw"]
