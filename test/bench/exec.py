@@ -188,11 +188,15 @@ def raw_copy():
 
 
 def transfers(vm):
+    """Files of SIZE bytes that are in the database, or get there: what a client's library does with so many is not in it"""
     content = os.urandom(SIZE)
     path = f"{DIR}/copy" if ACCEL == "native" else "/tmp/copy"
+    db.execute("CREATE TABLE file (content bytea)")
+    db.execute("ALTER TABLE file ALTER content SET STORAGE EXTERNAL")
+    db.execute("INSERT INTO file VALUES (%b)", (content,))
     for turn in range(3):
         into, out = raw_copy()
-        up = timed(lambda: value("SELECT agentvm.upload(%s, %s, %b)", vm, path, content))
+        up = timed(lambda: value("SELECT agentvm.upload(%s, %s, content) FROM file", vm, path))
         down = timed(lambda: value("SELECT length(agentvm.download(%s, %s))", vm, path))
         print(f"upload {SIZE / up / 1048576:.1f} {SIZE / into / 1048576:.1f}")
         print(f"download {SIZE / down / 1048576:.1f} {SIZE / out / 1048576:.1f}")
