@@ -33,8 +33,7 @@
 #include "server_private.h"
 
 #define MAX_CONNECTIONS 1000
-#define SERVICE_BUFFER (64 * 1024) /* bytes that are read at once */
-#define PIECE (64 * 1024)		   /* of an answer, that are written at once */
+#define PIECE (64 * 1024) /* of an answer, that are written at once */
 #define KEEPALIVE_S 600
 #define TICKET_S 60		   /* how far ahead a ticket may end */
 #define KEY_FRESH_MS 60000 /* for so long, a key is taken to be good */

@@ -164,7 +164,7 @@ server_create(uv_loop_t *loop, const Options *options)
 	info.retry_and_idle_policy = &idle_rules;
 	info.keepalive_timeout = 75;
 	info.max_http_header_pool2 = 4096;
-	info.pt_serv_buf_size = 4096;
+	info.pt_serv_buf_size = SERVICE_BUFFER;
 	info.fd_limit_per_thread = (unsigned) options->max_connections + SPARE_DESCRIPTORS;
 	server->sessions = sessions_create(loop, options->database, options->name, &events);
 	calls_create(server);

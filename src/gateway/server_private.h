@@ -292,7 +292,8 @@ extern int control_max_connections(const Options *options, rlim_t descriptors);
 
 /* ---- server.c ---- */
 
-#define SPARE_DESCRIPTORS 64 /* for all but connections */
+#define SPARE_DESCRIPTORS 64	   /* for all but connections */
+#define SERVICE_BUFFER (64 * 1024) /* bytes that are read at once */
 
 /* What contexts of libwebsockets have in common; with TLS, if there is a certificate and it is wanted. */
 extern void fill_context_info(Server *server, struct lws_context_creation_info *info, void **loops,

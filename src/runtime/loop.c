@@ -17,7 +17,8 @@
 
 #include "../common/log.h"
 
-#define EVENTS_PER_TURN 16 /* then libwebsockets has its own */
+#define EVENTS_PER_TURN 16	  /* then libwebsockets has its own */
+#define READ_SIZE (64 * 1024) /* bytes of a connection that are read at once */
 
 typedef struct Watched
 {
@@ -58,6 +59,7 @@ loop_create(const struct lws_protocols *protocols, void *tls)
 	info.protocols = protocols;
 	info.retry_and_idle_policy = &idle_rules;
 	info.fd_limit_per_thread = 64;
+	info.pt_serv_buf_size = READ_SIZE;
 	info.provided_client_ssl_ctx = tls;
 	info.uid = (uid_t) -1;
 	info.gid = (gid_t) -1;
