@@ -11,6 +11,7 @@
  *
  *-------------------------------------------------------------------------
  */
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,6 +29,7 @@
 
 #define TICK_MS 100
 #define WATCHDOG_TICKS 50
+#define MAX_FREE (16 * 1024 * 1024) /* bytes of memory that are kept for the next calls */
 
 typedef struct Gateway
 {
@@ -149,6 +151,9 @@ main(int argc, char **argv)
 	const char *problem;
 
 	(void) setrlimit(RLIMIT_CORE, &no_core); /* it would hold tokens */
+	/* parts of files come and go, and new pages are dear */
+	(void) mallopt(M_MMAP_THRESHOLD, MAX_FREE);
+	(void) mallopt(M_TRIM_THRESHOLD, MAX_FREE);
 	options_parse(&gateway.options, argc, argv);
 	log_set_level((LogLevel) gateway.options.log_level);
 	problem = options_problem(&gateway.options);

@@ -249,7 +249,7 @@ on_body(char *data, size_t size, size_t nmemb, void *arg)
 			call->max_reply == HTTP_MAX_REPLY ? "reply is larger than 1 MiB" : "reply is too large";
 		return 0;
 	}
-	if (call->reply_len + len > call->reply_size)
+	if (call->reply_len + len >= call->reply_size) /* with room for a NUL */
 	{
 		size_t want = call->reply_size == 0 ? 4096 : call->reply_size * 2;
 		curl_off_t announced = 0;
@@ -260,8 +260,8 @@ on_body(char *data, size_t size, size_t nmemb, void *arg)
 			curl_easy_getinfo(call->easy, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &announced) ==
 				CURLE_OK &&
 			announced > 0 && announced <= call->max_reply)
-			want = announced;
-		while (want < call->reply_len + len)
+			want = announced + 1;
+		while (want <= call->reply_len + len)
 			want *= 2;
 		/* keys come in small replies; a file of a VM's may be large */
 		grown = call->max_reply == HTTP_MAX_REPLY ? secret_realloc(call->reply, want)
@@ -982,12 +982,38 @@ error_text(const HttpCall *call)
 	return text;
 }
 
+/* The body of a reply, in CurrentMemoryContext. */
+static char *
+take_body(HttpCall *call)
+{
+	char *body;
+
+	if (call->reply != NULL && call->max_reply != HTTP_MAX_REPLY)
+	{
+		/* it may be large, and need not be wiped: the context frees it where it is */
+		MemoryContextCallback *at_end = palloc0(sizeof(MemoryContextCallback));
+
+		body = call->reply;
+		at_end->func = free;
+		at_end->arg = body;
+		MemoryContextRegisterResetCallback(CurrentMemoryContext, at_end);
+		call->reply = NULL;
+	}
+	else
+	{
+		body = palloc(call->reply_len + 1);
+		if (call->reply_len > 0)
+			memcpy(body, call->reply, call->reply_len);
+	}
+	body[call->reply_len] = '\0';
+	return body;
+}
+
 HttpReply *
 http_finished(HttpClient *client, void **arg)
 {
 	HttpCall *call;
 	HttpReply *reply;
-	char *body;
 
 	if (dlist_is_empty(&client->ended))
 		return NULL;
@@ -1003,13 +1029,9 @@ http_finished(HttpClient *client, void **arg)
 	/* libcurl takes "HTTP/21703" for HTTP/2 and a status of 1703 */
 	if (call->result == CURLE_OK && call->status >= 100 && call->status <= 999)
 	{
-		body = palloc(call->reply_len + 1);
-		if (call->reply_len > 0)
-			memcpy(body, call->reply, call->reply_len);
-		body[call->reply_len] = '\0';
 		reply->status = (int) call->status;
 		reply->maybe_sent = true;
-		reply->body = body;
+		reply->body = take_body(call);
 		reply->body_len = call->reply_len;
 	}
 	else

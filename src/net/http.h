@@ -52,7 +52,7 @@ typedef struct HttpRequest
 	int timeout_ms; /* whole call; 0: 30 s; the engine lowers it to two thirds of the lease */
 } HttpRequest;
 
-/* What came back; allocated in the memory context current at http_finished(). */
+/* What came back; allocated in, or freed with, the memory context current at http_finished(). */
 typedef struct HttpReply
 {
 	int status;		   /* HTTP status, 100 to 999, or 0 when no reply came */
