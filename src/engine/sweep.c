@@ -147,6 +147,10 @@ static DbQuery hydrating_query = {
 	0,
 	{0}};
 
+/* From these few to their sessions. */
+static const char *const hydrating_without[] = {"enable_hashjoin", "enable_mergejoin",
+												"enable_seqscan", "enable_bitmapscan", "jit"};
+
 /* Whoever has the row of session_hydrating decides: the sweep, or the runtime that comes after all. */
 static DbQuery unhydrated_query = {
 	"WITH late AS MATERIALIZED (SELECT s.session_id FROM agentvm.session_hydrating h "
@@ -275,7 +279,7 @@ sweep_hydration(int max_sessions)
 	Datum values[2] = {Int64GetDatum(limit_of(max_sessions))};
 	int count;
 
-	db_plan_without(end_without, lengthof(end_without));
+	db_plan_without(hydrating_without, lengthof(hydrating_without));
 	db_run(&not_hydrating_query, NULL, NULL);
 	if (!somebody_listens(&values[1]))
 		return 0;
