@@ -138,6 +138,16 @@ COMMENT ON COLUMN agentvm.session.warm_key IS 'of a warm VM, until provision() t
 -- state is in neither key nor predicate, as with the other indexes
 CREATE INDEX session_warm ON agentvm.session (team_id, warm_key, created_at) WHERE warm_key IS NOT NULL AND ended_at IS NULL;
 
+CREATE TABLE agentvm.session_hydrating (
+	session_id uuid PRIMARY KEY,
+	seen_at timestamptz
+);
+COMMENT ON TABLE agentvm.session_hydrating IS 'sessions whose warm VM has been taken, until its runtime has fetched what it was taken with';
+COMMENT ON COLUMN agentvm.session_hydrating.seen_at IS 'when a sweep first saw it, and somebody listened: its bootstrap_timeout counts from then';
+SELECT pg_catalog.pg_extension_config_dump('agentvm.session_hydrating', '');
+ALTER TABLE agentvm.session_hydrating ENABLE ROW LEVEL SECURITY;
+REVOKE ALL ON agentvm.session_hydrating FROM PUBLIC;
+
 CREATE FUNCTION agentvm.provision_warm(team_id text, profile text DEFAULT NULL, provider text DEFAULT NULL, options jsonb DEFAULT '{}',
 	idle_timeout interval DEFAULT '30 minutes') RETURNS uuid
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_provision_warm';
@@ -146,6 +156,8 @@ COMMENT ON FUNCTION agentvm.provision_warm(text, text, text, jsonb, interval) IS
 CREATE FUNCTION agentvm.hydrate(session_token_sha256 bytea, problem text DEFAULT NULL) RETURNS jsonb
 LANGUAGE C VOLATILE AS 'MODULE_PATHNAME', 'agentvm_hydrate';
 COMMENT ON FUNCTION agentvm.hydrate(bytea, text) IS 'what the runtime of a warm VM needs once provision() has taken it, until then no more than the session''s id; NULL: unknown token; AV006: gone. With a problem: it cannot be used, and is ended';
+
+COMMENT ON FUNCTION agentvm.sweep_bootstrap(int) IS 'begin the end of sessions that did not bootstrap in time, or, taken warm, did not fetch in time what they were taken with; how many';
 
 -- ---------------------------------------------------------------------------
 -- All of it at once

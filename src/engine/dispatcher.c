@@ -207,6 +207,7 @@ periodic(Engine *engine, DispatcherSlot *slot, int lane)
 	begin();
 	db_enter(&scope);
 	(void) sweep_heartbeat(avm_batch_size);
+	(void) sweep_hydration(avm_batch_size);
 	db_leave(&scope);
 	commit();
 	end_unbound();

@@ -8,6 +8,10 @@
  * found here only: one scan of the narrow heartbeat table, then a second look
  * under the row lock, in a statement that sees beats committed meanwhile.
  *
+ * A runtime that was warm and does not fetch what its session was taken with lets every
+ * call wait.  Such sessions have a row in a table of hardly any.  A caller's transaction may
+ * commit long after it has taken one, so time counts from when a sweep first sees the row.
+ *
  * A session that is bound to a backend is of no use to anybody once that backend has
  * gone, or has left the CALL that needed it in any way.  Who needs it holds a lock of the lock
  * manager's, for his session (of client and server) but released by every abort; whoever
@@ -126,6 +130,43 @@ static DbQuery silent_end_query = {
 	2,
 	{TIMESTAMPTZOID, UUIDARRAYOID}};
 
+/* Of those that have ended otherwise nothing is expected any more. */
+static DbQuery not_hydrating_query = {
+	"WITH over AS MATERIALIZED (SELECT h.session_id FROM agentvm.session_hydrating h "
+	"WHERE NOT EXISTS (SELECT FROM agentvm.session s WHERE s.session_id = h.session_id "
+	"AND s.state NOT IN ('terminating', 'terminated', 'failed')) FOR UPDATE SKIP LOCKED) "
+	"DELETE FROM agentvm.session_hydrating h USING over WHERE h.session_id = over.session_id",
+	0,
+	{0}};
+
+static DbQuery hydrating_query = {
+	"WITH fresh AS MATERIALIZED (SELECT session_id FROM agentvm.session_hydrating "
+	"WHERE seen_at IS NULL FOR UPDATE SKIP LOCKED) "
+	"UPDATE agentvm.session_hydrating h SET seen_at = clock_timestamp() "
+	"FROM fresh WHERE h.session_id = fresh.session_id",
+	0,
+	{0}};
+
+/* From these few to their sessions. */
+static const char *const hydrating_without[] = {"enable_hashjoin", "enable_mergejoin",
+												"enable_seqscan", "enable_bitmapscan", "jit"};
+
+/* Whoever has the row of session_hydrating decides: the sweep, or the runtime that comes after all. */
+static DbQuery unhydrated_query = {
+	"WITH late AS MATERIALIZED (SELECT s.session_id FROM agentvm.session_hydrating h "
+	"JOIN agentvm.session s USING (session_id) WHERE s.state = 'ready' AND h.seen_at IS NOT NULL "
+	"AND greatest(h.seen_at, s.resumed_at, $2) + s.bootstrap_timeout <= clock_timestamp() "
+	"ORDER BY h.seen_at LIMIT $1 FOR UPDATE SKIP LOCKED), "
+	"over AS (DELETE FROM agentvm.session_hydrating h USING late "
+	"WHERE h.session_id = late.session_id) "
+	"UPDATE agentvm.session s SET state = 'terminating', end_reason = 'bootstrap_timeout', "
+	"detail = 'the VM was warm, and its runtime has not fetched what it was taken with within ' "
+	"|| round(extract(epoch FROM s.bootstrap_timeout)) || ' s', retries = 0, next_check_at = "
+	"CASE WHEN lease IS NULL THEN clock_timestamp() ELSE next_check_at END "
+	"FROM late WHERE s.session_id = late.session_id RETURNING s.next_check_at, s.lane",
+	2,
+	{INT8OID, TIMESTAMPTZOID}};
+
 static DbQuery hold_read_query = {
 	"SELECT held_at + $1 <= clock_timestamp() FROM agentvm.sweep_hold WHERE sweep = 'heartbeat'",
 	1,
@@ -220,6 +261,34 @@ sweep_lifetime(int max_sessions)
 	return end_due(&lifetime_query, max_sessions);
 }
 
+/* Since when somebody listens to runtimes; false: nobody does, and silence means nothing. */
+static bool
+somebody_listens(Datum *since)
+{
+	Datum values[2] = {Int32GetDatum(GATEWAY_SILENT_S), TimestampTzGetDatum(shared_open_since())};
+	bool isnull;
+
+	db_run(&listening_query, values, NULL);
+	*since = db_value(0, 1, &isnull);
+	return !isnull;
+}
+
+int
+sweep_hydration(int max_sessions)
+{
+	Datum values[2] = {Int64GetDatum(limit_of(max_sessions))};
+	int count;
+
+	db_plan_without(hydrating_without, lengthof(hydrating_without));
+	db_run(&not_hydrating_query, NULL, NULL);
+	if (!somebody_listens(&values[1]))
+		return 0;
+	db_run(&unhydrated_query, values, NULL);
+	count = wake_for_result();
+	db_run(&hydrating_query, NULL, NULL);
+	return count;
+}
+
 /* The ids in column 1 of the last result. */
 static Datum
 result_ids(void)
@@ -303,13 +372,8 @@ sweep_heartbeat(int max_sessions)
 
 	forget_beats();
 	commands_end(NULL);
-	values[0] = Int32GetDatum(GATEWAY_SILENT_S);
-	values[1] = TimestampTzGetDatum(shared_open_since());
-	db_run(&listening_query, values, NULL);
-	floor = db_value(0, 1, &isnull);
-	if (isnull)
-		return 0; /* nobody listens: silence means nothing */
-
+	if (!somebody_listens(&floor))
+		return 0;
 	values[0] = floor;
 	values[1] = Int64GetDatum(limit_of(max_sessions));
 	values[2] = TimestampTzGetDatum(GetCurrentTimestamp()); /* the clock is dear, a million times */
@@ -425,7 +489,8 @@ sweep_from_sql(FunctionCallInfo fcinfo, const char *function, int (*const *sweep
 		return sweep_from_sql(fcinfo, "agentvm." #name "()", sweeps);                              \
 	}
 
-SWEEP_FUNCTION(sweep_bootstrap, sweep_bootstrap)
+SWEEP_FUNCTION(sweep_bootstrap, sweep_bootstrap, sweep_hydration)
 SWEEP_FUNCTION(sweep_heartbeat, sweep_heartbeat)
 SWEEP_FUNCTION(sweep_lifetime, sweep_lifetime)
-SWEEP_FUNCTION(sweep, sweep_lifetime, sweep_bootstrap, sweep_heartbeat, sweep_bound)
+SWEEP_FUNCTION(sweep, sweep_lifetime, sweep_bootstrap, sweep_hydration, sweep_heartbeat,
+			   sweep_bound)

@@ -25,6 +25,12 @@ extern int sweep_heartbeat(int max_sessions);
 extern int sweep_lifetime(int max_sessions);
 
 /*
+ * The same with sessions whose warm VM has been taken, and whose runtime has not fetched within
+ * bootstrap_timeout what it was taken with.  Not while nobody listens to runtimes.
+ */
+extern int sweep_hydration(int max_sessions);
+
+/*
  * The same with sessions that are bound to a backend, by bound_pid, and are not needed by any
  * more: nobody has bound_hold() on them.
  */

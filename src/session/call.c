@@ -35,6 +35,7 @@
 #include "secret/secret.h"
 #include "session/call.h"
 #include "session/session.h"
+#include "session/warm.h"
 #include "tcop/dest.h"
 #include "tcop/tcopprot.h"
 #include "utils/builtins.h"
@@ -344,6 +345,11 @@ not_reached(Call *call, bool maybe_passed, const char *who, const char *detail)
 		call->phase = PHASE_TO_SEND;
 		return;
 	}
+	if (warm_is_hydrating(&call->session))
+		detail =
+			psprintf("%s The VM was warm, and its runtime has not fetched yet what it was taken "
+					 "with: before that it serves no call.",
+					 detail);
 	if (call->outcome_matters || (call->message.begins && call->maybe_passed))
 		fail(call, AVM_UNREACHABLE, psprintf("outcome unknown: %s cannot be reached any more", who),
 			 detail, "The command may have run, or be running.");

@@ -660,6 +660,7 @@ provision(const Request *request, pg_uuid_t *id)
 						   .shape = shape,
 						   .hash = hash,
 						   .created_by = created_by,
+						   .runtime = runtime,
 						   .has_payload = has_payload && runtime,
 						   .now = now,
 						   .deadline = now + lifetime * USECS_PER_SEC,

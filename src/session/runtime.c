@@ -25,6 +25,7 @@
 #include "providers/provider.h"
 #include "secret/secret.h"
 #include "session/session.h"
+#include "session/warm.h"
 #include "utils/builtins.h"
 #include "utils/datetime.h"
 #include "utils/json.h"
@@ -416,6 +417,8 @@ agentvm_hydrate(PG_FUNCTION_ARGS)
 			end_unusable(&id, PG_GETARG_TEXT_PP(1));
 			payload = NULL;
 		}
+		else
+			warm_hydrated(&id);
 		answer = boot_answer(&id, team_id, payload, key_id, deadline);
 	}
 	old = MemoryContextSwitchTo(caller);

@@ -56,6 +56,17 @@ static DbQuery claim_query = {
 	{UUIDOID, TEXTOID, JSONBOID, TEXTOID, BYTEAOID, NAMEOID, TIMESTAMPTZOID, TIMESTAMPTZOID,
 	 BYTEAOID, TEXTOID}};
 
+static DbKey hydrating_key = {{"session_hydrating"}, {"session_hydrating_pkey"}, F_UUID_EQ};
+static DbInsert hydrating_insert = {{"session_hydrating"}, 1, {"session_id"}};
+
+/* It waits for nobody: a gateway has one connection for all its VMs. */
+static DbQuery hydrated_query = {
+	"WITH own AS MATERIALIZED (SELECT session_id FROM agentvm.session_hydrating "
+	"WHERE session_id = $1 FOR UPDATE NOWAIT) "
+	"DELETE FROM agentvm.session_hydrating h USING own WHERE h.session_id = own.session_id",
+	1,
+	{UUIDOID}};
+
 /* Sessions that a transaction has taken, and which one. */
 static LocalTransactionId claimed_in = InvalidLocalTransactionId;
 static List *claimed = NIL; /* of pg_uuid_t *, in TopTransactionContext */
@@ -153,6 +164,8 @@ claim_warm(const WarmClaim *claim, pg_uuid_t *id)
 	db_run(&claim_query, values, nulls);
 	wake_after_lock(DatumGetInt16(db_value(0, 2, &isnull)),
 					DatumGetTimestampTz(db_value(0, 1, &isnull)));
+	if (claim->runtime)
+		db_insert(&hydrating_insert, values, NULL);
 	note_claim(id);
 	return true;
 }
@@ -198,4 +211,28 @@ bool
 warm_claim(const WarmClaim *claim, pg_uuid_t *id)
 {
 	return claim->hash != NULL ? claim_warm_once(claim, id) : claim_warm(claim, id);
+}
+
+void
+warm_hydrated(const pg_uuid_t *id)
+{
+	Datum values[1] = {UUIDPGetDatum(id)};
+
+	db_run(&hydrated_query, values, NULL);
+}
+
+bool
+warm_is_hydrating(const pg_uuid_t *id)
+{
+	Datum values[1] = {UUIDPGetDatum(id)};
+	DbLookup lookup;
+	DbScope scope;
+	bool found;
+
+	db_enter(&scope);
+	db_lookup_begin(&lookup, &hydrating_key, 1, values);
+	found = db_lookup_next(&lookup) != NULL;
+	db_lookup_end(&lookup);
+	db_leave(&scope);
+	return found;
 }

@@ -27,6 +27,7 @@ typedef struct WarmClaim
 	const bytea *shape;
 	bytea *hash; /* of the request; NULL: it has no key */
 	Name created_by;
+	bool runtime;
 	bool has_payload;
 	TimestampTz now;
 	TimestampTz deadline;
@@ -43,5 +44,15 @@ extern bool warm_claim(const WarmClaim *claim, pg_uuid_t *id);
 
 /* Whether the open transaction has taken this session, which was warm. */
 extern bool warm_claimed_here(const pg_uuid_t *id);
+
+/*
+ * The runtime of a session has come for what the session was taken with; raises 55P03 where
+ * somebody is ending it for not having done so, or the same is under way.  Nothing
+ * to do where it has come before, or the VM was never warm.  Inside a db scope.
+ */
+extern void warm_hydrated(const pg_uuid_t *id);
+
+/* Whether a session's VM was warm, and its runtime has not come yet for what it was taken with. */
+extern bool warm_is_hydrating(const pg_uuid_t *id);
 
 #endif /* AGENTVM_WARM_H */

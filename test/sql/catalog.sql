@@ -22,6 +22,7 @@ INSERT INTO agentvm.session (session_id, team_id, provider) VALUES ('00000000-00
 INSERT INTO agentvm.session_event (session_id, team_id, kind) VALUES ('00000000-0000-7000-8000-00000000ccc1', 'regress_plain', 'test');
 INSERT INTO agentvm.session_heartbeat (session_id) VALUES ('00000000-0000-7000-8000-00000000ccc1');
 INSERT INTO agentvm.session_ending (session_id) VALUES ('00000000-0000-7000-8000-00000000ccc1');
+INSERT INTO agentvm.session_hydrating (session_id) VALUES ('00000000-0000-7000-8000-00000000ccc1');
 INSERT INTO agentvm.session_token (token_sha256, session_id, kind) VALUES (sha256(''), '00000000-0000-7000-8000-00000000ccc1', 'session');
 INSERT INTO agentvm.gateway (gateway_id) VALUES ('regress_plain');
 ROLLBACK;

@@ -13,6 +13,7 @@ SELECT agentvm.create_team('acme');
 SELECT agentvm.create_profile('short', 'noop', runtime => true, bootstrap_timeout => '4 s', heartbeat_timeout => '4 s');
 SELECT agentvm.create_profile('runtime', 'noop', runtime => true, heartbeat_timeout => '4 s');
 SELECT agentvm.create_profile('patient', 'noop', runtime => true, heartbeat_timeout => '6 s');
+SELECT agentvm.create_profile('warm', 'noop', runtime => true, heartbeat_timeout => '1 h');
 SQL
 
 sub sql  { return $node->safe_psql('postgres', $_[0]); }
@@ -117,18 +118,81 @@ sql('SELECT agentvm.sweep_heartbeat()');
 is(sql("SELECT ok FROM agentvm.health WHERE name = 'sweep_hold'"), 't', 'and holds no more');
 dispatch();
 
+# A runtime that was warm, and does not fetch what its session was taken with
+sub warm
+{
+	my $id = sql(q{SET client_min_messages = error; SELECT agentvm.provision_warm('acme', 'warm')});
+	dispatch();
+	bootstrap($node, $id);
+	is(state_of($node, $id), 'warm', 'a warm VM');
+	sql("UPDATE agentvm.session SET bootstrap_timeout = '4 s' WHERE session_id = '$id'");
+	return $id;
+}
+sub taken
+{
+	my $id = warm();
+	is(sql(q{SELECT agentvm.provision('acme', profile => 'warm', env => '{"A": "b"}')}), $id, 'is taken');
+	return $id;
+}
+sub hydrate { my ($id) = @_; return sql(as_role('agentvm_gateway', 'SELECT agentvm.hydrate(' . AgentVM::Runtime::session_hash($id) . ") ->> 'env'")); }
+sub waited { my (@ids) = @_; return await($node, "SELECT bool_and(greatest(seen_at, resumed_at) + interval '4 s' < clock_timestamp()) FROM agentvm.session_hydrating JOIN agentvm.session USING (session_id) WHERE session_id IN ('" . join("', '", @ids) . "')", 't', name => 'they have had their time'); }
+my $hydrating = 'SELECT count(*) FROM agentvm.session_hydrating';
+
+my $client = AgentVM::Client->new($node);
+my $slow = warm();
+$client->run('BEGIN');
+is($client->run(q{SELECT agentvm.provision('acme', profile => 'warm')}), $slow, 'is taken, by somebody who is slow to commit');
+my ($hydrated, $deaf, $locked, $asleep, $over) = map { taken() } 1 .. 5;
+my $cold = ready('warm');
+sql("UPDATE agentvm.session SET bootstrap_timeout = '1 s' WHERE session_id = '$cold'");
+is(sql($hydrating), 5, 'a row for each that is taken and has not hydrated');
+is(hydrate($hydrated), '{"A": "b"}', 'a runtime fetches what is there for it');
+sql("SELECT agentvm.terminate('$over'); SELECT agentvm.pause('$asleep')");
+dispatch();
+is(state_of($node, $asleep), 'paused', 'one is paused');
+is(sql('SELECT agentvm.sweep_bootstrap()'), 0, 'nobody is late yet');
+is(sql($hydrating), 3, 'who has hydrated, or has ended, is done with');
+is(hydrate($hydrated), '{"A": "b"}', 'a reply that was lost');
+$user->run("BEGIN; SELECT FROM agentvm.session WHERE session_id = '$deaf' FOR UPDATE; SELECT FROM agentvm.session_hydrating WHERE session_id = '$locked' FOR UPDATE");
+waited($deaf, $locked);
+is(sql(q(SET statement_timeout = '10 s'; SELECT agentvm.sweep_bootstrap())), 0, 'who is late, and locked, is left for the next time');
+fails_with($node, as_role('agentvm_gateway', 'SELECT agentvm.hydrate(' . AgentVM::Runtime::session_hash($locked) . ')'), '55P03', undef, 'nor does a runtime wait for whoever decides about it');
+is(hydrate($deaf), '{"A": "b"}', 'but a session that somebody has locked does not stand in its way');
+$user->run('ROLLBACK');
+is(sql('SELECT agentvm.sweep_bootstrap(0)'), 0, 'a limit of none');
+is(sql('SELECT agentvm.sweep_bootstrap()'), 1, 'one is late');
+$client->run('COMMIT');
+is(sql('SELECT agentvm.sweep_bootstrap()'), 0, 'once; and whose taking has been committed late has all his time');
+is(state_of($node, $locked), 'terminating bootstrap_timeout the VM was warm, and its runtime has not fetched what it was taken with within 4 s', 'and is to end');
+is(sql("SELECT reason, detail->>'detail' ~ 'not fetched' FROM agentvm.session_event WHERE session_id = '$locked' AND kind = 'state' ORDER BY event_id DESC LIMIT 1"), 'bootstrap_timeout|t', 'as the log says');
+fails_with($node, as_role('agentvm_gateway', 'SELECT agentvm.hydrate(' . AgentVM::Runtime::session_hash($locked) . ')'), 'AV006', undef, 'too late');
+dispatch();
+like(state_of($node, $locked), qr/^failed bootstrap_timeout/, 'it has failed');
+fails_with($node, "SELECT agentvm.wait('$locked')", 'AV004', qr/has not fetched/, 'and whoever waits for it is told');
+waited($slow);
+sql("SELECT agentvm.resume('$asleep')");
+dispatch();
+is(sql('SELECT agentvm.sweep()'), 1, 'who was slow to commit is late in the end; who was paused is not');
+like(state_of($node, $slow), qr/^terminating bootstrap_timeout/, 'that one');
+dispatch();
+is(join(' ', map { state_of($node, $_) } $hydrated, $deaf, $cold, $asleep), 'ready ready ready ready', 'who has hydrated, or was never warm, is left alone');
+
 # While a gateway is registered, silence counts only from when it listens
 sql("INSERT INTO agentvm.gateway (gateway_id) VALUES ('gw1'), ('gw2')");
 $session = ready('runtime');
 silent($session, 4);
+waited($asleep);
+is(sql('SELECT agentvm.sweep_bootstrap()'), 0, 'no gateway listens: nobody could have come for what is there for him');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 0, 'no gateway listens: nobody is lost');
 report($node, 'gw1');
-is(sql('SELECT agentvm.sweep_heartbeat()'), 0, 'one has just begun to listen');
+is(sql('SELECT agentvm.sweep()'), 0, 'one has just begun to listen');
 my $since = sql("SELECT listening_since FROM agentvm.gateway WHERE gateway_id = 'gw1'");
 await($node, "SELECT timestamptz '$since' + interval '4 s' < clock_timestamp()");
 report($node, 'gw2');
 is(sql("SELECT listening_since FROM agentvm.gateway WHERE gateway_id = 'gw2'"), $since, 'another one takes over the period');
 is(sql('SELECT agentvm.sweep_heartbeat()'), 1, 'it has listened for a timeout: lost');
+is(sql('SELECT agentvm.sweep_bootstrap()'), 1, 'and so is who was paused when his time began');
+is(sql($hydrating), 0, 'nobody is waited for any more');
 sql("UPDATE agentvm.gateway SET last_report_at = last_report_at - interval '31 s', listening_since = listening_since - interval '1 hour'");
 $session = ready('runtime');
 silent($session, 4);
@@ -143,6 +207,8 @@ sql("ALTER SYSTEM SET agentvm.dispatchers = 1; SELECT pg_reload_conf()");
 my $alive = ready('runtime');
 $mute = ready('runtime');
 my $late = launched('short');
+my $unhydrated = warm();
+is(sql(q{SELECT agentvm.provision('acme', profile => 'warm')}), $unhydrated, 'is taken');
 my $old = provision($node, 'acme', "max_lifetime => '2 s'");
 my $end = time + 3;
 while (time < $end)
@@ -152,6 +218,8 @@ while (time < $end)
 }
 await_state($node, $late, 'failed');
 is(state_of($node, $late), 'failed bootstrap_timeout', 'never bootstrapped');
+await_state($node, $unhydrated, 'failed');
+like(state_of($node, $unhydrated), qr/^failed bootstrap_timeout the VM was warm/, 'never hydrated');
 await_state($node, $old, 'terminated');
 is(state_of($node, $old), 'terminated max_lifetime', 'too old');
 await_state($node, $mute, 'terminated');

@@ -51,6 +51,25 @@ $node->safe_psql('postgres', 'VACUUM ANALYZE agentvm.session');
 is_index_scan('the same with fresh statistics', 2500);
 $node->safe_psql('postgres', "UPDATE agentvm.session SET next_check_at = now() + interval '1 day' WHERE next_check_at < now(); VACUUM ANALYZE agentvm.session");
 is_index_scan('nothing due', 20);
-is($node->safe_psql('postgres', "SELECT count(*) FROM agentvm.session WHERE state = 'ready'"), 100, 'each dispatch() took its 50');
+
+# who has been taken warm and has not come: a few rows, and the sessions of these
+{
+	$node->safe_psql('postgres', "INSERT INTO agentvm.session_hydrating SELECT session_id, now() FROM agentvm.session WHERE state = 'ready' LIMIT 3; INSERT INTO agentvm.session_hydrating VALUES (gen_random_uuid());
+		UPDATE agentvm.session s SET bootstrap_timeout = '1 us' FROM (SELECT session_id FROM agentvm.session_hydrating LIMIT 1) h WHERE s.session_id = h.session_id");
+	for my $statistics ('', 'with statistics')
+	{
+		my $offset = -s $node->logfile;
+		is($node->safe_psql('postgres', 'SELECT agentvm.sweep_bootstrap()'), $statistics ? 0 : 1, "a sweep of those that have not hydrated $statistics");
+		my @plans = grep { /Query Text: .*session_hydrating/ } split /^(?=\d{4}-\d\d-\d\d )/m, PostgreSQL::Test::Utils::slurp_file($node->logfile, $offset);
+		is(scalar @plans, 3, 'its three plans');
+		is(scalar(grep { /Seq Scan on (?:agentvm\.)?session s|Bitmap|JIT:/ } @plans), 0, 'none looks at all sessions');
+		my ($most) = sort { $b <=> $a } map { /Buffers: shared (?:hit=(\d+))?(?: read=(\d+))?/ ? ($1 // 0) + ($2 // 0) : 0 } @plans;
+		cmp_ok($most, '<', 200, "nor reads many buffers ($most)");
+		$node->safe_psql('postgres', 'VACUUM ANALYZE agentvm.session_hydrating');
+	}
+	is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_hydrating'), 2, 'those that are late, or have gone, are left out');
+	$node->safe_psql('postgres', 'CALL agentvm.dispatch()');
+}
+is($node->safe_psql('postgres', "SELECT count(*) FROM agentvm.session WHERE state = 'ready'"), 99, 'each dispatch() took its 50');
 
 done_testing();

@@ -16,12 +16,12 @@ my $ended = provision($node, 'gone');
 await_state($node, $ended, 'ready');
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$ended')");
 await_state($node, $ended, 'terminated');
-$node->safe_psql('postgres', "SELECT agentvm.drop_team('gone'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g')");
+$node->safe_psql('postgres', "SELECT agentvm.drop_team('gone'); INSERT INTO agentvm.gateway (gateway_id) VALUES ('g'); INSERT INTO agentvm.session_hydrating VALUES ('$live', 'infinity')");
 await($node, "SELECT running FROM agentvm.session WHERE session_id = '$live'");
 psql_ok($node, "SELECT agentvm.bootstrap(token_sha256, sha256('x'), 'boot') FROM agentvm.session_token WHERE session_id = '$live'", 'bootstrap');
 await_state($node, $live, 'ready');
 
-my @tables = qw(team team_member former_team provider_config provider_secret profile session session_heartbeat session_ending session_token session_event gateway);
+my @tables = qw(team team_member former_team provider_config provider_secret profile session session_heartbeat session_ending session_hydrating session_token session_event gateway);
 my $all = join(' UNION ALL ', map { "SELECT '$_', count(*), md5(string_agg(t::text, E'\\n' ORDER BY t::text)) FROM agentvm.$_ t" } @tables);
 is($node->safe_psql('postgres', "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class WHERE relnamespace = 'agentvm'::regnamespace AND relkind IN ('r', 'S') "
 	  . "AND NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'agentvm' AND pg_class.oid = ANY (extconfig))"), 'inventory sweep_hold vm_drift', 'every table and sequence goes into a dump, but for what is found anew');

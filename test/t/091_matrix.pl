@@ -45,7 +45,7 @@ await($node, "SELECT running FROM agentvm.session WHERE session_id = '$ending'")
 bootstrap($node, $ending);
 $node->safe_psql('postgres', "SELECT agentvm.terminate('$ending')");
 $node->safe_psql('postgres', "INSERT INTO agentvm.command (command_id, session_id, team_id, kind, role) VALUES (gen_random_uuid(), '$session{$_}', '$_', 'exec', 'somebody')") for qw(acme globex);
-$node->safe_psql('postgres', "INSERT INTO agentvm.placement VALUES ('$session{acme}', 'here', 1, 512)");
+$node->safe_psql('postgres', "INSERT INTO agentvm.placement VALUES ('$session{acme}', 'here', 1, 512); INSERT INTO agentvm.session_hydrating VALUES ('$session{acme}', 'infinity')");
 
 $node->safe_psql('postgres', "INSERT INTO agentvm.inventory (account, provider, region, next_at) VALUES ('$_', 'ec2', 'eu-west-1', 'infinity');
 	INSERT INTO agentvm.vm_drift (account, provider, region, vm_id, kind, team_id, session_id, vm_state) VALUES ('$_', 'ec2', 'eu-west-1', 'i-$_', 'unknown', '$_', gen_random_uuid(), 'running')") for qw(acme globex);

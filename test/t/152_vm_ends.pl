@@ -1,4 +1,4 @@
-# Real VMs that come to nothing, or to their end: no runtime, too old, ended while they boot, nobody left to answer to
+# Real VMs that come to nothing, or to their end: no runtime, too old, ended while they boot, nobody left to answer to; and one that is taken warm before
 use strict;
 use warnings;
 use AgentVM::Stack;
@@ -14,7 +14,19 @@ $stack->profile('mute', { initrd => $stack->initrd('mute', 'bin/agentvm-runtime'
 my $mute = $stack->vm('mute');
 await($node, "SELECT vm_id IS NOT NULL FROM agentvm.sessions WHERE session_id = '$mute'", 't', timeout => 120, name => 'an image without a runtime is launched');
 ok($stack->qemu($mute), 'and runs');
+my $warm = $node->safe_psql('postgres', q{SELECT agentvm.provision_warm('acme', 'micro')});    # which boots meanwhile
 $stack->ended($mute, 'bootstrap_timeout', 'it never reports for duty');
+
+# ---- a warm VM, and whoever takes it ----
+await_state($node, $warm, 'warm', timeout => $AgentVM::Stack::patience, name => 'a VM that waits for whoever takes it');
+my $qemu = $stack->qemu($warm);
+fails_with($node, "SELECT agentvm.exec('$warm', 'true')", 'AV007', qr/waits for a provision/, 'until then it runs nothing');
+is($stack->vm('micro', q{env => '{"WHO": "alice"}'}), $warm, 'it is taken');
+is($node->safe_psql('postgres', "SELECT stdout FROM agentvm.exec('$warm', 'echo \$WHO; hostname')"), "alice\nagentvm-$warm\n", 'and has what its session was asked for with');
+is($stack->qemu($warm), $qemu, 'it is the same VM');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_hydrating'), 0, 'nothing is missing');
+psql_ok($node, "SELECT agentvm.terminate('$warm')");
+$stack->ended($warm, 'requested');
 
 # ---- a lifetime ----
 $stack->profile('short', {}, "max_lifetime => '40 seconds'");

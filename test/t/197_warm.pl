@@ -32,6 +32,7 @@ is(provision($node, 'acme', q{agent_id => 'coder', tags => '{"a": 1}', idempoten
 is(row($first, q{state, agent_id, tags, created_by = current_user, idempotency_key, warm_key IS NULL, deadline_at BETWEEN now() + interval '59 min' AND now() + interval '1 h'}), 'ready|coder|{"a": 1}|t|k|t|t', 'and makes it its own');
 is($node->safe_psql('postgres', "SELECT string_agg(concat_ws(' ', old_state, new_state, reason), ', ' ORDER BY event_id) FROM agentvm.session_event WHERE session_id = '$first' AND kind = 'state'"),
 	'provisioning, provisioning warm, warm ready claimed', 'the log tells of it');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_hydrating'), 0, 'without a runtime nobody has to fetch anything');
 fails_with($node, "SELECT agentvm.wait('$first', 'warm')", '55000', qr/is ready and will never be warm/, 'nobody waits in vain for what is over');
 is(provision($node, 'acme', q{agent_id => 'coder', tags => '{"a": 1}', idempotency_key => 'k', max_lifetime => '1 h'}), $first, 'the same key again: the same session');
 fails_with($node, q{SELECT agentvm.provision('acme', idempotency_key => 'k')}, 'AV008', undef, 'with other arguments');

@@ -60,6 +60,7 @@ is($vm->stop, 0, 'a restart');
 $vm->start->says(qr/channel is open/, 'it is back');
 is(who($id), "alice\n", 'and has what it had');
 is(hydrations($vm), 1, 'without asking again');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM agentvm.session_hydrating'), 0, 'nor is it expected to');
 psql_ok($node, "SELECT agentvm.terminate('$id')");
 $vm->exits(0, 'the runtime ends with the session');
 
@@ -144,8 +145,10 @@ my $hash = AgentVM::Runtime::session_hash($plain);
 is($node->safe_psql('postgres', as_role('agentvm_gateway', "SELECT agentvm.hydrate($hash$_)")), "{\"session_id\": \"$plain\"}", "hydrate() before it is taken ($_)") for '', ", 'problem'";
 is(state_of($node, $plain), 'warm', 'and no problem ends it');
 is($client->run("SELECT agentvm.provision($wants '{\"A\": \"b\"}')"), $plain, 'taken');
+fails_with($node, "SELECT agentvm.exec('$plain', 'true', timeout => '1 s')", 'AV009', qr/DETAIL: +No gateway has a channel to it\. The VM was warm, and its runtime has not fetched yet what it was taken with/, 'until it has come, a call that gets nowhere says so');
 is($node->safe_psql('postgres', as_role('agentvm_gateway', "SELECT h - 'deadline' - 'session_id' FROM agentvm.hydrate($hash) h")) =~ s/\s//gr,
 	'{"env":{"A":"b"},"files":[],"repos":[{"url":"file://' . $source . '/one"}],"channel":"/v1/channel","deadline_grace_s":300,"deadman_allowance_s":1800,"heartbeat_interval_s":1}', 'hydrate() after');
+fails_with($node, "SELECT agentvm.exec('$plain', 'true', timeout => '1 s')", 'AV009', qr/^(?!.*was warm)/s, 'then it does not');
 is($node->safe_psql('postgres', as_role('agentvm_gateway', 'SELECT agentvm.hydrate(sha256(\'x\')) IS NULL')), 't', 'of an unknown token');
 my $open = AgentVM::Client->new($node);
 $open->run("BEGIN; SELECT FROM agentvm.session WHERE session_id = '$plain' FOR UPDATE");
