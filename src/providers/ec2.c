@@ -311,18 +311,6 @@ ec2_limit(Ec2Step *step, const char *operation, const char *vm_id)
 	}
 }
 
-void
-ec2_learn_account(Ec2Step *step, XmlDoc *doc)
-{
-	/* of RunInstances, of DescribeInstances: nobody is told of another one's reservations */
-	char *owner = xml_below_text(xml_root(doc), "ownerId");
-
-	if (owner == NULL)
-		owner = xml_below_text(xml_root(doc), "reservationSet/item/ownerId");
-	if (owner != NULL && strlen(owner) == 12 && strspn(owner, DIGITS) == 12)
-		step->out->account = owner;
-}
-
 /* Look for a live instance by the session's tag. */
 static void
 send_lookup(Ec2Step *step)
@@ -662,6 +650,18 @@ ec2_search(Ec2Step *step, const char *phase)
 		return SEARCH_IN_VAIN;
 	look_later(step, phase, settled);
 	return SEARCH_GOES_ON;
+}
+
+void
+ec2_learn_account(Ec2Step *step, XmlDoc *doc)
+{
+	/* of RunInstances, of DescribeInstances: nobody is told of another one's reservations */
+	char *owner = xml_below_text(xml_root(doc), "ownerId");
+
+	if (owner == NULL)
+		owner = xml_below_text(xml_root(doc), "reservationSet/item/ownerId");
+	if (owner != NULL && strlen(owner) == 12 && strspn(owner, DIGITS) == 12)
+		step->out->account = owner;
 }
 
 void
