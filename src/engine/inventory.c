@@ -484,23 +484,34 @@ wait_until(Inventory *inventory, TimestampTz later, InventoryTurn *turn)
 	}
 }
 
-/* Whether an answer to a call that takes tokens says that the account grants no more. */
+/*
+ * Whether an answer to a call that takes tokens says that the account grants no more, and the
+ * call is to be repeated.  The end of VMs may begin anew with each repetition, so that there
+ * only the end of the operation counts as progress.
+ */
 static bool
 is_refused(Inventory *inventory, const ProviderStep *step, const CallRate *rate)
 {
 	if (step->kind != STEP_FAILED || step->error_class != CLASS_THROTTLED)
-		inventory->refused = 0;
+	{
+		if (inventory->phase != INVENTORY_REAP || step->kind == STEP_DONE)
+			inventory->refused = 0;
+	}
 	else if (rate != NULL && avm_api_rate > 0)
 		return ++inventory->refused <= MAX_REFUSED;
 	return false;
 }
 
-/* Whether a call may be made now; else when: *later.  One for another page queues like a new one. */
+/*
+ * Whether a call may be made now; else when: *later.  One for another page queues like a new
+ * one; ends are few, and may have waited before they began anew.
+ */
 static bool
 is_granted(const Inventory *inventory, const CallRate *rate, Rates *rates, int peers,
 		   TimestampTz *later)
 {
-	RateClaim claim = inventory->pages != NIL && !inventory->waited ? RATE_NEW : RATE_WAITED;
+	bool next_page = inventory->phase != INVENTORY_REAP && inventory->pages != NIL;
+	RateClaim claim = next_page && !inventory->waited ? RATE_NEW : RATE_WAITED;
 
 	return rates == NULL || rate == NULL ||
 		   rates_admit(rates, rate, peers, claim, GetCurrentTimestamp(), later);
