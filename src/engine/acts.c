@@ -103,7 +103,7 @@ hand_out(Engine *engine, Act *act)
 
 		shared_count_call(act->provider, act->call.operation, class, act->reply->millis);
 		if (act->bucket != NULL)
-			rates_learn(engine->rates, act->bucket, class,
+			rates_learn(engine->rates, act->bucket, act->account, class,
 						GetCurrentTimestamp() - act->reply->millis * INT64CONST(1000),
 						GetCurrentTimestamp());
 	}
@@ -263,6 +263,7 @@ join(Engine *engine, Act *act, HttpRequest *request, const CallRate *rate)
 		old = MemoryContextSwitchTo(carrier->context);
 		carrier->call.operation = pstrdup(act->call.operation);
 		carrier->bucket = act->bucket != NULL ? pstrdup(act->bucket) : NULL;
+		carrier->account = act->account != NULL ? pstrdup(act->account) : NULL;
 		carrier->joint = palloc0(sizeof(Joint));
 		carrier->joint->batch = pstrdup(rate->batch);
 		carrier->joint->limit = rate->limit;
@@ -298,9 +299,12 @@ act_send_out(Engine *engine, Outgoing *out)
 	act->failures = 0;
 	act->reply = NULL;
 	act->not_before = 0;
-	act->bucket = NULL;
+	act->bucket = act->account = NULL;
 	if (out->rate != NULL && avm_api_rate > 0)
+	{
 		act->bucket = MemoryContextStrdup(act->context, out->rate->bucket);
+		act->account = MemoryContextStrdup(act->context, out->rate->account);
+	}
 	if (act->joined)
 		set_joined(engine, act, false);
 	out->act = NULL; /* from here on it is in one of our lists */

@@ -32,7 +32,8 @@
 #include "utils/timestamp.h"
 
 #define RECORD_BATCH 128		/* replies recorded in one transaction */
-#define LISTS_AT_ONCE 8			/* lists of VMs under way */
+#define LISTS_AT_ONCE 8			/* lists of VMs under way, beside those that are held, */
+#define LISTS_KEPT 32			/* and with them */
 #define LOCKED_RETRY_US 100000	/* how soon a record is tried again whose row a user has locked */
 #define RAISED_RETRY_US 1000000 /* the same after an error, twice as long each time */
 #define RAISED_PAUSE_S 60		/* how long a session is passed by whose claim has raised */
@@ -91,6 +92,7 @@ engine_create(MemoryContext parent, DispatcherSlot *slot, int lane, EngineHost h
 	dlist_init(&engine->waiting);
 	dlist_init(&engine->login_answered);
 	dlist_init(&engine->lists_waiting);
+	dlist_init(&engine->lists_held);
 	dlist_init(&engine->lists_answered);
 	engine->next_list = slot != NULL ? DT_NOBEGIN : DT_NOEND;
 	ctl.keysize = AVM_MAX_ID + 1;
@@ -230,8 +232,10 @@ note_throttling(Engine *engine, const Act *act, const TurnResult *result)
 	if (act->bucket != NULL)
 	{
 		if (act->reply != NULL && !act->call.counted)
-			rates_learn(engine->rates, act->bucket, result->reply_class,
+			rates_learn(engine->rates, act->bucket, act->account, result->reply_class,
 						now - act->reply->millis * INT64CONST(1000), now);
+		if (result->account != NULL)
+			rates_same_account(engine->rates, act->account, result->account, now);
 		return;
 	}
 	if (result->last_class != CLASS_THROTTLED)
@@ -494,7 +498,7 @@ step_list(Engine *engine, Act *act)
 
 	engine->list_at_hand = act;
 	begin_batch(engine, &scope);
-	inventory_turn(inventory, act->reply, &turn);
+	inventory_turn(inventory, act->reply, engine->rates, engine->peers, &turn);
 	commit_batch(engine, &scope);
 	engine->list_at_hand = NULL;
 
@@ -505,6 +509,12 @@ step_list(Engine *engine, Act *act)
 		act_send(engine, act, turn.request);
 	else if (turn.wait_for.id != 0)
 		dlist_push_tail(&engine->lists_waiting, &act->node);
+	else if (turn.later != 0)
+	{
+		act->not_before = turn.later;
+		dlist_push_tail(&engine->lists_held, &act->node);
+		engine->held++;
+	}
 	else
 	{
 		release_list(engine, act);
@@ -513,13 +523,21 @@ step_list(Engine *engine, Act *act)
 	}
 }
 
-/* Begin lists that are due, and move those on whose call has been answered. */
+/* How many more lists there may be. */
+static int
+room_for_lists(const Engine *engine)
+{
+	return Min(LISTS_AT_ONCE - (engine->lists - engine->held), LISTS_KEPT - engine->lists);
+}
+
+/* Begin lists that are due, and move those on whose call has been answered, or may be made by now. */
 static void
 run_lists(Engine *engine)
 {
 	TimestampTz now = GetCurrentTimestamp();
+	dlist_mutable_iter iter;
 
-	if (engine->next_list <= now && engine->lists < LISTS_AT_ONCE)
+	if (engine->next_list <= now && room_for_lists(engine) > 0)
 	{
 		DbScope scope;
 		List *claimed;
@@ -527,7 +545,7 @@ run_lists(Engine *engine)
 		ListCell *lc;
 
 		begin_batch(engine, &scope);
-		claimed = inventory_claim(engine->context, engine->lane, LISTS_AT_ONCE - engine->lists);
+		claimed = inventory_claim(engine->context, engine->lane, room_for_lists(engine));
 		engine->next_list = inventory_next(engine->lane);
 		MemoryContextSwitchTo(engine->context);
 		foreach (lc, claimed)
@@ -548,6 +566,16 @@ run_lists(Engine *engine)
 			act_answered(engine, lfirst(lc));
 		}
 		list_free(acts);
+	}
+	dlist_foreach_modify(iter, &engine->lists_held)
+	{
+		Act *act = dlist_container(Act, node, iter.cur);
+
+		if (act->not_before > now)
+			continue;
+		dlist_delete(&act->node);
+		engine->held--;
+		act_answered(engine, act);
 	}
 	while (!dlist_is_empty(&engine->lists_answered))
 	{
@@ -776,7 +804,9 @@ engine_next_look(Engine *engine)
 		return DT_NOBEGIN;
 	dlist_foreach(iter, &engine->answered) next =
 		Min(next, dlist_container(Act, node, iter.cur)->not_before);
-	if (engine->lists < LISTS_AT_ONCE)
+	dlist_foreach(iter, &engine->lists_held) next =
+		Min(next, dlist_container(Act, node, iter.cur)->not_before);
+	if (room_for_lists(engine) > 0)
 		next = Min(next, engine->next_list);
 	if (engine->full)
 		return next;

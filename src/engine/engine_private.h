@@ -43,7 +43,8 @@ typedef struct Act
 	Joint *joint;		  /* or one for these */
 	bool joined;		  /* it is one of those: it does not count as a call of its own */
 	char *member;		  /* of CallRate, with joined */
-	char *bucket;		  /* of CallRate, whose token its call has taken; NULL: none */
+	char *bucket;		  /* of CallRate, whose token its call has taken; NULL: none, */
+	char *account;		  /* and of that */
 	pg_uuid_t session_id;
 	int64 lease;
 	char *team_id;
@@ -120,9 +121,11 @@ struct Engine
 	dlist_head answered;
 	dlist_head waiting;		   /* for logins */
 	dlist_head login_answered; /* calls of logins */
-	dlist_head lists_waiting;  /* lists of VMs that wait for logins */
+	dlist_head lists_waiting;  /* lists of VMs that wait for logins, */
+	dlist_head lists_held;	   /* those that wait for what their account grants, */
 	dlist_head lists_answered; /* and those that go on */
-	int lists;				   /* so many are under way */
+	int lists;				   /* so many there are, */
+	int held;				   /* of which so many are held */
 	Act *list_at_hand;		   /* taken out of all these */
 	TimestampTz next_list;	   /* when to claim the next ones */
 	int in_flight;

@@ -13,6 +13,9 @@
  * Whoever writes about a place has its row of agentvm.inventory locked; who cannot have
  * it at once, since a user has, gives the list up.
  *
+ * The calls take tokens of the same buckets as those of sessions (rate.c).  A page for which
+ * there is none is asked for later; so is one that is refused for that reason.
+ *
  * Each place is listed once per interval, from a moment of its own on, so that the
  * calls are spread out; where there is nothing, once in twelve.
  *
@@ -44,7 +47,8 @@
 
 PG_FUNCTION_INFO_V1(agentvm_sweep_inventory);
 
-#define LEASE_S 300			 /* of a list, all its calls together */
+#define LEASE_S 300			 /* of a list, all its calls together, and longer if it has to wait */
+#define MAX_REFUSED 8		 /* times in a row a call is repeated that the account does not grant */
 #define IDLE_FACTOR 12		 /* intervals between lists where there is nothing */
 #define SELDOM 5000			 /* times what it takes until all sessions are gone through again */
 #define MAX_ERROR 300		 /* bytes kept */
@@ -74,6 +78,20 @@ static DbQuery lock_query = {
 	4,
 	{TEXTOID, TEXTOID, TEXTOID, INT8OID},
 	.generic = true};
+
+/* With the row locked. */
+static DbQuery put_off_query = {
+	"UPDATE agentvm.inventory SET lease = NULL, next_at = $5 "
+	"WHERE account = $1 AND provider = $2 AND region = $3 AND lease = $4",
+	5,
+	{TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID},
+	.generic = true};
+
+static DbQuery renew_query = {"UPDATE agentvm.inventory SET next_at = $5 "
+							  "WHERE account = $1 AND provider = $2 AND region = $3 AND lease = $4",
+							  5,
+							  {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID},
+							  .generic = true};
 
 /* With the row locked: $5 begun at, if it was whole; $6 VMs; $7 the error; $8 ms until the next. */
 static DbQuery finish_query = {
@@ -215,6 +233,7 @@ make_inventory(MemoryContext parent, const char *account, const char *provider, 
 	inventory->lease = lease;
 	inventory->failures = failures;
 	inventory->started_at = GetCurrentTimestamp();
+	inventory->leased_until = inventory->started_at + LEASE_S * USECS_PER_SEC;
 	return inventory;
 }
 
@@ -302,6 +321,36 @@ finish(const Inventory *inventory, bool whole)
 	values[7] = Float8GetDatum(interval_ms);
 	values[8] = Int32GetDatum(IDLE_FACTOR);
 	db_run(&finish_query, values, nulls);
+}
+
+/* Let somebody begin the list at that time. */
+static void
+put_off(const Inventory *inventory, TimestampTz later)
+{
+	Datum values[5];
+
+	if (!lock_row(inventory))
+		return;
+	set_inventory(values, inventory);
+	values[4] = TimestampTzGetDatum(later);
+	db_run(&put_off_query, values, NULL);
+}
+
+/* Have the list until then, and for as long as it may take; false: it is somebody else's. */
+static bool
+keep_until(Inventory *inventory, TimestampTz later)
+{
+	Datum values[5];
+
+	if (later + LEASE_S / 2 * USECS_PER_SEC <= inventory->leased_until)
+		return true;
+	if (!lock_row(inventory))
+		return false;
+	inventory->leased_until = later + LEASE_S * USECS_PER_SEC;
+	set_inventory(values, inventory);
+	values[4] = TimestampTzGetDatum(inventory->leased_until);
+	db_run(&renew_query, values, NULL);
+	return true;
 }
 
 /* Keep what has gone wrong, without any secret. */
@@ -419,6 +468,55 @@ go_on(Inventory *inventory, int millis)
 	return false;
 }
 
+/*
+ * The account does not grant the call yet that the handle asks for.  As long as the list has
+ * nothing, not even a refusal, there is nothing to keep for it.
+ */
+static void
+wait_until(Inventory *inventory, TimestampTz later, InventoryTurn *turn)
+{
+	if (inventory->phase == INVENTORY_LIST && inventory->pages == NIL && inventory->refused == 0)
+		put_off(inventory, later);
+	else if (keep_until(inventory, later))
+	{
+		inventory->waited = true;
+		turn->later = later;
+	}
+}
+
+/*
+ * Whether an answer to a call that takes tokens says that the account grants no more, and the
+ * call is to be repeated.  The end of VMs may begin anew with each repetition, so that there
+ * only the end of the operation counts as progress.
+ */
+static bool
+is_refused(Inventory *inventory, const ProviderStep *step, const CallRate *rate)
+{
+	if (step->kind != STEP_FAILED || step->error_class != CLASS_THROTTLED)
+	{
+		if (inventory->phase != INVENTORY_REAP || step->kind == STEP_DONE)
+			inventory->refused = 0;
+	}
+	else if (rate != NULL && avm_api_rate > 0)
+		return ++inventory->refused <= MAX_REFUSED;
+	return false;
+}
+
+/*
+ * Whether a call may be made now; else when: *later.  One for another page queues like a new
+ * one; ends are few, and may have waited before they began anew.
+ */
+static bool
+is_granted(const Inventory *inventory, const CallRate *rate, Rates *rates, int peers,
+		   TimestampTz *later)
+{
+	bool next_page = inventory->phase != INVENTORY_REAP && inventory->pages != NIL;
+	RateClaim claim = next_page && !inventory->waited ? RATE_NEW : RATE_WAITED;
+
+	return rates == NULL || rate == NULL ||
+		   rates_admit(rates, rate, peers, claim, GetCurrentTimestamp(), later);
+}
+
 /* What the calls of the operation are signed with. */
 static void
 find_login(const Inventory *inventory, const Provider *provider, const Credentials *credentials,
@@ -438,14 +536,17 @@ find_login(const Inventory *inventory, const Provider *provider, const Credentia
 
 /* The turn itself; raises where the database does. */
 static void
-take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
+take_turn(Inventory *inventory, const HttpReply *reply, Rates *rates, int peers,
+		  InventoryTurn *turn)
 {
+	CallRate *answered = rates != NULL ? inventory->rate : NULL;
 	const Provider *provider = provider_find(inventory->place.provider);
 	ProviderHost *host = NULL;
 	Credentials *credentials;
 	Jsonb *options;
 	char *cluster;
 
+	inventory->rate = NULL;
 	if (provider == NULL || !provider->lists)
 	{
 		note_error(inventory, NULL, "UnknownProvider", inventory->place.provider);
@@ -473,6 +574,7 @@ take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 		ProviderContext context = {0};
 		ProviderStep step;
 		LoginFound login;
+		TimestampTz later;
 		int millis = reply != NULL ? reply->millis : 0;
 		MemoryContext old;
 
@@ -517,6 +619,19 @@ take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 		if (reply != NULL)
 			shared_count_call(provider->name, inventory->call.operation, step.error_class,
 							  reply->millis);
+		if (reply != NULL && answered != NULL)
+		{
+			rates_learn(rates, answered->bucket, answered->account, step.error_class,
+						context.now - millis * INT64CONST(1000), context.now);
+			if (step.account != NULL)
+				rates_same_account(rates, answered->account, step.account, context.now);
+		}
+		if (reply != NULL && is_refused(inventory, &step, answered))
+		{
+			/* the same once more, when there is a token */
+			reply = NULL;
+			continue;
+		}
 		if (step.result != NULL)
 			keep_page(inventory, step.result);
 		if (step.error_class != CLASS_NONE)
@@ -524,10 +639,17 @@ take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 		switch (step.kind)
 		{
 			case STEP_REQUEST:
-				inventory->handle =
-					step.handle != NULL ? keep_document(inventory, step.handle) : NULL;
+				if (step.handle != NULL)
+					inventory->handle = keep_document(inventory, step.handle);
+				if (!is_granted(inventory, step.rate, rates, peers, &later))
+				{
+					wait_until(inventory, later, turn);
+					return;
+				}
+				inventory->waited = false;
 				inventory->call.operation = MemoryContextStrdup(inventory->context, step.operation);
 				inventory->call.login = login.ref;
+				inventory->rate = step.rate;
 				turn->request = step.request;
 				return;
 			case STEP_DONE:
@@ -554,7 +676,8 @@ take_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
 }
 
 void
-inventory_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn)
+inventory_turn(Inventory *inventory, const HttpReply *reply, Rates *rates, int peers,
+			   InventoryTurn *turn)
 {
 	MemoryContext memory = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
@@ -567,7 +690,7 @@ inventory_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn
 	MemoryContextSwitchTo(memory);
 	PG_TRY();
 	{
-		take_turn(inventory, reply, turn);
+		take_turn(inventory, reply, rates, peers, turn);
 		ReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(memory);
 		CurrentResourceOwner = owner;
@@ -642,7 +765,7 @@ list_here(Inventory *inventory)
 		DbScope scope;
 
 		db_enter(&scope);
-		inventory_turn(inventory, reply, &turn);
+		inventory_turn(inventory, reply, NULL, 1, &turn);
 		db_leave(&scope);
 		MemoryContextSwitchTo(inventory->step);
 		reply = NULL;

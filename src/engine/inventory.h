@@ -29,6 +29,7 @@ typedef struct Inventory
 	MemoryContext step;	   /* of the call under way, for its reply, too */
 	Place place;
 	int64 lease;
+	TimestampTz leased_until;
 	TimestampTz started_at;
 	int failures; /* of lists before */
 	InventoryPhase phase;
@@ -43,13 +44,17 @@ typedef struct Inventory
 	int vms;
 	char *error; /* of what has gone wrong, without stopping it */
 	TurnCall call;
+	CallRate *rate; /* of the call under way, in "step"; or NULL */
+	bool waited;	/* for what the account grants: the next call has had its turn */
+	int refused;	/* so often in a row, since the account grants no more */
 } Inventory;
 
-/* What a turn of a list needs next; nothing: it is over, and has been recorded. */
+/* What a turn of a list needs next; nothing: it is over, or put off, and that has been recorded. */
 typedef struct InventoryTurn
 {
 	HttpRequest *request; /* to be sent after commit; in inventory->step */
-	LoginRef wait_for;	  /* without: the next turn is to come when this login is over */
+	LoginRef wait_for;	  /* without: the next turn is to come when this login is over, */
+	TimestampTz later;	  /* or at this time; 0: none is */
 } InventoryTurn;
 
 /*
@@ -63,9 +68,13 @@ extern TimestampTz inventory_next(int lane);
 
 /*
  * Take a list a step further: "reply" answers its last request, NULL: begin, or go on after
- * a login.  What its provider refuses is recorded and ends it.  Inside a db scope.
+ * a wait.  What its provider refuses is recorded and ends it.  Its calls take tokens of
+ * "rates", as one of "peers" workers, like those of sessions: a list that has nothing yet and
+ * finds none is due again when there is one; another one waits with what it has.  NULL:
+ * a backend, which knows of no tokens.  Inside a db scope.
  */
-extern void inventory_turn(Inventory *inventory, const HttpReply *reply, InventoryTurn *turn);
+extern void inventory_turn(Inventory *inventory, const HttpReply *reply, Rates *rates, int peers,
+						   InventoryTurn *turn);
 
 /*
  * Bring agentvm.inventory up to date: where there are sessions, or might be VMs; and look

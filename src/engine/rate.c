@@ -10,6 +10,9 @@
  * as slots are to come, unless there are so many that nobody can be waiting for them.
  * Tokens are never kept for a slot whose row does not come.
  *
+ * Whose account an access key is of is not known before an answer has told.  Until then
+ * the key has buckets of its own; then what it has spent is taken from its account's.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -28,12 +31,14 @@
 #define ENOUGH 0.999					  /* of a token: sums of fractions are not exact */
 #define LONGEST_US (300 * USECS_PER_SEC)  /* until a row that waits asks again at the latest */
 #define MARGIN_US 2000					  /* a row comes that much later than its token */
-#define IDLE_US (600 * USECS_PER_SEC)	  /* after that a bucket is forgotten */
+#define IDLE_US (600 * USECS_PER_SEC)	  /* after that a bucket is forgotten, */
+#define UNUSED_US (7200 * USECS_PER_SEC)  /* and after that whose a key is: lists ask each hour */
 #define ABANDONED_US (60 * USECS_PER_SEC) /* after that nobody comes to make a call any more */
 
 typedef struct Bucket
 {
-	char name[KEY_SIZE]; /* hash key */
+	char name[KEY_SIZE]; /* hash key: CallRate's bucket and account */
+	int account_at;		 /* where in it that begins */
 	double size;		 /* tokens that it holds at most */
 	double per_second;	 /* ours, as published */
 	double factor;		 /* of that is granted */
@@ -52,10 +57,19 @@ typedef struct Gathering
 	TimestampTz since;
 } Gathering;
 
+/* An account by another name. */
+typedef struct AccountName
+{
+	char name[KEY_SIZE]; /* hash key */
+	char account[KEY_SIZE];
+	TimestampTz used_at;
+} AccountName;
+
 struct Rates
 {
 	HTAB *buckets;
 	HTAB *gathering;
+	HTAB *aliases;
 };
 
 Rates *
@@ -72,6 +86,9 @@ rates_create(MemoryContext context)
 	ctl.entrysize = sizeof(Gathering);
 	rates->gathering =
 		hash_create("agentvm gathering calls", 64, &ctl, HASH_ELEM | HASH_STRINGS | HASH_CONTEXT);
+	ctl.entrysize = sizeof(AccountName);
+	rates->aliases =
+		hash_create("agentvm accounts", 64, &ctl, HASH_ELEM | HASH_STRINGS | HASH_CONTEXT);
 	return rates;
 }
 
@@ -113,21 +130,43 @@ forget_oldest(Rates *rates)
 		forget(rates, oldest);
 }
 
+/* What is known of an account's name, or NULL. */
+static AccountName *
+find_alias(Rates *rates, const char *account, TimestampTz now)
+{
+	char key[KEY_SIZE];
+	AccountName *alias;
+
+	strlcpy(key, account, sizeof(key));
+	alias = hash_search(rates->aliases, key, HASH_FIND, NULL);
+	if (alias != NULL)
+		alias->used_at = now;
+	return alias;
+}
+
+/* Write a bucket's name; returns where the account begins in it. */
+static int
+bucket_name(char *key, const char *bucket, const char *account)
+{
+	snprintf(key, KEY_SIZE, "%s %s", bucket, account);
+	return (int) Min(strlen(bucket) + 1, strlen(key));
+}
+
 /* The bucket of a call, filled up to now. */
 static Bucket *
 find_bucket(Rates *rates, const CallRate *rate, int peers, TimestampTz now)
 {
+	AccountName *alias = find_alias(rates, rate->account, now);
 	char key[KEY_SIZE];
-	Bucket *bucket;
-	bool found;
+	int account_at = bucket_name(key, rate->bucket, alias != NULL ? alias->account : rate->account);
+	Bucket *bucket = hash_search(rates->buckets, key, HASH_FIND, NULL);
 
-	strlcpy(key, rate->bucket, sizeof(key));
-	bucket = hash_search(rates->buckets, key, HASH_FIND, NULL);
 	if (bucket == NULL)
 	{
 		if (hash_get_num_entries(rates->buckets) >= MAX_BUCKETS)
 			forget_oldest(rates);
-		bucket = hash_search(rates->buckets, key, HASH_ENTER, &found);
+		bucket = hash_search(rates->buckets, key, HASH_ENTER, NULL);
+		bucket->account_at = account_at;
 		bucket->factor = 1;
 		bucket->tokens = rate->burst * avm_api_rate / peers;
 		bucket->filled_at = now;
@@ -232,14 +271,15 @@ rates_close(Rates *rates, const char *batch)
 }
 
 void
-rates_learn(Rates *rates, const char *bucket_name, ErrorClass class, TimestampTz sent_at,
-			TimestampTz now)
+rates_learn(Rates *rates, const char *bucket_text, const char *account, ErrorClass class,
+			TimestampTz sent_at, TimestampTz now)
 {
+	AccountName *alias = find_alias(rates, account, now);
 	char key[KEY_SIZE];
 	Bucket *bucket;
 	double before;
 
-	strlcpy(key, bucket_name, sizeof(key));
+	bucket_name(key, bucket_text, alias != NULL ? alias->account : account);
 	bucket = hash_search(rates->buckets, key, HASH_FIND, NULL);
 	if (bucket == NULL || class == CLASS_TRANSIENT)
 		return; /* no answer says nothing */
@@ -257,12 +297,74 @@ rates_learn(Rates *rates, const char *bucket_name, ErrorClass class, TimestampTz
 		shared_note_rate(bucket->name, bucket->factor);
 }
 
+/* What has been spent of a bucket is taken from the same one of the account, and the bucket goes. */
+static void
+move_bucket(Rates *rates, Bucket *from, const char *account, TimestampTz now)
+{
+	char grant[KEY_SIZE];
+	char key[KEY_SIZE];
+	Bucket *to;
+	int account_at;
+
+	strlcpy(grant, from->name, Max(from->account_at, 1)); /* without the space */
+	account_at = bucket_name(key, grant, account);
+	to = hash_search(rates->buckets, key, HASH_FIND, NULL);
+	refill(from, now);
+	if (to == NULL)
+	{
+		/* room for one: "from" has it */
+		to = hash_search(rates->buckets, key, HASH_ENTER, NULL);
+		memcpy((char *) to + KEY_SIZE, (char *) from + KEY_SIZE, sizeof(Bucket) - KEY_SIZE);
+		to->account_at = account_at;
+	}
+	else
+	{
+		double debt;
+
+		refill(to, now);
+		debt = Min(Min(to->tokens, from->tokens), 0);
+		to->tokens = Max(to->tokens - (from->size - from->tokens), debt);
+		to->factor = Min(to->factor, from->factor);
+		to->halved_at = Max(to->halved_at, from->halved_at);
+		to->slot = Max(to->slot, from->slot);
+		to->left = 0;
+	}
+	forget(rates, from);
+	if (to->factor < 1)
+		shared_note_rate(to->name, to->factor);
+}
+
+void
+rates_same_account(Rates *rates, const char *name, const char *account, TimestampTz now)
+{
+	AccountName *alias = find_alias(rates, name, now);
+	HASH_SEQ_STATUS scan;
+	Bucket *bucket;
+	char key[KEY_SIZE];
+
+	if (strcmp(name, account) == 0 || (alias != NULL && strcmp(alias->account, account) == 0))
+		return;
+	strlcpy(key, name, sizeof(key));
+	if (alias == NULL && hash_get_num_entries(rates->aliases) >= MAX_BUCKETS)
+		return; /* until some are forgotten */
+	alias = hash_search(rates->aliases, key, HASH_ENTER, NULL);
+	strlcpy(alias->account, account, sizeof(alias->account));
+	alias->used_at = now;
+	hash_seq_init(&scan, rates->buckets);
+	while ((bucket = hash_seq_search(&scan)) != NULL)
+	{
+		if (strcmp(bucket->name + bucket->account_at, key) == 0)
+			move_bucket(rates, bucket, alias->account, now);
+	}
+}
+
 void
 rates_tidy(Rates *rates, TimestampTz now)
 {
 	HASH_SEQ_STATUS scan;
 	Bucket *bucket;
 	Gathering *gathering;
+	AccountName *alias;
 
 	hash_seq_init(&scan, rates->buckets);
 	while ((bucket = hash_seq_search(&scan)) != NULL)
@@ -275,5 +377,11 @@ rates_tidy(Rates *rates, TimestampTz now)
 	{
 		if (gathering->since + ABANDONED_US < now)
 			hash_search(rates->gathering, gathering->name, HASH_REMOVE, NULL);
+	}
+	hash_seq_init(&scan, rates->aliases);
+	while ((alias = hash_seq_search(&scan)) != NULL)
+	{
+		if (alias->used_at + UNUSED_US < now)
+			hash_search(rates->aliases, alias->name, HASH_REMOVE, NULL);
 	}
 }

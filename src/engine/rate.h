@@ -50,11 +50,21 @@ extern bool rates_admit(Rates *rates, const CallRate *rate, int peers, RateClaim
 /* A call of that CallRate.batch gathers no more: the next one takes a token of its own. */
 extern void rates_close(Rates *rates, const char *batch);
 
-/* Take in how a call of that bucket was answered that was sent at "sent_at". */
-extern void rates_learn(Rates *rates, const char *bucket, ErrorClass class, TimestampTz sent_at,
-						TimestampTz now);
+/* Take in how a call of that CallRate.bucket and .account was answered that was sent at "sent_at". */
+extern void rates_learn(Rates *rates, const char *bucket, const char *account, ErrorClass class,
+						TimestampTz sent_at, TimestampTz now);
 
-/* Forget buckets that are as new ones are, and calls that nobody has come to make. */
+/*
+ * Take in that an account which CallRate.account calls "name" is "account": its buckets become
+ * parts of that one's.  Cheap when it is known.  Never raises but for lack of memory.
+ */
+extern void rates_same_account(Rates *rates, const char *name, const char *account,
+							   TimestampTz now);
+
+/*
+ * Forget buckets that are as new ones are, calls that nobody has come to make, and names of
+ * accounts that have not been met for long.
+ */
 extern void rates_tidy(Rates *rates, TimestampTz now);
 
 #endif /* AGENTVM_ENGINE_RATE_H */

@@ -544,7 +544,10 @@ session_turn(SessionRow *row, const HttpReply *reply, const TurnCall *call, Conf
 			step.error_class = CLASS_PERMANENT;
 		result->last_class = step.error_class;
 		if (reply != NULL)
+		{
 			result->reply_class = step.error_class;
+			result->account = step.account;
+		}
 		if (step.error_class != CLASS_NONE)
 			error = step_error(&step, login.secrets);
 		if (reply != NULL && !call->counted)

@@ -44,6 +44,7 @@ typedef struct TurnResult
 	LoginRef wait_for; /* without: the next turn is to come when this login is over; id 0: none */
 	ErrorClass last_class;	/* how the last step went, for throttling */
 	ErrorClass reply_class; /* the one that took in the reply */
+	const char *account;	/* whose the reply says it is, or NULL */
 } TurnResult;
 
 /*

@@ -270,8 +270,8 @@ static const struct
 };
 
 /*
- * The account that the step's calls are made in, as far as it can be told: that of the
- * team's role, else the one that its access key is of.
+ * The account that the step's calls are made in, as far as it can be told without one: that
+ * of the team's role, else the one that its access key is of, whose number answers tell.
  */
 static char *
 account_name(Ec2Step *step)
@@ -298,7 +298,8 @@ ec2_limit(Ec2Step *step, const char *operation, const char *vm_id)
 		if (strcmp(limits[i].operation, operation) != 0)
 			continue;
 		rate = step->out->rate = palloc0(sizeof(CallRate));
-		rate->bucket = psprintf("%s %s %s", operation, ec2_region(step), account_name(step));
+		rate->bucket = psprintf("%s %s", operation, ec2_region(step));
+		rate->account = account_name(step);
 		rate->burst = limits[i].burst;
 		rate->per_second = limits[i].per_second;
 		if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
@@ -652,6 +653,18 @@ ec2_search(Ec2Step *step, const char *phase)
 }
 
 void
+ec2_learn_account(Ec2Step *step, XmlDoc *doc)
+{
+	/* of RunInstances, of DescribeInstances: nobody is told of another one's reservations */
+	char *owner = xml_below_text(xml_root(doc), "ownerId");
+
+	if (owner == NULL)
+		owner = xml_below_text(xml_root(doc), "reservationSet/item/ownerId");
+	if (owner != NULL && strlen(owner) == 12 && strspn(owner, DIGITS) == 12)
+		step->out->account = owner;
+}
+
+void
 ec2_learn_id(Ec2Step *step, XmlDoc *doc)
 {
 	Ec2Progress *progress = &step->progress;
@@ -659,6 +672,7 @@ ec2_learn_id(Ec2Step *step, XmlDoc *doc)
 
 	step->out->vm_id = progress->vm_id = xml_text(doc, "//instancesSet/item/instanceId");
 	step->out->region = ec2_region(step);
+	ec2_learn_account(step, doc);
 	step->out->purchase = progress->market;
 	if (lifecycle != NULL && strcmp(lifecycle, SPOT) == 0)
 		step->out->purchase = SPOT;

@@ -114,6 +114,9 @@ extern void ec2_send_describe(Ec2Step *step, const char *vm_id);
 /* What the account grants of the step's request; "vm_id": it is made for that VM, or for several. */
 extern void ec2_limit(Ec2Step *step, const char *operation, const char *vm_id);
 
+/* Tell the engine whose account it is that has answered. */
+extern void ec2_learn_account(Ec2Step *step, XmlDoc *doc);
+
 /* What calls are signed with; NULL as long as that is not known. */
 extern const SecretSet *ec2_signer(const Ec2Step *step);
 

@@ -141,6 +141,7 @@ ask_page(Ec2Step *step, const char *next_token)
 	if (next_token != NULL)
 		aws_form_add(&form, "NextToken", next_token);
 	ec2_send(step, "ec2", DESCRIBE, &form);
+	ec2_limit(step, DESCRIBE_BY_FILTER, NULL);
 	step->out->request->max_reply = MAX_PAGE_BYTES;
 }
 
@@ -170,6 +171,7 @@ ec2_list(Ec2Step *step)
 		ec2_fail_malformed(step);
 		return;
 	}
+	ec2_learn_account(step, step->doc);
 	step->out->result = read_page(step->doc, step->context->cluster, step->context->vm_ids != NIL);
 	next = xml_below_text(xml_root(step->doc), "nextToken");
 	pages = handle_int(handle, PAGES, 0) + 1;
@@ -204,6 +206,7 @@ ask_end(Ec2Step *step, int64 single)
 	step->out->mutates = true;
 	step->out->handle = handle_set_int(NULL, SINGLE, single);
 	ec2_send(step, "ec2", TERMINATE, &form);
+	ec2_limit(step, TERMINATE, NULL);
 }
 
 /*

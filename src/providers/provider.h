@@ -164,9 +164,11 @@ typedef enum StepKind
  */
 typedef struct CallRate
 {
-	const char *bucket; /* calls with the same text draw on the same grant */
-	int burst;			/* calls at once */
-	double per_second;	/* and from then on */
+	const char *bucket; /* of an account's calls those with the same text draw on the same grant */
+	const char
+		*account; /* whose: its number, or a name of its own for what the call is signed with */
+	int burst;	  /* calls at once */
+	double per_second; /* and from then on */
 	/* of a call that Provider.join can make for several members, else NULL: */
 	const char *batch;	/* the same for those that may be made in one, less than 100 bytes */
 	const char *member; /* whom this one is for */
@@ -196,6 +198,7 @@ typedef struct ProviderStep
 	const char *region;
 	const char *address;
 	const char *purchase;
+	const char *account; /* the number of the one that the call just answered was made in */
 	int host_kvm; /* learned of the host: 1 guests run under KVM there, -1 they do not, 0 nothing */
 	Jsonb *result; /* OP_INSPECT, OP_CHECK when done; OP_LIST, OP_REAP: see there */
 } ProviderStep;

@@ -9,6 +9,7 @@
     cloud.py user-data DIR ID         the user data that the instance was launched with, decoded
     cloud.py files DIR ID             the files that user data carries, as {path: content}
     cloud.py terminate|stop-instance DIR ID...   behind agentvm's back
+    cloud.py account DIR NUMBER       another account, furnished like ours: keys, image, subnets
     cloud.py user DIR ACTION...       keys of another user, who may do only these (ec2:DescribeInstances, ...)
     cloud.py role DIR NAME ACTION...             a role that may do these, for anybody to assume; its ARN
     cloud.py call DIR SERVICE METHOD JSON        any boto3 call
@@ -42,7 +43,7 @@ def post(endpoint, path, body=b""):
 
 
 def client(cloud, service):
-    return boto3.client(
+    made = boto3.client(
         service,
         region_name=REGION,
         endpoint_url=cloud["endpoint"],
@@ -51,6 +52,9 @@ def client(cloud, service):
         aws_session_token=cloud.get("session_token"),
         config=Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=60),
     )
+    if "account" in cloud:  # while nothing is verified moto believes whose account it is
+        made.meta.events.register("before-sign", lambda request, **_: request.headers.add_header("x-moto-account-id", cloud["account"]))
+    return made
 
 
 def user(cloud, name, actions):
@@ -73,9 +77,9 @@ def role(cloud, name, actions):
     return arn
 
 
-def furnish(endpoint):
-    """Make the account that the tests use, then have every signature verified."""
-    cloud = {"endpoint": endpoint, "region": REGION, "access_key_id": "anyone", "secret_access_key": "anything"}
+def furnish(endpoint, **account):
+    """Make the account that the tests use, or one of another number, then have every signature verified."""
+    cloud = {"endpoint": endpoint, "region": REGION, "access_key_id": "anyone", "secret_access_key": "anything", **account}
     ec2, iam = client(cloud, "ec2"), client(cloud, "iam")
     cloud["image_id"] = ec2.describe_images(Filters=[{"Name": "architecture", "Values": ["x86_64"]}])["Images"][0]["ImageId"]
     subnets = sorted(ec2.describe_subnets()["Subnets"], key=lambda subnet: subnet["AvailabilityZone"])
@@ -123,6 +127,11 @@ def reset(directory, cloud):
     post(cloud["endpoint"], "/moto-api/reset-auth", b"inf")
     post(cloud["endpoint"], "/moto-api/reset")
     return save(directory, {**furnish(cloud["endpoint"]), "pid": cloud["pid"]})
+
+
+def account(cloud, number):
+    post(cloud["endpoint"], "/moto-api/reset-auth", b"inf")
+    return furnish(cloud["endpoint"], account=number)
 
 
 def instances(cloud, running):
@@ -187,6 +196,8 @@ def main(command, directory, *rest):
         client(cloud, "ec2").terminate_instances(InstanceIds=list(rest))
     elif command == "stop-instance":
         client(cloud, "ec2").stop_instances(InstanceIds=list(rest))
+    elif command == "account":
+        return account(cloud, rest[0])
     elif command == "user":
         return user(cloud, f"user-{time.time_ns()}", list(rest))
     elif command == "role":

@@ -53,6 +53,14 @@ sub user_data { my ($self, $id) = @_; return $self->run('user-data', $id); }
 sub files     { my ($self, $id) = @_; return $self->run('files',     $id); }
 sub terminate { my ($self, @ids) = @_; return $self->run('terminate', @ids); }
 
+# Another account of that number: what set_ec2 and ec2_team take, (options => ..., secrets => ...)
+sub account
+{
+	my ($self, $number) = @_;
+	my $cloud = $self->run('account', $number);
+	return (options => options({ cloud => $cloud }), secrets => secrets({ cloud => $cloud }));
+}
+
 # Keys of a user who may only do these: $moto->user('ec2:DescribeInstances')
 sub user { my ($self, @actions) = @_; return $self->run('user', @actions); }
 
