@@ -12,18 +12,17 @@ import sys
 
 from moto.ec2.exceptions import EC2ClientError
 from moto.ec2.models import EC2Backend
-from moto.ec2.models.core import TaggedEC2Resource
 from moto.ec2.responses.instances import InstanceResponse
 from moto.ec2.utils import random_spot_request_id
 from moto.server import main
 
 
-class Request(TaggedEC2Resource):
+class Request:
     def __init__(self, backend, instance, tags):
         self.ec2_backend, self.id, self.state, self.instance = backend, random_spot_request_id(), "active", instance
         backend.spot_instance_requests[self.id] = self
         instance.spot_instance_request_id = self.id
-        self.add_tags(tags)
+        backend.create_tags([self.id], tags)
 
     def relaunch(self):
         old = self.instance

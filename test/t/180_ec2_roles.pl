@@ -62,7 +62,7 @@ my $answer = check('acme');
 is_deeply([ @$answer{qw(ok account external_id)} ], [ JSON::PP::true, '123456789012', $id ], 'check_provider(): the account, the external id');
 like($answer->{arn}, qr{:assumed-role/agentvm/check$}, 'and the role');
 is_deeply([ sort @{ $answer->{allowed} } ], [ 'ec2:DescribeInstances', 'ec2:RunInstances', 'sts:GetCallerIdentity' ], 'what is allowed');
-is_deeply($answer->{not_checked}, [ map { "ec2:${_}Instances" } qw(Terminate Stop Start) ], 'what could not be asked');
+is_deeply($answer->{not_checked}, [ map { "ec2:$_" } qw(TerminateInstances StopInstances StartInstances CancelSpotInstanceRequests) ], 'what could not be asked');
 my ($call) = assumed('acme');
 is_deeply([ @{ $call->{args} }{qw(RoleArn ExternalId DurationSeconds)} ], [ $arn, $id, 900 ], 'the role was assumed with it, for a short while');
 is(scalar $moto->instances, 0, 'nothing has been launched');
