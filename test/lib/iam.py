@@ -152,7 +152,7 @@ class Call:
         if self.action == "ec2:CreateTags":
             tags = {self.data[f"Tag.{key.split('.')[1]}.Key"]: value for key, value in self.data.items() if re.fullmatch(r"Tag\.\d+\.Value", key)}
             return [
-                (self.action, self.arn("ec2", f"instance/{one}"), {**tag_keys(tags), **self.own_tags(one)})
+                (self.action, self.arn("ec2", f"{'spot-instances-request' if one.startswith('sir-') else 'instance'}/{one}"), {**tag_keys(tags), **self.own_tags(one)})
                 for one in self.members(r"ResourceId\.\d+")
             ]
         if service == "ssm" and "Name" in self.body:

@@ -87,7 +87,7 @@ finish(@sessions);
 @calls = (assumed('acme'))[ 3 .. 99 ];
 @calls = grep { $_ } @calls;
 is(scalar @calls, 1, 'and once for all their ends');
-is_deeply([ actions($calls[0]) ], [ sort qw(ec2:DescribeInstances ec2:TerminateInstances) ], 'which allows nothing else');
+is_deeply([ actions($calls[0]) ], [ sort qw(ec2:DescribeInstances ec2:TerminateInstances ec2:CancelSpotInstanceRequests) ], 'which allows nothing else');
 my ($terminate) = grep { $_->{Action}[0] eq 'ec2:TerminateInstances' } @{ decode_json($calls[0]{args}{Policy})->{Statement} };
 is_deeply($terminate->{Condition}, { StringEquals => { 'ec2:ResourceTag/agentvm-cluster' => $cluster } }, 'and of no VMs but ours');
 is(scalar $moto->running, 0, 'nothing runs');
