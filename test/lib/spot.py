@@ -12,6 +12,7 @@ import sys
 
 from moto.ec2.exceptions import EC2ClientError
 from moto.ec2.models import EC2Backend
+from moto.ec2.models.core import TaggedEC2Resource
 from moto.ec2.responses.instances import InstanceResponse
 from moto.ec2.utils import random_spot_request_id
 from moto.server import main
@@ -23,6 +24,12 @@ class Request:
         backend.spot_instance_requests[self.id] = self
         instance.spot_instance_request_id = self.id
         backend.create_tags([self.id], tags)
+
+    get_tags, get_filter_value = TaggedEC2Resource.get_tags, TaggedEC2Resource.get_filter_value
+
+    @property
+    def spot_instance_request_id(self):
+        return self.id
 
     def relaunch(self):
         old = self.instance
