@@ -116,6 +116,7 @@ static const ProgressMember integers[] = {
 	{"put_at", offsetof(Ec2Progress, put_at)},
 	{"put_open", offsetof(Ec2Progress, put_open)},
 	{AVM_POWER_SENT, offsetof(Ec2Progress, power_sent)},
+	{"cancelled", offsetof(Ec2Progress, cancelled)},
 	{"request_until", offsetof(Ec2Progress, request_until)},
 };
 
@@ -313,6 +314,16 @@ ec2_limit(Ec2Step *step, const char *operation, const char *id)
 	}
 }
 
+void
+ec2_add_living(AwsForm *form, int filter)
+{
+	static const char *const states[] = {"pending", "running", "stopping", "stopped"};
+
+	aws_form_add(form, psprintf("Filter.%d.Name", filter), "instance-state-name");
+	for (int i = 0; i < lengthof(states); i++)
+		aws_form_add(form, psprintf("Filter.%d.Value.%d", filter, i + 1), states[i]);
+}
+
 /* Look for a live instance by the session's tag. */
 static void
 send_lookup(Ec2Step *step)
@@ -322,11 +333,7 @@ send_lookup(Ec2Step *step)
 	aws_form_init(&form, DESCRIBE, EC2_VERSION);
 	aws_form_add(&form, "Filter.1.Name", "tag:agentvm-session-id");
 	aws_form_add(&form, "Filter.1.Value.1", step->session->session_id);
-	aws_form_add(&form, "Filter.2.Name", "instance-state-name");
-	aws_form_add(&form, "Filter.2.Value.1", "pending");
-	aws_form_add(&form, "Filter.2.Value.2", "running");
-	aws_form_add(&form, "Filter.2.Value.3", "stopping");
-	aws_form_add(&form, "Filter.2.Value.4", "stopped");
+	ec2_add_living(&form, 2);
 	ec2_send(step, "ec2", DESCRIBE, &form);
 	ec2_limit(step, DESCRIBE_BY_FILTER, NULL);
 }
@@ -537,23 +544,19 @@ ec2_look_again(Ec2Step *step, const char *phase)
 	return true;
 }
 
-/* End an instance whose id is known. */
+/* End an instance that none will follow. */
 static void
-terminate_vm(Ec2Step *step, const char *vm_id)
+end_vm(Ec2Step *step, const char *vm_id)
 {
 	Ec2Progress *progress = &step->progress;
-	const HttpReply *reply;
-	bool confirming;
-	bool refused;
+	const HttpReply *reply = step->reply;
+	bool confirming = progress->phase != NULL && strcmp(progress->phase, CONFIRM_PHASE) == 0;
+	bool refused = progress->phase != NULL && strcmp(progress->phase, REFUSED_PHASE) == 0;
+	bool active = progress->request != NULL && progress->cancelled == 0;
 	AwsError error;
 	XmlDoc *doc;
 	char *state;
 
-	if (!ec2_request_is_gone(step, vm_id))
-		return;
-	reply = step->reply;
-	confirming = progress->phase != NULL && strcmp(progress->phase, CONFIRM_PHASE) == 0;
-	refused = progress->phase != NULL && strcmp(progress->phase, REFUSED_PHASE) == 0;
 	if (reply == NULL)
 	{
 		if (confirming || refused)
@@ -611,14 +614,36 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 	else if (refused)
 	{
 		progress->phase = NULL;
-		step->out->operation = progress->request != NULL ? CANCEL : TERMINATE;
+		step->out->operation = active ? CANCEL : TERMINATE;
 		ec2_fail(step, CLASS_CREDENTIALS, "UnauthorizedOperation",
-				 progress->request != NULL
-					 ? "the instance lives, but cancelling its spot request is not allowed"
-					 : "the instance lives, but ending it is not allowed");
+				 active ? "the instance lives, but cancelling its spot request is not allowed"
+						: "the instance lives, but ending it is not allowed");
 	}
 	else
 		send_terminate(step, vm_id);
+}
+
+/* End an instance whose id is known. */
+static void
+terminate_vm(Ec2Step *step, const char *vm_id)
+{
+	char *before;
+
+	if (ec2_ends_others(&step->progress))
+	{
+		ec2_end_others(step);
+		return;
+	}
+	if (!ec2_request_is_gone(step, vm_id))
+		return;
+	end_vm(step, vm_id);
+	if (step->out->kind != STEP_DONE || step->progress.request == NULL)
+		return;
+	before = xml_text(step->doc, "//instancesSet/item/previousState/name");
+	if (before != NULL && strcmp(before, "shutting-down") != 0 && strcmp(before, "terminated") != 0)
+		return; /* it was us, and after the request */
+	step->reply = NULL;
+	ec2_end_others(step);
 }
 
 Ec2Search

@@ -56,7 +56,8 @@ typedef struct Ec2Progress
 				* OP_PROVISION: NULL, PUT_PHASE, FIND_PHASE; of the others: see ec2_power.c */
 	const char *vm_id;
 	const char *region;
-	const char *request; /* persistent one of the instance, as long as it may be active */
+	const char *request; /* persistent one of the instance, see ec2_spot.c */
+	int64 cancelled;	 /* it is, or has expired */
 	int64 request_until; /* epoch s at which it expires, 0: not known */
 
 	/* the launch attempt that is under way */
@@ -117,6 +118,9 @@ extern const char *ec2_region(Ec2Step *step);
 /* The step's request: this form. */
 extern void ec2_send(Ec2Step *step, const char *service, const char *action, AwsForm *form);
 extern void ec2_send_describe(Ec2Step *step, const char *vm_id);
+
+/* A filter of that number for DescribeInstances: those that have not ended. */
+extern void ec2_add_living(AwsForm *form, int filter);
 
 /*
  * What the account grants of the step's request; "id": it is made for that instance or spot
@@ -262,6 +266,15 @@ extern void ec2_cancel_form(AwsForm *form, List *requests);
  * the step has ended.
  */
 extern bool ec2_request_is_gone(Ec2Step *step, const char *vm_id);
+
+/*
+ * After that, where the instance may have ended before the request was cancelled: the end of
+ * those that AWS has launched in its place.  Ends the step, done when none is left.
+ */
+extern void ec2_end_others(Ec2Step *step);
+
+/* Whether that is under way. */
+extern bool ec2_ends_others(const Ec2Progress *progress);
 
 /* ---- ec2_list.c ---- */
 

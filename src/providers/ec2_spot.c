@@ -8,13 +8,15 @@
  * request is cancelled first, and what can be ended only is not ended if that is refused.
  * A repeat of the cancellation changes nothing, so that after a crash it is made once more.
  *
- * "request" in the handle is that of the session's instance until it is cancelled.  Where AWS
+ * "request" in the handle is that of the session's instance, if that is persistent.  Where AWS
  * has not told its id with the instance, or there is no handle, as in a session that was adopted,
  * the instance is looked at first: by its tag it says what it is.
  *
  * We are not the only ones by whom an instance may end.  One that shuts itself down
  * is stopped rather than terminated, and the request expires when the VM's hard stop comes.
- * An interruption stops the instance, too; AWS starts it when there is room again, and nobody
+ * Where an instance had ended before its request was cancelled, those that the request has launched
+ * are looked for and ended; a policy that goes by tags does not allow that, but then the
+ * session does not end silently.  An interruption stops the instance, too; AWS starts it when there is room again, and nobody
  * else can.  To us it counts as lost.
  *
  *-------------------------------------------------------------------------
@@ -26,6 +28,9 @@
 /* Ec2Progress.phase of OP_TERMINATE */
 #define LOOK_PHASE "request"
 #define CANCEL_PHASE "cancel"
+
+#define OTHERS_PHASE "others" /* is there one that took the instance's place? */
+#define END_OTHER_PHASE "end-other"
 
 #define UNKNOWN_REQUEST "?" /* Ec2Progress.request: there is one */
 
@@ -79,6 +84,13 @@ ec2_cancel_form(AwsForm *form, List *requests)
 		aws_form_add(form, psprintf("SpotInstanceRequestId.%d", ++n), lfirst(lc));
 }
 
+/* Whether there is a request, and AWS has told which. */
+static bool
+is_known(const Ec2Progress *progress)
+{
+	return progress->request != NULL && strcmp(progress->request, UNKNOWN_REQUEST) != 0;
+}
+
 /* The first instance in an answer, or NULL. */
 static XmlNode *
 instance_in(XmlDoc *doc)
@@ -101,14 +113,18 @@ says_persistent(XmlNode *instance)
 	return false;
 }
 
-/* There is no request any more: the reply has been taken in. */
+/* There is no request that would launch anything: the reply has been taken in. */
 static bool
 let_go(Ec2Step *step)
 {
 	Ec2Progress *progress = &step->progress;
 
-	progress->request = progress->phase = NULL;
-	progress->request_until = progress->looks = progress->wait = 0;
+	if (is_known(progress))
+		progress->cancelled = 1;
+	else
+		progress->request = NULL;
+	progress->phase = NULL;
+	progress->looks = progress->wait = 0;
 	step->reply = NULL;
 	return true;
 }
@@ -223,7 +239,7 @@ ec2_request_is_gone(Ec2Step *step, const char *vm_id)
 	}
 
 	/* what has no handle of its launch was adopted */
-	if ((progress->request != NULL && strcmp(progress->request, UNKNOWN_REQUEST) == 0) ||
+	if ((progress->request != NULL && !is_known(progress)) ||
 		(progress->request == NULL && progress->vm_id == NULL && purchase != NULL &&
 		 strcmp(purchase, SPOT) == 0))
 	{
@@ -231,7 +247,7 @@ ec2_request_is_gone(Ec2Step *step, const char *vm_id)
 		ec2_send_describe(step, vm_id);
 		return false;
 	}
-	if (progress->request == NULL)
+	if (progress->request == NULL || progress->cancelled != 0)
 		return true;
 	ec2_enter_phase(progress, CANCEL_PHASE);
 	ec2_cancel_form(&form, list_make1(unconstify(char *, progress->request)));
@@ -239,4 +255,70 @@ ec2_request_is_gone(Ec2Step *step, const char *vm_id)
 	ec2_send(step, "ec2", CANCEL, &form);
 	ec2_limit(step, CANCEL, progress->request);
 	return false;
+}
+
+bool
+ec2_ends_others(const Ec2Progress *progress)
+{
+	return progress->phase != NULL && (strcmp(progress->phase, OTHERS_PHASE) == 0 ||
+									   strcmp(progress->phase, END_OTHER_PHASE) == 0);
+}
+
+/* Look for instances of the request that live. */
+static void
+look_for_others(Ec2Step *step)
+{
+	AwsForm form;
+
+	ec2_enter_phase(&step->progress, OTHERS_PHASE);
+	aws_form_init(&form, DESCRIBE, EC2_VERSION);
+	aws_form_add(&form, "Filter.1.Name", "spot-instance-request-id");
+	aws_form_add(&form, "Filter.1.Value.1", step->progress.request);
+	ec2_add_living(&form, 2);
+	ec2_send(step, "ec2", DESCRIBE, &form);
+	ec2_limit(step, DESCRIBE_BY_FILTER, NULL);
+}
+
+void
+ec2_end_others(Ec2Step *step)
+{
+	Ec2Progress *progress = &step->progress;
+	bool ending = progress->phase != NULL && strcmp(progress->phase, END_OTHER_PHASE) == 0;
+	AwsError error;
+	AwsForm form;
+	char *vm_id;
+
+	if (step->reply == NULL)
+	{
+		look_for_others(step);
+		return;
+	}
+	step->out->operation = ending ? TERMINATE : DESCRIBE;
+	error = aws_judge(step->reply);
+	if (ending)
+		ec2_look_later(step, OTHERS_PHASE, 0);
+	if (ending && strcmp(error.code != NULL ? error.code : "", "UnauthorizedOperation") == 0)
+		error.message = psprintf("an instance that AWS has launched for spot request %s lives, but "
+								 "ending it is not allowed",
+								 progress->request);
+	if (error.class != CLASS_NONE)
+		ec2_fail(step, error.class, error.code, error.message);
+	if (ending || error.class != CLASS_NONE)
+		return;
+	if (xml_count(ec2_parse(step), "/DescribeInstancesResponse") == 0)
+	{
+		ec2_fail_malformed(step);
+		return;
+	}
+	vm_id = xml_text(step->doc, "//instancesSet/item/instanceId");
+	if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
+	{
+		step->out->kind = STEP_DONE;
+		return;
+	}
+	ec2_enter_phase(progress, END_OTHER_PHASE);
+	step->out->mutates = true;
+	aws_form_init(&form, TERMINATE, EC2_VERSION);
+	aws_form_add(&form, "InstanceId.1", vm_id);
+	ec2_send(step, "ec2", TERMINATE, &form);
 }

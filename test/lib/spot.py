@@ -13,8 +13,9 @@ import sys
 from moto.ec2.exceptions import EC2ClientError
 from moto.ec2.models import EC2Backend
 from moto.ec2.models.core import TaggedEC2Resource
+from moto.ec2.models.instances import Instance
 from moto.ec2.responses.instances import InstanceResponse
-from moto.ec2.utils import random_spot_request_id
+from moto.ec2.utils import filter_dict_attribute_mapping, random_spot_request_id
 from moto.server import main
 
 
@@ -71,6 +72,8 @@ def cancel_spot_instance_requests(self, request_ids):
     return requests
 
 
+Instance.spot_instance_request_id = None
+filter_dict_attribute_mapping["spot-instance-request-id"] = "spot_instance_request_id"
 InstanceResponse.run_instances = run_instances
 EC2Backend.terminate_instances = terminate_instances
 EC2Backend.cancel_spot_instance_requests = cancel_spot_instance_requests

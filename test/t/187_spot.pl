@@ -125,6 +125,20 @@ hurried($session, 'terminate', 'terminated');
 is(ends($vm, $request), 'end', 'a request that has expired needs no cancellation');
 $faults->clear;
 
+# ---- ended by somebody else: AWS has launched another one, which a policy may not allow to end; but the session does not end silently ----
+($session, $vm, $request) = ready();
+$moto->terminate($vm);
+my ($other) = map { $_->{id} } grep { !%{ $_->{tags} } } $moto->running;
+refuse('TerminateInstances', 'UnauthorizedOperation', status => 403, match => $other);
+$faults->set(action => 'DescribeInstances', mode => '500', n => 1);
+sql("SELECT agentvm.terminate('$session')");
+hurry_until($node, "SELECT retries > 2 FROM agentvm.session WHERE session_id = '$session'");
+is(state_of($node, $session), 'terminating requested', 'an instance that took the place of one that somebody has ended is not forgotten');
+like((events($node, $session))[-1]{error}, qr/an instance that AWS has launched for spot request \Q$request\E lives, but ending it is not allowed/, 'the log says why');
+$faults->clear;
+hurry_to($node, $session, 'terminated');
+is(ends($vm, $request) . ' ' . ends($other, 'x'), 'cancel end end', 'until it may be ended');
+
 # ---- where the id is not known: AWS has not told it, or the session was adopted and has no handle ----
 for my $handle (q{handle || '{"request": "?"}'}, 'NULL')
 {
@@ -224,6 +238,6 @@ is(sweep(), 0, 'one that we have stopped is no loss');
 sql('SELECT agentvm.terminate(session_id) FROM agentvm.sessions WHERE ended_at IS NULL');
 hurry_until($node, 'SELECT count(*) FROM agentvm.sessions WHERE ended_at IS NULL', 0);
 my @instances = $moto->instances;
-is(scalar(grep { !%{ $_->{tags} } } @instances), 0, 'nothing took the place of what has ended');
+is(join(' ', map { $_->{id} } grep { !%{ $_->{tags} } } @instances), $other, 'nothing took the place of what has ended, but for that of which somebody else was the end');
 is(scalar(grep { $_->{state} ne 'terminated' } @instances), 0, 'nothing is left');
 done_testing();
