@@ -269,8 +269,12 @@ static const struct
 	int per_second;
 	int members;
 } limits[] = {
-	{RUN, 5, 2, 1},		  {START, 5, 2, 1},		   {TERMINATE, 100, 5, 1000},
-	{CANCEL, 50, 5, 100}, {DESCRIBE, 50, 10, 200}, {DESCRIBE_BY_FILTER, 100, 20, 1},
+	{RUN, 5, 2, 1},
+	{START, 5, 2, 1},
+	{TERMINATE, 100, 5, 1000},
+	{CANCEL, 50, 5, 100}, /* as all that changes something and has no limit of its own */
+	{DESCRIBE, 50, 10, 200},
+	{DESCRIBE_BY_FILTER, 100, 20, 1},
 };
 
 /*
