@@ -287,6 +287,7 @@ ec2_end_others(Ec2Step *step)
 	AwsError error;
 	AwsForm form;
 	char *vm_id;
+	char *state;
 
 	if (step->reply == NULL)
 	{
@@ -311,7 +312,9 @@ ec2_end_others(Ec2Step *step)
 		return;
 	}
 	vm_id = xml_text(step->doc, "//instancesSet/item/instanceId");
-	if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
+	state = xml_text(step->doc, "//instancesSet/item/instanceState/name");
+	if (vm_id == NULL || !ec2_is_id(vm_id, "i-") || state == NULL ||
+		strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0)
 	{
 		step->out->kind = STEP_DONE;
 		return;
