@@ -12,10 +12,10 @@
  * Tags are the account's owner's to set; whatever they say only VMs in the account are
  * touched, and other teams see none of it.
  *
- * A session has lost its VM when the provider says that it has ended, or has not
- * known it in two lists while nothing was heard of it.  If a good part of a place's VMs is not known,
- * that is more likely another account than their end: then the sessions are left
- * alone, and view drift tells.
+ * A session has lost its VM when the provider says that it has ended, or that he has stopped it
+ * himself, or has not known it in two lists while nothing was heard of it.  If a good part of a
+ * place's VMs is not known, that is more likely another account than their end: then the sessions
+ * are left alone, and view drift tells.
  *
  *-------------------------------------------------------------------------
  */
@@ -35,9 +35,14 @@
 #define MANY_UNKNOWN 10		  /* VMs that are not known: more, and more than a fifth, are no news */
 #define APPEARS_WITHIN "60 s" /* after its launch a VM is in lists */
 
-/* The VMs of pages in parameter "n", each once; over: it has ended. */
+/*
+ * The VMs of pages in parameter "n", each once; over: it has ended; halted: the provider has
+ * stopped it, and lets nobody start it.
+ */
 #define VMS(n)                                                                                     \
-	"(SELECT DISTINCT ON (r.vm_id) r.*, r.state IN ('shutting-down', 'terminated') AS over "       \
+	"(SELECT DISTINCT ON (r.vm_id) r.*, r.state IN ('shutting-down', 'terminated') AS over, "      \
+	"r.state IN ('stopping', 'stopped') "                                                          \
+	"AND coalesce(r.reason_code, '') LIKE 'Server.SpotInstance%' AS halted "                       \
 	"FROM unnest($" n "::jsonb[]) AS p, jsonb_to_recordset(p) AS r(vm_id text, "                   \
 	"session_id text, team_id text, agent_id text, state text, launched_at timestamptz, "          \
 	"address text, purchase text, reason_code text, reason text) "                                 \
@@ -55,7 +60,8 @@
 	SESSIONS                                                                                       \
 	"m JOIN agentvm.session s USING (session_id) LEFT JOIN v ON v.vm_id = s.vm_id "                \
 	"WHERE s.vm_id IS NOT NULL AND s.running AND s.state <> 'terminating' "                        \
-	"AND (v.over OR v.vm_id IS NULL AND s.launched_at < $4 - interval '" APPEARS_WITHIN "') "
+	"AND (v.over OR v.halted OR v.vm_id IS NULL AND s.launched_at < $4 - interval "                \
+	"'" APPEARS_WITHIN "') "
 
 static DbQuery missed_query = {"WITH v AS MATERIALIZED " VMS("5") "SELECT s.vm_id FROM " MISSED
 																  "ORDER BY s.vm_id LIMIT 1000",
@@ -136,7 +142,8 @@ static DbQuery missing_query = {
  * As sweeps do it: the wish is written, and while somebody holds a lease, he comes to it.
  */
 static DbQuery lost_query = {
-	"WITH a AS (SELECT *, vm_state IN ('shutting-down', 'terminated') AS sure "
+	"WITH a AS (SELECT *, vm_state IN ('shutting-down', 'terminated', 'stopping', 'stopped') "
+	"AS sure "
 	"FROM agentvm.vm_drift WHERE account = $1 AND provider = $2 AND region = $3 "
 	"AND kind = 'missing' AND last_seen_at = $4), "
 	"u AS (SELECT count(*) > $6 AND count(*) * 5 > (SELECT count(*) FROM " SESSIONS "s) AS many "

@@ -89,6 +89,7 @@ static const struct
 	{"TagLimitExceeded", CLASS_QUOTA},
 
 	{"InvalidInstanceID.NotFound", CLASS_NOT_FOUND},
+	{"InvalidSpotInstanceRequestID.NotFound", CLASS_NOT_FOUND},
 	{"IdempotentInstanceTerminated", CLASS_NOT_FOUND},
 	{"IdempotentParameterMismatch", CLASS_PERMANENT},
 };

@@ -359,8 +359,9 @@ session_policy(const LoginContext *context, const char *partition)
 					  "{\"StringLike\":{\"kms:ViaService\":[\"ec2.*\",\"ssm.*\"]}}");
 	if ((kind == KIND_TERMINATE || kind == KIND_POWER) && context->cluster != NULL)
 		add_statement(&policy,
-					  kind == KIND_TERMINATE ? "\"ec2:TerminateInstances\""
-											 : "\"ec2:StopInstances\",\"ec2:StartInstances\"",
+					  kind == KIND_TERMINATE
+						  ? "\"ec2:TerminateInstances\",\"ec2:CancelSpotInstanceRequests\""
+						  : "\"ec2:StopInstances\",\"ec2:StartInstances\"",
 					  "*",
 					  psprintf("{\"StringEquals\":{\"ec2:ResourceTag/agentvm-cluster\":\"%s\"}}",
 							   context->cluster));

@@ -34,7 +34,8 @@
  * has reported by itself it has run, and there is none.
  *
  * This file has what all operations share, and ends; the launch is in
- * ec2_launch.c, pauses in ec2_power.c; boot.c makes the user data.
+ * ec2_launch.c, pauses in ec2_power.c, persistent spot requests in ec2_spot.c; boot.c makes the
+ * user data.
  *
  *-------------------------------------------------------------------------
  */
@@ -71,6 +72,9 @@ static const ProviderOption ec2_options[] = {
 	{"instance_profile", 's', false, "name or ARN of the instance's IAM instance profile"},
 	{"secret_delivery", 's', false, "how the VM gets its bootstrap token: user_data or ssm"},
 	{"spot", 'b', true, "whether to try the spot market first; default true"},
+	{"spot_persistent", 'b', true,
+	 "whether spot instances are of persistent requests, so that they can be paused; default "
+	 "false"},
 	{"spot_max_price", 's', false, "highest spot price in USD an hour; default: on-demand price"},
 	{"volume_size_gib", 'i', false, "size of the root volume; default: disk_gib, else the AMI's"},
 	{"volume_device", 's', false, "device name of the root volume; default /dev/sda1"},
@@ -112,6 +116,8 @@ static const ProgressMember integers[] = {
 	{"put_at", offsetof(Ec2Progress, put_at)},
 	{"put_open", offsetof(Ec2Progress, put_open)},
 	{AVM_POWER_SENT, offsetof(Ec2Progress, power_sent)},
+	{"cancelled", offsetof(Ec2Progress, cancelled)},
+	{"request_until", offsetof(Ec2Progress, request_until)},
 };
 
 static const ProgressMember texts[] = {
@@ -124,6 +130,7 @@ static const ProgressMember texts[] = {
 	{"ca", offsetof(Ec2Progress, boot.ca)},
 	{"form", offsetof(Ec2Progress, form)},
 	{AVM_BOOT_LEFT, offsetof(Ec2Progress, parameter)},
+	{"request", offsetof(Ec2Progress, request)},
 };
 
 #define INTEGER_AT(progress, i) (*(int64 *) ((char *) (progress) + integers[i].offset))
@@ -265,6 +272,7 @@ static const struct
 	{RUN, 5, 2, 1},
 	{START, 5, 2, 1},
 	{TERMINATE, 100, 5, 1000},
+	{CANCEL, 50, 5, 100}, /* as all that changes something and has no limit of its own */
 	{DESCRIBE, 50, 10, 200},
 	{DESCRIBE_BY_FILTER, 100, 20, 1},
 };
@@ -287,7 +295,7 @@ account_name(Ec2Step *step)
 }
 
 void
-ec2_limit(Ec2Step *step, const char *operation, const char *vm_id)
+ec2_limit(Ec2Step *step, const char *operation, const char *id)
 {
 	if (ec2_signer(step) == NULL)
 		return; /* it will not be sent */
@@ -302,13 +310,23 @@ ec2_limit(Ec2Step *step, const char *operation, const char *vm_id)
 		rate->account = account_name(step);
 		rate->burst = limits[i].burst;
 		rate->per_second = limits[i].per_second;
-		if (vm_id == NULL || !ec2_is_id(vm_id, "i-"))
+		if (id == NULL || (!ec2_is_id(id, "i-") && !ec2_is_id(id, "sir-")))
 			return;
 		rate->batch = psprintf("%s %s %.32s", operation, ec2_region(step),
 							   secret_set_digest(step->context->secrets));
-		rate->member = vm_id;
+		rate->member = id;
 		rate->limit = limits[i].members;
 	}
+}
+
+void
+ec2_add_living(AwsForm *form, int filter)
+{
+	static const char *const states[] = {"pending", "running", "stopping", "stopped"};
+
+	aws_form_add(form, psprintf("Filter.%d.Name", filter), "instance-state-name");
+	for (int i = 0; i < lengthof(states); i++)
+		aws_form_add(form, psprintf("Filter.%d.Value.%d", filter, i + 1), states[i]);
 }
 
 /* Look for a live instance by the session's tag. */
@@ -320,11 +338,7 @@ send_lookup(Ec2Step *step)
 	aws_form_init(&form, DESCRIBE, EC2_VERSION);
 	aws_form_add(&form, "Filter.1.Name", "tag:agentvm-session-id");
 	aws_form_add(&form, "Filter.1.Value.1", step->session->session_id);
-	aws_form_add(&form, "Filter.2.Name", "instance-state-name");
-	aws_form_add(&form, "Filter.2.Value.1", "pending");
-	aws_form_add(&form, "Filter.2.Value.2", "running");
-	aws_form_add(&form, "Filter.2.Value.3", "stopping");
-	aws_form_add(&form, "Filter.2.Value.4", "stopped");
+	ec2_add_living(&form, 2);
 	ec2_send(step, "ec2", DESCRIBE, &form);
 	ec2_limit(step, DESCRIBE_BY_FILTER, NULL);
 }
@@ -502,9 +516,8 @@ send_terminate(Ec2Step *step, const char *vm_id)
 	ec2_limit(step, TERMINATE, vm_id);
 }
 
-/* A series of looks begins, unless it is under way. */
-static void
-enter_phase(Ec2Progress *progress, const char *phase)
+void
+ec2_enter_phase(Ec2Progress *progress, const char *phase)
 {
 	if (progress->phase == NULL || strcmp(progress->phase, phase) != 0)
 	{
@@ -513,17 +526,15 @@ enter_phase(Ec2Progress *progress, const char *phase)
 	}
 }
 
-/* The next look, later than the last one. */
-static void
-look_later(Ec2Step *step, const char *phase, int64 until)
+void
+ec2_look_later(Ec2Step *step, const char *phase, int64 until)
 {
-	enter_phase(&step->progress, phase);
+	ec2_enter_phase(&step->progress, phase);
 	ec2_wait(step, LOOK_FIRST_MS, LOOK_LAST_MS, until);
 }
 
-/* One more look has found nothing: is that proof enough? */
-static void
-look_failed(Ec2Step *step)
+bool
+ec2_look_again(Ec2Step *step, const char *phase)
 {
 	Ec2Progress *progress = &step->progress;
 	int64 launched = progress->launched;
@@ -533,19 +544,20 @@ look_failed(Ec2Step *step)
 		launched = boot_epoch_ms(step->session->launched_at);
 	needed = step->now < launched + YOUNG_MS ? LOOKS_IF_YOUNG : LOOKS;
 	if (++progress->looks >= needed)
-		step->out->kind = STEP_DONE;
-	else
-		look_later(step, "confirm", 0);
+		return false;
+	ec2_look_later(step, phase, 0);
+	return true;
 }
 
-/* End an instance whose id is known. */
+/* End an instance that none will follow. */
 static void
-terminate_vm(Ec2Step *step, const char *vm_id)
+end_vm(Ec2Step *step, const char *vm_id)
 {
 	Ec2Progress *progress = &step->progress;
 	const HttpReply *reply = step->reply;
-	bool confirming = progress->phase != NULL && strcmp(progress->phase, "confirm") == 0;
-	bool refused = progress->phase != NULL && strcmp(progress->phase, "refused") == 0;
+	bool confirming = progress->phase != NULL && strcmp(progress->phase, CONFIRM_PHASE) == 0;
+	bool refused = progress->phase != NULL && strcmp(progress->phase, REFUSED_PHASE) == 0;
+	bool active = progress->request != NULL && progress->cancelled == 0;
 	AwsError error;
 	XmlDoc *doc;
 	char *state;
@@ -566,7 +578,7 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 	{
 		/* one that has ended loses its tags, by which a policy tells which are ours */
 		ec2_note_error(step, &error);
-		enter_phase(progress, "refused");
+		ec2_enter_phase(progress, REFUSED_PHASE);
 		ec2_send_describe(step, vm_id);
 		return;
 	}
@@ -587,7 +599,7 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 				 (strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0))
 			step->out->kind = STEP_DONE;
 		else
-			look_later(step, "confirm", 0);
+			ec2_look_later(step, CONFIRM_PHASE, 0);
 		return;
 	}
 
@@ -598,18 +610,45 @@ terminate_vm(Ec2Step *step, const char *vm_id)
 	}
 	state = xml_text(doc, "//instancesSet/item/instanceState/name");
 	if (state == NULL)
-		look_failed(step);
+	{
+		if (!ec2_look_again(step, progress->phase))
+			step->out->kind = STEP_DONE;
+	}
 	else if (strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0)
 		step->out->kind = STEP_DONE;
 	else if (refused)
 	{
 		progress->phase = NULL;
-		step->out->operation = TERMINATE;
+		step->out->operation = active ? CANCEL : TERMINATE;
 		ec2_fail(step, CLASS_CREDENTIALS, "UnauthorizedOperation",
-				 "the instance lives, but ending it is not allowed");
+				 active ? "the instance lives, but cancelling its spot request is not allowed"
+						: "the instance lives, but ending it is not allowed");
 	}
 	else
 		send_terminate(step, vm_id);
+}
+
+/* End an instance whose id is known. */
+static void
+terminate_vm(Ec2Step *step, const char *vm_id)
+{
+	char *before;
+
+	if (ec2_ends_others(&step->progress))
+	{
+		ec2_end_others(step);
+		return;
+	}
+	if (!ec2_request_is_gone(step, vm_id))
+		return;
+	end_vm(step, vm_id);
+	if (step->out->kind != STEP_DONE || step->progress.request == NULL)
+		return;
+	before = xml_text(step->doc, "//instancesSet/item/previousState/name");
+	if (before != NULL && strcmp(before, "shutting-down") != 0 && strcmp(before, "terminated") != 0)
+		return; /* it was us, and after the request */
+	step->reply = NULL;
+	ec2_end_others(step);
 }
 
 Ec2Search
@@ -645,10 +684,10 @@ ec2_search(Ec2Step *step, const char *phase)
 	vm_id = xml_text(step->doc, "//instancesSet/item/instanceId");
 	if (vm_id != NULL && ec2_is_id(vm_id, "i-"))
 		return SEARCH_FOUND;
-	enter_phase(progress, phase);
+	ec2_enter_phase(progress, phase);
 	if (++progress->looks >= LOOKS && progress->look_at >= settled)
 		return SEARCH_IN_VAIN;
-	look_later(step, phase, settled);
+	ec2_look_later(step, phase, settled);
 	return SEARCH_GOES_ON;
 }
 
@@ -676,6 +715,7 @@ ec2_learn_id(Ec2Step *step, XmlDoc *doc)
 	step->out->purchase = progress->market;
 	if (lifecycle != NULL && strcmp(lifecycle, SPOT) == 0)
 		step->out->purchase = SPOT;
+	ec2_learn_request(step, doc);
 }
 
 /* A launch was sent and never answered: find its instance, or make sure that there is none. */
@@ -690,7 +730,9 @@ terminate_unanswered(Ec2Step *step)
 			ec2_learn_instance(step, step->doc);
 			ec2_learn_id(step, step->doc);
 			ec2_settle_launch(&step->progress);
-			send_terminate(step, step->progress.vm_id);
+			step->progress.phase = NULL;
+			step->reply = NULL;
+			terminate_vm(step, step->progress.vm_id);
 			break;
 		case SEARCH_IN_VAIN:
 			ec2_settle_launch(&step->progress);

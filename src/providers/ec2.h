@@ -23,6 +23,7 @@
 #define TERMINATE "TerminateInstances"
 #define STOP "StopInstances"
 #define START "StartInstances"
+#define CANCEL "CancelSpotInstanceRequests"
 #define DESCRIBE_BY_FILTER "DescribeInstances by filter" /* which is granted by itself */
 #define PUT_PARAMETER "PutParameter"
 #define DELETE_PARAMETER "DeleteParameter"
@@ -30,8 +31,12 @@
 
 #define SPOT "spot"
 #define ON_DEMAND "on-demand"
-#define SSM "ssm" /* a way of secret_delivery */
+#define PERSISTENT "persistent"
+#define SPOT_TAG "agentvm-spot"			  /* of an instance: what its request is, if persistent */
+#define INTERRUPTED "Server.SpotInstance" /* how the reason begins for which AWS has stopped one */
+#define SSM "ssm"						  /* a way of secret_delivery */
 #define NOT_FOUND_CODE "InvalidInstanceID.NotFound"
+#define NO_REQUEST_CODE "InvalidSpotInstanceRequestID.NotFound"
 #define MISMATCH_CODE "IdempotentParameterMismatch"
 #define ENDED_CODE "IdempotentInstanceTerminated"
 
@@ -47,10 +52,13 @@ typedef struct Ec2Progress
 	int64 looks;	/* fruitless looks for an instance */
 	int64 look_at;	/* epoch ms at which the last look-up by tag was sent */
 	const char *
-		phase; /* of OP_TERMINATE: NULL, "confirm", "refused", "lookup", "parameter"; of OP_PROVISION: NULL, PUT_PHASE,
-				* FIND_PHASE; of the others: see ec2_power.c */
+		phase; /* of OP_TERMINATE: NULL, CONFIRM_PHASE, REFUSED_PHASE, "lookup", "parameter", and see ec2_spot.c; of
+				* OP_PROVISION: NULL, PUT_PHASE, FIND_PHASE; of the others: see ec2_power.c */
 	const char *vm_id;
 	const char *region;
+	const char *request; /* persistent one of the instance, see ec2_spot.c */
+	int64 cancelled;	 /* it is, or has expired */
+	int64 request_until; /* epoch s at which it expires, 0: not known */
 
 	/* the launch attempt that is under way */
 	int64 type;	   /* index into the instance types */
@@ -111,8 +119,14 @@ extern const char *ec2_region(Ec2Step *step);
 extern void ec2_send(Ec2Step *step, const char *service, const char *action, AwsForm *form);
 extern void ec2_send_describe(Ec2Step *step, const char *vm_id);
 
-/* What the account grants of the step's request; "vm_id": it is made for that VM, or for several. */
-extern void ec2_limit(Ec2Step *step, const char *operation, const char *vm_id);
+/* A filter of that number for DescribeInstances: those that have not ended. */
+extern void ec2_add_living(AwsForm *form, int filter);
+
+/*
+ * What the account grants of the step's request; "id": it is made for that instance or spot
+ * request, or for several.
+ */
+extern void ec2_limit(Ec2Step *step, const char *operation, const char *id);
 
 /* Tell the engine whose account it is that has answered. */
 extern void ec2_learn_account(Ec2Step *step, XmlDoc *doc);
@@ -127,6 +141,21 @@ extern void ec2_fail_malformed(Ec2Step *step);
 
 /* Wait for a time that doubles from "first" to "last" ms, but not beyond "until" (0: no bound). */
 extern void ec2_wait(Ec2Step *step, int first, int last, int64 until);
+
+#define CONFIRM_PHASE "confirm" /* Ec2Progress.phase: was the instance ended? */
+#define REFUSED_PHASE "refused" /* the same after a refusal for want of rights */
+
+/* A series of looks begins, unless it is under way. */
+extern void ec2_enter_phase(Ec2Progress *progress, const char *phase);
+
+/* The step waits for the next look, but not beyond "until" (epoch ms, 0: no bound). */
+extern void ec2_look_later(Ec2Step *step, const char *phase, int64 until);
+
+/*
+ * One more look in a row has not found what has to be there, if AWS has got that far:
+ * whether another one is worth it, for which the step then waits.
+ */
+extern bool ec2_look_again(Ec2Step *step, const char *phase);
 
 /* The reply as a document, or NULL if it is none; freed when the step ends. */
 extern XmlDoc *ec2_parse(Ec2Step *step);
@@ -172,9 +201,12 @@ extern ErrorClass ec2_split(const HttpReply *reply, const char *const *members, 
 /* The first place in which a launch with these options is tried; points into them. */
 extern Ec2Place ec2_first_place(Jsonb *options);
 
-/* A form for RunInstances in a place, for a client token (NULL: none). */
+/*
+ * A form for RunInstances in a place, for a client token (NULL: none); a persistent spot
+ * request expires at "until" (epoch s, 0: nobody says).
+ */
 extern void ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options,
-						 const Ec2Place *place, const char *token);
+						 const Ec2Place *place, const char *token, int64 until);
 
 /* Raise AV010 or AV012 for what would keep the user data of a session from being made. */
 extern void ec2_check_launch(Jsonb *options, bool runtime);
@@ -216,6 +248,37 @@ extern void ec2_check_pause(const ProviderSession *session, Jsonb *options);
 
 /* OP_PAUSE and OP_RESUME. */
 extern void ec2_power(Ec2Step *step);
+
+/* ---- ec2_spot.c ---- */
+
+/* Whether a launch in that market is by a persistent request. */
+extern bool ec2_is_persistent(Jsonb *options, const char *market);
+
+/* Whether AWS has stopped the first instance in an answer. */
+extern bool ec2_was_interrupted(XmlDoc *doc);
+
+/* Take over what an answer tells of the request of the session's instance, if that is persistent. */
+extern void ec2_learn_request(Ec2Step *step, XmlDoc *doc);
+
+/* A form that cancels requests (char *). */
+extern void ec2_cancel_form(AwsForm *form, List *requests);
+
+/*
+ * Before OP_TERMINATE ends an instance: whether no request launches another one in its
+ * place, so that what step->reply answers, if anything, is a call of the end itself; else
+ * the step has ended.
+ */
+extern bool ec2_request_is_gone(Ec2Step *step, const char *vm_id);
+
+/*
+ * After that, where the instance may have ended before the request was cancelled: the end of
+ * those that AWS has launched in its place.  Ends the step, done when none is left.
+ */
+extern void ec2_end_others(Ec2Step *step);
+
+/* Whether that is under way. */
+extern bool ec2_ends_others(const Ec2Progress *progress);
+
 /* ---- ec2_list.c ---- */
 
 /* OP_LIST and OP_REAP. */

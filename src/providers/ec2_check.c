@@ -9,7 +9,8 @@
  * form only, it is asked to decode it.  Nothing is changed by any of this: the
  * parameter that is deleted is none.
  *
- * Whether VMs may be ended, stopped and started cannot be asked without one.
+ * Whether VMs may be ended, stopped and started cannot be asked without one, nor whether
+ * spot requests may be cancelled.
  *
  *-------------------------------------------------------------------------
  */
@@ -152,7 +153,7 @@ ask_run(Ec2Step *step, Jsonb *result)
 	session.session_id = "check";
 	session.cluster = step->context->cluster;
 	keep(step, RUN, result, NULL);
-	ec2_run_form(&form, &session, options, &place, NULL);
+	ec2_run_form(&form, &session, options, &place, NULL, 0);
 	aws_form_add(&form, "DryRun", "true");
 	ec2_send(step, "ec2", RUN, &form);
 }
@@ -172,7 +173,8 @@ ask_parameter(Ec2Step *step, Jsonb *result)
 static void
 finish(Ec2Step *step, Jsonb *result)
 {
-	static const char *const not_checked[] = {"ec2:" TERMINATE, "ec2:" STOP, "ec2:" START};
+	static const char *const not_checked[] = {"ec2:" TERMINATE, "ec2:" STOP, "ec2:" START,
+											  "ec2:" CANCEL};
 	bool ok = option_value(result, "missing") == NULL && option_value(result, "problems") == NULL;
 
 	for (int i = 0; i < lengthof(not_checked); i++)

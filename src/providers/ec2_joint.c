@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * ec2_joint.c
- *		TerminateInstances and DescribeInstances for many sessions at once.
+ *		TerminateInstances, CancelSpotInstanceRequests and DescribeInstances for many sessions
+ *		at once.
  *
  * The answer is made into one for each instance, as EC2 would have given it to a
  * call for that one alone, so that a step need not know in whose company it asked.
@@ -17,11 +18,10 @@
 
 #include "providers/ec2.h"
 
-#define MEMBER "&InstanceId.1=" /* in the form of a call for one */
-#define REPLY_PER_MEMBER 16384	/* bytes: an instance with 50 long tags */
-#define MAX_SHARED 16384		/* bytes of an answer that all get */
+#define REPLY_PER_MEMBER 16384 /* bytes: an instance with 50 long tags */
+#define MAX_SHARED 16384	   /* bytes of an answer that all get */
 
-/* An instance and its place among the members. */
+/* An instance, or a spot request, and its place among the members. */
 typedef struct Member
 {
 	const char *id;
@@ -32,14 +32,16 @@ HttpRequest *
 ec2_join(const HttpRequest *request, const char *const *members, int count)
 {
 	HttpRequest *joint = palloc(sizeof(HttpRequest));
-	const char *member = strstr(request->body, MEMBER);
+	const char *member =
+		strrchr(request->body, '&'); /* "&InstanceId.1=i-0123": the last parameter */
+	const char *number = member != NULL ? strstr(member, ".1=") : NULL;
 	StringInfoData body;
 
-	Assert(member != NULL); /* the form's last parameter */
+	Assert(number != NULL);
 	initStringInfo(&body);
 	appendBinaryStringInfo(&body, request->body, member - request->body);
 	for (int i = 0; i < count; i++)
-		appendStringInfo(&body, "&InstanceId.%d=%s", i + 1, members[i]);
+		appendStringInfo(&body, "%.*s.%d=%s", (int) (number - member), member, i + 1, members[i]);
 	*joint = *request;
 	joint->body = body.data;
 	joint->body_len = body.len;
@@ -106,30 +108,32 @@ set_others(HttpReply *reply, int count, HttpReply **replies)
 	}
 }
 
-/* A refusal is that of the instances whose ids stand in it. */
+/* A refusal is that of the members whose ids stand in it. */
 static void
 set_named(const HttpReply *reply, Member *sorted, int count, HttpReply **replies)
 {
 	HttpReply *shared = with_body(reply, pnstrdup(reply->body, Min(reply->body_len, MAX_SHARED)));
+	size_t prefix_len = strcspn(sorted->id, "-") + 1;
+	char *prefix = pnstrdup(sorted->id, prefix_len);
 	const char *p = reply->body;
 
-	while ((p = strstr(p, "i-")) != NULL)
+	while ((p = strstr(p, prefix)) != NULL)
 	{
-		size_t len = 2 + strspn(p + 2, LOWER DIGITS);
+		size_t len = prefix_len + strspn(p + prefix_len, LOWER DIGITS);
 
 		set_reply(sorted, count, pnstrdup(p, len), shared, replies);
 		p += len;
 	}
 }
 
-/* Each item of a list is the answer for its instance, between "before" and "after". */
+/* Each item of a list is the answer for the member that it names, between "before" and "after". */
 static void
-set_items(const HttpReply *reply, XmlNode *list, const char *before, const char *after,
-		  Member *sorted, int count, HttpReply **replies)
+set_items(const HttpReply *reply, XmlNode *list, const char *name, const char *before,
+		  const char *after, Member *sorted, int count, HttpReply **replies)
 {
 	for (XmlNode *item = xml_below(list, "item"); item != NULL; item = xml_next(item))
 	{
-		char *id = xml_below_text(item, "instanceId");
+		char *id = xml_below_text(item, name);
 
 		if (id != NULL)
 			set_reply(sorted, count, id,
@@ -140,6 +144,8 @@ set_items(const HttpReply *reply, XmlNode *list, const char *before, const char 
 
 #define TERMINATE_BEFORE "<TerminateInstancesResponse><instancesSet>"
 #define TERMINATE_AFTER "</instancesSet></TerminateInstancesResponse>"
+#define CANCEL_BEFORE "<CancelSpotInstanceRequestsResponse><spotInstanceRequestSet>"
+#define CANCEL_AFTER "</spotInstanceRequestSet></CancelSpotInstanceRequestsResponse>"
 #define DESCRIBE_BEFORE "<DescribeInstancesResponse><reservationSet><item><instancesSet>"
 #define DESCRIBE_AFTER "</instancesSet></item></reservationSet></DescribeInstancesResponse>"
 
@@ -150,6 +156,7 @@ ec2_split(const HttpReply *reply, const char *const *members, int count, HttpRep
 	Member *sorted = sort_members(members, count);
 	XmlDoc *doc;
 	bool describes;
+	bool cancels;
 
 	if (error.class == CLASS_THROTTLED || error.class == CLASS_TRANSIENT ||
 		(error.class == CLASS_CREDENTIALS && strcmp(error.code, "UnauthorizedOperation") != 0))
@@ -167,7 +174,8 @@ ec2_split(const HttpReply *reply, const char *const *members, int count, HttpRep
 
 	doc = xml_parse_list(reply->body, reply->body_len, count);
 	describes = xml_count(doc, "/DescribeInstancesResponse") > 0;
-	if (!describes && xml_count(doc, "/TerminateInstancesResponse") == 0)
+	cancels = xml_count(doc, "/CancelSpotInstanceRequestsResponse") > 0;
+	if (!describes && !cancels && xml_count(doc, "/TerminateInstancesResponse") == 0)
 	{
 		/* no answer to this call */
 		set_others(with_body(reply, ""), count, replies);
@@ -177,13 +185,19 @@ ec2_split(const HttpReply *reply, const char *const *members, int count, HttpRep
 	{
 		for (XmlNode *item = xml_below(xml_root(doc), "reservationSet/item"); item != NULL;
 			 item = xml_next(item))
-			set_items(reply, xml_below(item, "instancesSet"), DESCRIBE_BEFORE, DESCRIBE_AFTER,
-					  sorted, count, replies);
+			set_items(reply, xml_below(item, "instancesSet"), "instanceId", DESCRIBE_BEFORE,
+					  DESCRIBE_AFTER, sorted, count, replies);
 		set_others(with_body(reply, DESCRIBE_BEFORE DESCRIBE_AFTER), count, replies);
+	}
+	else if (cancels)
+	{
+		set_items(reply, xml_below(xml_root(doc), "spotInstanceRequestSet"),
+				  "spotInstanceRequestId", CANCEL_BEFORE, CANCEL_AFTER, sorted, count, replies);
+		set_others(with_body(reply, CANCEL_BEFORE CANCEL_AFTER), count, replies);
 	}
 	else
 	{
-		set_items(reply, xml_below(xml_root(doc), "instancesSet"), TERMINATE_BEFORE,
+		set_items(reply, xml_below(xml_root(doc), "instancesSet"), "instanceId", TERMINATE_BEFORE,
 				  TERMINATE_AFTER, sorted, count, replies);
 		set_others(with_body(reply, TERMINATE_BEFORE TERMINATE_AFTER), count, replies);
 	}

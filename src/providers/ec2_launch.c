@@ -9,6 +9,7 @@
 
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
+#include "pgtime.h"
 
 #include "db.h"
 #include "providers/ec2.h"
@@ -35,7 +36,8 @@ add_tag(AwsForm *form, int resource, int *n, const char *key, const char *value)
 }
 
 static void
-add_tags(AwsForm *form, int resource, const char *type, const ProviderSession *session)
+add_tags(AwsForm *form, int resource, const char *type, const ProviderSession *session,
+		 bool persistent)
 {
 	int n = 0;
 
@@ -46,6 +48,8 @@ add_tags(AwsForm *form, int resource, const char *type, const ProviderSession *s
 	add_tag(form, resource, &n, "agentvm-agent-id", session->agent_id);
 	add_tag(form, resource, &n, "agentvm-managed-by", "agentvm");
 	add_tag(form, resource, &n, "agentvm-cluster", session->cluster);
+	if (persistent)
+		add_tag(form, resource, &n, SPOT_TAG, PERSISTENT);
 }
 
 /* The instance types to try, at least one. */
@@ -109,10 +113,22 @@ client_token(const ProviderSession *session, int attempt, const Ec2Place *place)
 	return token;
 }
 
+/* "2026-01-31T12:34:56Z" */
+static char *
+utc_time(int64 epoch_s)
+{
+	pg_time_t at = (pg_time_t) epoch_s;
+	char *text = palloc(32);
+
+	pg_strftime(text, 32, "%Y-%m-%dT%H:%M:%SZ", pg_gmtime(&at));
+	return text;
+}
+
 void
 ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, const Ec2Place *place,
-			 const char *token)
+			 const char *token, int64 until)
 {
+	bool persistent = ec2_is_persistent(options, place->market);
 	char *value;
 	int volume_gib;
 	int n = 0;
@@ -125,7 +141,8 @@ ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, cons
 	aws_form_add(form, "MaxCount", "1");
 	aws_form_add(form, "ImageId", option_text(options, "image_id"));
 	aws_form_add(form, "InstanceType", place->type);
-	aws_form_add(form, "InstanceInitiatedShutdownBehavior", "terminate");
+	/* what has ended would be launched once more */
+	aws_form_add(form, "InstanceInitiatedShutdownBehavior", persistent ? "stop" : "terminate");
 	aws_form_add(form, "MetadataOptions.HttpEndpoint", "enabled");
 	aws_form_add(form, "MetadataOptions.HttpTokens", "required");
 	aws_form_add(form, "MetadataOptions.HttpPutResponseHopLimit", "1");
@@ -143,9 +160,12 @@ ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, cons
 	if (strcmp(place->market, SPOT) == 0)
 	{
 		aws_form_add(form, "InstanceMarketOptions.MarketType", "spot");
-		aws_form_add(form, "InstanceMarketOptions.SpotOptions.SpotInstanceType", "one-time");
+		aws_form_add(form, "InstanceMarketOptions.SpotOptions.SpotInstanceType",
+					 persistent ? PERSISTENT : "one-time");
 		aws_form_add(form, "InstanceMarketOptions.SpotOptions.InstanceInterruptionBehavior",
-					 "terminate");
+					 persistent ? "stop" : "terminate");
+		if (persistent && until != 0)
+			aws_form_add(form, "InstanceMarketOptions.SpotOptions.ValidUntil", utc_time(until));
 		if ((value = option_text(options, "spot_max_price")) != NULL)
 			aws_form_add(form, "InstanceMarketOptions.SpotOptions.MaxPrice", value);
 	}
@@ -160,8 +180,10 @@ ec2_run_form(AwsForm *form, const ProviderSession *session, Jsonb *options, cons
 		aws_form_add(form, "BlockDeviceMapping.1.Ebs.DeleteOnTermination", "true");
 		aws_form_add(form, "BlockDeviceMapping.1.Ebs.Encrypted", "true");
 	}
-	add_tags(form, 1, "instance", session);
-	add_tags(form, 2, "volume", session);
+	add_tags(form, 1, "instance", session, persistent);
+	add_tags(form, 2, "volume", session, false);
+	if (persistent)
+		add_tags(form, 3, "spot-instances-request", session, false);
 }
 
 /* Begin an attempt in the progress's place: settle every byte of its request. */
@@ -179,10 +201,10 @@ begin_attempt(Ec2Step *step)
 	progress->attempt++;
 	progress->sends = progress->sent_at = progress->open_at = progress->wait = 0;
 	progress->region = option_text(options, "region");
-	ec2_run_form(&form, session, options, &place,
-				 client_token(session, (int) progress->attempt, &place));
-	progress->form = form.body.data;
 	boot_plan(&progress->boot, session, step->now, NULL);
+	ec2_run_form(&form, session, options, &place,
+				 client_token(session, (int) progress->attempt, &place), progress->boot.hard_stop);
+	progress->form = form.body.data;
 }
 
 /* Send the attempt's request, for the first time or once more. */
@@ -501,7 +523,8 @@ poll_launch(Ec2Step *step, const char *vm_id)
 	}
 	else if (strcmp(state, "pending") == 0)
 		ec2_wait(step, POLL_FIRST_MS, POLL_LAST_MS, 0);
-	else if (strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0)
+	else if (strcmp(state, "shutting-down") == 0 || strcmp(state, "terminated") == 0 ||
+			 ec2_was_interrupted(doc))
 	{
 		char *code = xml_text(doc, "//instancesSet/item/stateReason/code");
 		char *message = xml_text(doc, "//instancesSet/item/stateReason/message");

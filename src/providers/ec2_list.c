@@ -9,7 +9,7 @@
  * has no tags any more, so those that are missed are asked for by their ids.
  *
  * TerminateInstances ends all that it names or none; after a refusal each is asked for
- * by itself.
+ * by itself.  Spot requests that would launch others in their place are cancelled before.
  *
  *-------------------------------------------------------------------------
  */
@@ -28,7 +28,11 @@
 #define NEXT_TOKEN "next_token"
 #define PAGES "pages"
 #define SINGLE                                                                                     \
-	"single" /* index of the instance that is asked for alone, from 1 on; 0: all at once */
+	"single"		  /* index of the instance that is asked for alone, from 1 on; 0: all at once */
+#define STAGE "stage" /* of that, or of those */
+#define STAGE_LOOK 0  /* which of them are of persistent spot requests? */
+#define STAGE_CANCEL 1
+#define STAGE_END 2
 #define DROPPED "dropped" /* so many parameters of sessions have been asked for */
 
 /* Append a member to an object that is being written, if there is a value. */
@@ -186,27 +190,89 @@ ec2_list(Ec2Step *step)
 	}
 }
 
-/* Ask for the end of all, or of the one with this number. */
+/* Name all to a call, or the one with this number. */
 static void
-ask_end(Ec2Step *step, int64 single)
+add_ids(AwsForm *form, const char *name, Ec2Step *step, int64 single)
 {
 	List *ids = step->context->vm_ids;
-	AwsForm form;
 	ListCell *lc;
 	int n = 0;
 
-	aws_form_init(&form, TERMINATE, EC2_VERSION);
 	if (single > 0)
-		aws_form_add(&form, "InstanceId.1", list_nth(ids, (int) single - 1));
-	else
+		ids = list_make1(list_nth(ids, (int) single - 1));
+	foreach (lc, ids)
+		aws_form_add(form, psprintf("%s.%d", name, ++n), lfirst(lc));
+}
+
+/* Send the call of a stage, for all or for the one with this number. */
+static void
+ask_stage(Ec2Step *step, int64 single, int stage, const char *action, AwsForm *form)
+{
+	step->out->mutates = stage != STAGE_LOOK;
+	step->out->handle = handle_set_int(handle_set_int(NULL, SINGLE, single), STAGE, stage);
+	ec2_send(step, "ec2", action, form);
+	ec2_limit(step, stage == STAGE_LOOK ? DESCRIBE_BY_FILTER : action, NULL);
+}
+
+/* Begin with all, or with the one with this number. */
+static void
+ask_requests(Ec2Step *step, int64 single)
+{
+	AwsForm form;
+
+	aws_form_init(&form, DESCRIBE, EC2_VERSION);
+	aws_form_add(&form, "Filter.1.Name", "instance-id");
+	add_ids(&form, "Filter.1.Value", step, single);
+	aws_form_add(&form, "Filter.2.Name", "tag:" SPOT_TAG);
+	aws_form_add(&form, "Filter.2.Value.1", PERSISTENT);
+	ask_stage(step, single, STAGE_LOOK, DESCRIBE, &form);
+	step->out->request->max_reply = MAX_PAGE_BYTES;
+}
+
+static void
+ask_end(Ec2Step *step, int64 single)
+{
+	AwsForm form;
+
+	aws_form_init(&form, TERMINATE, EC2_VERSION);
+	add_ids(&form, "InstanceId", step, single);
+	ask_stage(step, single, STAGE_END, TERMINATE, &form);
+}
+
+/* What has to be cancelled first, if anything. */
+static void
+take_requests(Ec2Step *step, int64 single)
+{
+	XmlNode *reservation;
+	List *requests = NIL;
+	AwsForm form;
+
+	step->doc = xml_parse_list(step->reply->body, step->reply->body_len, AVM_MAX_LISTED);
+	if (xml_root(step->doc) == NULL || xml_count(step->doc, "/DescribeInstancesResponse") == 0)
 	{
-		foreach (lc, ids)
-			aws_form_add(&form, psprintf("InstanceId.%d", ++n), lfirst(lc));
+		ec2_fail_malformed(step);
+		return;
 	}
-	step->out->mutates = true;
-	step->out->handle = handle_set_int(NULL, SINGLE, single);
-	ec2_send(step, "ec2", TERMINATE, &form);
-	ec2_limit(step, TERMINATE, NULL);
+	reservation = xml_below(xml_root(step->doc), "reservationSet/item");
+	for (; reservation != NULL; reservation = xml_next(reservation))
+	{
+		XmlNode *item = xml_below(reservation, "instancesSet/item");
+
+		for (; item != NULL; item = xml_next(item))
+		{
+			char *id = xml_below_text(item, "spotInstanceRequestId");
+
+			if (id != NULL && ec2_is_id(id, "sir-"))
+				requests = lappend(requests, id);
+		}
+	}
+	if (requests == NIL)
+	{
+		ask_end(step, single);
+		return;
+	}
+	ec2_cancel_form(&form, requests);
+	ask_stage(step, single, STAGE_CANCEL, CANCEL, &form);
 }
 
 /*
@@ -247,7 +313,9 @@ drop_parameters(Ec2Step *step)
 void
 ec2_reap(Ec2Step *step)
 {
+	static const char *const calls[] = {DESCRIBE, CANCEL, TERMINATE};
 	int64 single = handle_int(step->context->handle, SINGLE, -1);
+	int stage = (int) handle_int(step->context->handle, STAGE, STAGE_LOOK);
 	int count = list_length(step->context->vm_ids);
 	AwsError error;
 	XmlNode *item;
@@ -256,13 +324,14 @@ ec2_reap(Ec2Step *step)
 	if (single < 0)
 	{
 		if (!drop_parameters(step))
-			ask_end(step, 0);
+			ask_requests(step, 0);
 		return;
 	}
-	step->out->operation = TERMINATE;
+	step->out->operation = calls[stage];
 	if (step->reply == NULL)
 	{
-		ask_end(step, single);
+		/* what is cancelled stays so */
+		ask_requests(step, single);
 		return;
 	}
 	error = aws_judge(step->reply);
@@ -271,16 +340,31 @@ ec2_reap(Ec2Step *step)
 		ec2_fail(step, error.class, error.code, error.message);
 		return;
 	}
+	if (stage == STAGE_CANCEL &&
+		(error.class == CLASS_NONE || (single > 0 && strcmp(error.code, NO_REQUEST_CODE) == 0)))
+	{
+		if (error.class == CLASS_NONE &&
+			xml_count(ec2_parse(step), "/CancelSpotInstanceRequestsResponse") == 0)
+			ec2_fail_malformed(step);
+		else
+			ask_end(step, single);
+		return;
+	}
 	if (error.class != CLASS_NONE)
 	{
 		/* which of them it was is not told in a way that could be relied on */
-		if (single < count && count > 1)
+		if (stage != STAGE_LOOK && single < count && count > 1)
 		{
 			ec2_note_error(step, &error);
-			ask_end(step, single + 1);
+			ask_requests(step, single + 1);
 		}
 		else
 			ec2_fail(step, error.class, error.code, error.message);
+		return;
+	}
+	if (stage == STAGE_LOOK)
+	{
+		take_requests(step, single);
 		return;
 	}
 	item = xml_below(xml_root(ec2_parse(step)), "instancesSet/item");
@@ -305,7 +389,7 @@ ec2_reap(Ec2Step *step)
 	appendStringInfoChar(&json, ']');
 	step->out->result = read_document(json.data);
 	if (single > 0 && single < count)
-		ask_end(step, single + 1);
+		ask_requests(step, single + 1);
 	else
 		step->out->kind = STEP_DONE;
 }

@@ -13,7 +13,8 @@
  * there; by a refusal of a call that was sent but once; and by refusals with looks
  * in between that find the instance where it was.
  *
- * A one-time spot instance cannot be stopped, and all our spot instances are one-time.
+ * A one-time spot instance cannot be stopped; a persistent one can, and started again once
+ * AWS has seen the stop through.  One that AWS has stopped is lost (ec2_spot.c).
  *
  *-------------------------------------------------------------------------
  */
@@ -55,13 +56,14 @@ ec2_check_pause(const ProviderSession *session, Jsonb *options)
 						errmsg("session %s cannot be paused yet: AWS has not told what it is",
 							   session->session_id),
 						errhint("Try again in a moment.")));
-	if (strcmp(session->purchase, SPOT) == 0)
+	if (strcmp(session->purchase, SPOT) == 0 && !ec2_is_persistent(options, SPOT))
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("session %s cannot be paused: it is a spot instance", session->session_id),
-				 errdetail("Spot instances are launched as one-time requests, which AWS "
-						   "does not stop."),
-				 errhint("Sessions that are to be paused need option spot = false.")));
+				 errmsg("session %s cannot be paused: it is a one-time spot instance",
+						session->session_id),
+				 errdetail("AWS stops spot instances of persistent requests only."),
+				 errhint("Sessions that are to be paused need option spot_persistent = true, or "
+						 "spot = false.")));
 }
 
 static bool
@@ -150,6 +152,7 @@ take_answer(Ec2Step *step, const Way *way)
 	 * policy knows it; or an earlier call may have been taken.
 	 */
 	if (error.class == CLASS_NOT_FOUND || strcmp(error.code, "IncorrectInstanceState") == 0 ||
+		strcmp(error.code, "IncorrectSpotRequestState") == 0 ||
 		(strcmp(error.code, "UnauthorizedOperation") == 0 && progress->looks == 0) ||
 		(progress->power_sent > 1 && progress->looks < LOOKS))
 	{
@@ -228,9 +231,7 @@ take_look(Ec2Step *step, const Way *way)
 		else
 			ec2_fail(step, CLASS_NOT_FOUND, NOT_FOUND_CODE, "the instance does not exist");
 	}
-	else if (is(state, way->to))
-		done(step);
-	else if (is(state, "shutting-down") || is(state, "terminated"))
+	else if (is(state, "shutting-down") || is(state, "terminated") || ec2_was_interrupted(doc))
 	{
 		char *code = xml_text(doc, "//instancesSet/item/stateReason/code");
 		char *message = xml_text(doc, "//instancesSet/item/stateReason/message");
@@ -238,6 +239,8 @@ take_look(Ec2Step *step, const Way *way)
 		ec2_fail(step, CLASS_NOT_FOUND, code != NULL ? code : "InstanceTerminated",
 				 message != NULL ? message : "the instance has ended");
 	}
+	else if (is(state, way->to))
+		done(step);
 	else if (is(state, way->from))
 		take_standstill(step, way, doc);
 	else

@@ -2,6 +2,7 @@
 """A look at the account that test/cloud uses, and its clean-up, by the tag agentvm-cluster, whose value is new with each run.
 
     aws.py list RUN                      the instances of a run, as JSON
+    aws.py requests RUN                  the ids of its spot requests that AWS may yet launch from, as JSON
     aws.py end RUN [ID...]               terminate all of them that live, or those; returns when none lives any more
     aws.py watchdog RUN MINUTES PID      end them all when process PID has ended, or after so many minutes, together with it;
                                          it tries for as long again
@@ -41,17 +42,27 @@ def instances(ec2, run):
                 "id": instance["InstanceId"],
                 "state": instance["State"]["Name"],
                 "market": instance.get("InstanceLifecycle", "on-demand"),
+                "request": instance.get("SpotInstanceRequestId"),
                 "imds": instance.get("MetadataOptions", {}).get("HttpTokens"),
                 "tags": {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])},
             })
     return found
 
 
+def requests(ec2, run):
+    filters = [{"Name": "tag:agentvm-cluster", "Values": [run]}, {"Name": "state", "Values": ["open", "active", "disabled"]}]
+    return [one["SpotInstanceRequestId"] for one in ec2.describe_spot_instance_requests(Filters=filters)["SpotInstanceRequests"]]
+
+
 def end(ec2, run, ids=()):
     """Terminate, and look again: an instance may be known a while after its launch only."""
     quiet = 0
     while quiet < 2:
-        living = [one["id"] for one in instances(ec2, run) if one["state"] not in ("shutting-down", "terminated") and (not ids or one["id"] in ids)]
+        found = [one for one in instances(ec2, run) if one["state"] not in ("shutting-down", "terminated") and (not ids or one["id"] in ids)]
+        living = [one["id"] for one in found]
+        persistent = [one["request"] for one in found if one["request"] and "agentvm-spot" in one["tags"]]
+        if persistent:  # or AWS would launch others
+            ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=persistent)
         for first in range(0, len(living), 100):
             ec2.terminate_instances(InstanceIds=living[first:first + 100])
         quiet = 0 if living else quiet + 1
@@ -92,6 +103,8 @@ def watchdog(run, minutes, pid):
 def main(command, run, *rest):
     if command == "list":
         print(json.dumps(instances(client(), run)))
+    elif command == "requests":
+        print(json.dumps(requests(client(), run)))
     elif command == "end":
         end(client(), run, rest)
     elif command == "watchdog":

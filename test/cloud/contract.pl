@@ -58,7 +58,8 @@ END
 }
 $SIG{$_} = sub { BAIL_OUT('killed') } for qw(TERM INT HUP);
 
-sub vms { my ($session) = @_; my $out; IPC::Run::run([ @aws, 'list', $run ], '<', \undef, '>', \$out) or die 'aws.py list'; return grep { !$session || ($_->{tags}{'agentvm-session-id'} // '') eq $session } @{ decode_json($out) }; }
+sub account { my ($command) = @_; my $out; IPC::Run::run([ @aws, $command, $run ], '<', \undef, '>', \$out) or die "aws.py $command"; return @{ decode_json($out) }; }
+sub vms { my ($session) = @_; return grep { !$session || ($_->{tags}{'agentvm-session-id'} // '') eq $session } account('list'); }
 sub living { return grep { $_->{state} =~ /^(pending|running)$/ } vms(@_); }
 sub until_true { my ($name, $test) = @_; my $end = time + $patience; sleep 1 until $test->() || time > $end; local $Test::Builder::Level = $Test::Builder::Level + 1; return ok($test->(), $name); }
 
@@ -116,25 +117,45 @@ is($node->safe_psql('postgres', "SELECT agentvm.provision('acme', profile => 'pl
 
 # ---- pause and resume ----
 
-foreach my $case ([ 'pause', 'paused', 'stopped' ], [ 'resume', 'ready', 'running' ])
+sub there_and_back
 {
-	my ($way, $state, $vm) = @$case;
-	is($node->safe_psql('postgres', "SELECT agentvm.$way('$session')"), 't', "$way()");
-	await($node, "SELECT state FROM agentvm.sessions WHERE session_id = '$session'", $state, timeout => $patience, name => "$way(): within $patience s") || diag(state_of($node, $session));
-	is(join(' ', map { "$_->{id} $_->{state}" } vms($session)), column($node, $session, 'vm_id') . " $vm", "the VM is $vm");
+	my ($session, $name) = @_;
+	foreach my $case ([ 'pause', 'paused', 'stopped' ], [ 'resume', 'ready', 'running' ])
+	{
+		my ($way, $state, $vm) = @$case;
+		is($node->safe_psql('postgres', "SELECT agentvm.$way('$session')"), 't', "$name: $way()");
+		await($node, "SELECT state FROM agentvm.sessions WHERE session_id = '$session'", $state, timeout => $patience, name => "$name: $way(): within $patience s") || diag(state_of($node, $session));
+		is(join(' ', map { "$_->{id} $_->{state}" } vms($session)), column($node, $session, 'vm_id') . " $vm", "$name: the VM is $vm");
+	}
+	return;
 }
+there_and_back($session, 'on-demand');
 finish($session, 'on-demand');
 is($node->safe_psql('postgres', "SELECT agentvm.terminate('$session')"), 'f', 'ended again: nothing to do');
 is(scalar vms($session), 1, 'and there was never another VM');
 
 # ---- spot, and from spot to on-demand ----
 
-team('thrifty', { spot => JSON::PP::true, spot_max_price => '0.0001' }, \%secrets);
+team('thrifty', { spot => JSON::PP::true, spot_persistent => JSON::PP::true, spot_max_price => '0.0001' }, \%secrets);
 $session = started('thrifty', 'spot to on-demand');
 is(column($node, $session, 'purchase'), 'on-demand', 'a price nobody sells at: on-demand');
 like(join(' ', map { $_->{error} // '' } events($node, $session)), qr/SpotMaxPriceTooLow|InsufficientInstanceCapacity|MaxSpotInstanceCountExceeded/, 'the events say why');
 is(join(' ', map { $_->{market} } living($session)), 'on-demand', 'one VM, on-demand');
 finish($session, 'spot to on-demand');
+is(scalar account('requests'), 0, 'a request that was refused is not left for later');
+
+# ---- persistent spot ----
+
+team('keeps', { spot => JSON::PP::true, spot_persistent => JSON::PP::true }, \%secrets);
+$session = started('keeps', 'persistent spot');
+SKIP:
+{
+	skip 'no spot capacity', 6 unless column($node, $session, 'purchase') eq 'spot';
+	is(scalar account('requests'), 1, 'there is a request');
+	there_and_back($session, 'persistent spot');
+}
+finish($session, 'persistent spot');
+is(scalar account('requests'), 0, 'which AWS does not launch from any more');
 
 # ---- bad credentials ----
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The test cloud: moto as a server on a free port of 127.0.0.1, with request signatures verified.
+"""The test cloud: moto as a server (spot.py) on a free port of 127.0.0.1, with request signatures verified.
 
     cloud.py start DIR [--iam]        start it; DIR keeps its log, its pid and cloud.json (address, keys, image, subnets);
                                       --iam: policies evaluated as AWS does, with resources and conditions (iam.py)
@@ -107,7 +107,7 @@ def start(directory, strict):
     checks = {"MOTO_ENABLE_AMI_VALIDATION": "1", "MOTO_EC2_ENABLE_INSTANCE_TYPE_VALIDATION": "1"}
     with open(directory / "moto.log", "ab") as log:
         server = subprocess.Popen(
-            [sys.executable, *([str(Path(__file__).with_name("iam.py"))] if strict else ["-m", "moto.server"]), "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, str(Path(__file__).with_name("iam.py" if strict else "spot.py")), "-H", "127.0.0.1", "-p", str(port)],
             cwd=directory, env={**os.environ, **checks}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )
     endpoint = f"http://127.0.0.1:{port}"

@@ -15,6 +15,7 @@ import re
 import sys
 from urllib.parse import unquote
 
+import spot  # noqa: F401 - what moto lacks of spot requests
 from moto.core.exceptions import JsonRESTError
 from moto.core.exceptions import _RESTError as RESTError
 from moto.ec2.models import ec2_backends
@@ -124,7 +125,7 @@ class Call:
         if data.get("InstanceMarketOptions.MarketType") == "spot":
             asks.append((self.arn("ec2", "spot-instances-request/*"), {}))
         asks = [("ec2:RunInstances", *ask) for ask in asks]
-        for kind in ("instance", "volume"):
+        for kind in ("instance", "volume", "spot-instances-request"):
             tags = self.requested_tags(kind)
             if tags:
                 asks.append(("ec2:CreateTags", self.arn("ec2", f"{kind}/*"), {"ec2:CreateAction": "RunInstances", **tags}))
@@ -145,10 +146,13 @@ class Call:
             return self.run_instances()
         if name in ("TerminateInstances", "StopInstances", "StartInstances"):
             return [(self.action, self.arn("ec2", f"instance/{one}"), self.own_tags(one)) for one in self.members(r"InstanceId\.\d+")]
+        if name == "CancelSpotInstanceRequests":
+            requests = self.members(r"SpotInstanceRequestId\.\d+")
+            return [(self.action, self.arn("ec2", f"spot-instances-request/{one}"), self.own_tags(one)) for one in requests]
         if self.action == "ec2:CreateTags":
             tags = {self.data[f"Tag.{key.split('.')[1]}.Key"]: value for key, value in self.data.items() if re.fullmatch(r"Tag\.\d+\.Value", key)}
             return [
-                (self.action, self.arn("ec2", f"instance/{one}"), {**tag_keys(tags), **self.own_tags(one)})
+                (self.action, self.arn("ec2", f"{'spot-instances-request' if one.startswith('sir-') else 'instance'}/{one}"), {**tag_keys(tags), **self.own_tags(one)})
                 for one in self.members(r"ResourceId\.\d+")
             ]
         if service == "ssm" and "Name" in self.body:

@@ -111,17 +111,17 @@ my $session = launch($node, 'acme', 'ready');
 my $vm = column($node, $session, 'vm_id');
 my ($seen) = $moto->for_session($session);
 is("$seen->{state} $seen->{market} $seen->{tags}{'agentvm-cluster'}", "running spot $cluster", 'a VM runs, launched with these rights only');
-my $on_demand = launch($node, 'acme', 'ready', "options => '{\"spot\": false}'");
+my %pausable = map { $_ => launch($node, 'acme', 'ready', "options => '{$_}'") } '"spot": false', '"spot_persistent": true';
 like($node->safe_psql('postgres', "SELECT agentvm.inspect('$session')"), qr/"state": "running"/, 'and can be looked at');
 foreach my $case ([ 'pause', 'paused', 'stopped' ], [ 'resume', 'ready', 'running' ])
 {
 	my ($way, $state, $instance) = @$case;
-	$node->safe_psql('postgres', "SELECT agentvm.$way('$on_demand')");
-	hurry_to($node, $on_demand, $state);
-	is(join(' ', map { $_->{state} } $moto->for_session($on_demand)), $instance, "$way()");
+	$node->safe_psql('postgres', "SELECT agentvm.$way('$_')") for values %pausable;
+	hurry_to($node, $_, $state) for values %pausable;
+	is(join(' ', map { $_->{state} } $moto->for_session($pausable{$_})), $instance, "$way(): $_") for sort keys %pausable;
 }
-$node->safe_psql('postgres', "SELECT agentvm.terminate('$_')") for $session, $on_demand;
-await_state($node, $_, 'terminated') for $session, $on_demand;
+$node->safe_psql('postgres', "SELECT agentvm.terminate('$_')") for $session, values %pausable;
+await_state($node, $_, 'terminated') for $session, values %pausable;
 is(scalar $moto->running, 0, 'and ended');
 
 # ---- one right less ----
@@ -146,14 +146,16 @@ sub less
 # What the launch asks for, and the Sid that gives it
 my @launch = map { [ 'LaunchFrom', $_, 'ec2:RunInstances', qr{\Q${\ (/([a-z-]+)\/\*$/)[0]}\E/} ] } list((grep { $_->{Sid} eq 'LaunchFrom' } @{ $policy->{Statement} })[0]{Resource});
 push @launch, [ 'LaunchInstance', 'ec2:RunInstances', 'ec2:RunInstances', qr{instance/} ], [ 'LaunchVolume', 'ec2:RunInstances', 'ec2:RunInstances', qr{volume/} ],
-  [ 'TagAtLaunch', 'ec2:CreateTags', 'ec2:CreateTags', qr{instance/} ], [ 'PassInstanceRole', 'iam:PassRole', 'iam:PassRole', qr{role/} ];
+  [ 'TagAtLaunch', 'ec2:CreateTags', 'ec2:CreateTags', qr{instance/} ],
+  [ 'TagAtLaunch', (grep { /spot/ } list((grep { $_->{Sid} eq 'TagAtLaunch' } @{ $policy->{Statement} })[0]{Resource})), 'ec2:CreateTags', qr{spot-instances-request/} ], [ 'PassInstanceRole', 'iam:PassRole', 'iam:PassRole', qr{role/} ];
 my %tried;
+my $persistent = q{options => '{"spot_persistent": true}'};
 foreach my $case (@launch)
 {
 	my ($sid, $without, $action, $resource) = @$case;
 	$tried{"$sid $action"} = 1;
 	my ($team) = less($sid, $without);
-	$session = launch($node, $team, 'failed');
+	$session = launch($node, $team, 'failed', $persistent);
 	like(state_of($node, $session), qr/^failed invalid_credentials UnauthorizedOperation: .* is not authorized to perform: $action on resource: \S*$resource/,
 		"without $sid $without: the launch is refused, and the row says what is missing");
 	fails_with($node, "SELECT agentvm.wait('$session', timeout => '9 seconds')", 'AV001', qr/\Q$action\E/, 'wait() says AV001 and names it');
@@ -166,16 +168,20 @@ $session = launch($node, $team, 'failed');
 like(state_of($node, $session), qr/^failed invalid_credentials UnauthorizedOperation: .*ec2:DescribeInstances/, 'without ec2:DescribeInstances: a launch cannot be followed');
 is(scalar $moto->running, 0, 'and its VM is ended');
 
-$tried{'OwnInstances ec2:TerminateInstances'} = 1;
-($team) = less('OwnInstances', 'ec2:TerminateInstances');
-$session = launch($node, $team, 'ready');
-$node->safe_psql('postgres', "SELECT agentvm.terminate('$session')");
-await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND detail::text ~ 'not authorized to perform: ec2:TerminateInstances'", 't',
-	name => 'without ec2:TerminateInstances: the events say so');
-is(state_of($node, $session) =~ /^terminating/ && scalar $moto->running, 1, 'the session has not ended, nor its VM');
-account([ 'iam', 'put_user_policy', { UserName => $team, PolicyName => 'it', PolicyDocument => encode_json($policy) } ]);
-hurry_to($node, $session, 'terminated');
-is(scalar $moto->running, 0, 'until the right is there');
+foreach my $case ([ 'OwnInstances', 'ec2:TerminateInstances' ], [ 'OwnSpotRequests', 'ec2:CancelSpotInstanceRequests', $persistent ])
+{
+	my ($sid, $right, @options) = @$case;
+	$tried{"$sid $right"} = 1;
+	($team) = less($sid, $right);
+	$session = launch($node, $team, 'ready', @options);
+	$node->safe_psql('postgres', "SELECT agentvm.terminate('$session')");
+	await($node, "SELECT count(*) > 0 FROM agentvm.session_event WHERE session_id = '$session' AND detail::text ~ 'not authorized to perform: $right'", 't',
+		name => "without $right: the events say so");
+	is(state_of($node, $session) =~ /^terminating/ && scalar $moto->running, 1, 'the session has not ended, nor its VM');
+	account([ 'iam', 'put_user_policy', { UserName => $team, PolicyName => 'it', PolicyDocument => encode_json($policy) } ]);
+	hurry_to($node, $session, 'terminated');
+	is(scalar $moto->running, 0, 'until the right is there');
+}
 
 foreach my $case ([ 'ec2:StopInstances', 'pause', 'ready', 'paused' ], [ 'ec2:StartInstances', 'resume', 'paused', 'ready' ])
 {
@@ -204,11 +210,12 @@ sub tagged
 {
 	my (%tags) = @_;
 	my @tags = map { { Key => $_, Value => $tags{$_} } } sort keys %tags;
-	return (TagSpecifications => [ map { { ResourceType => $_, Tags => \@tags } } qw(instance volume) ]);
+	return (TagSpecifications => [ map { { ResourceType => $_, Tags => \@tags } } qw(instance volume spot-instances-request) ],
+		InstanceMarketOptions => { MarketType => 'spot', SpotOptions => { SpotInstanceType => 'persistent', InstanceInterruptionBehavior => 'stop' } });
 }
 my %ours = ('agentvm-managed-by' => 'agentvm', 'agentvm-cluster' => $cluster);
 my ($answer) = $moto->calls([ $full, 'ec2', 'run_instances', { %launch, tagged(%ours) } ]);
-my $own = $answer->{Instances}[0]{InstanceId};
+my ($own, $own_request) = @{ $answer->{Instances}[0] }{qw(InstanceId SpotInstanceRequestId)};
 my @calls = (
 	[ 'StartSecrets', 'ssm:PutParameter', 'ssm', 'put_parameter', $parameter ],
 	[ 'StartSecrets', 'ssm:DeleteParameter', 'ssm', 'delete_parameter', { Name => $parameter->{Name} } ],
@@ -228,14 +235,20 @@ is_deeply([ sort keys %tried ], [ sort map { my $statement = $_; map { "$stateme
 
 # ---- and no more than that ----
 
-my ($foreign, $plain) = map { $_->{Instances}[0]{InstanceId} } (account(
+my ($foreign, $plain) = map { $_->{Instances}[0] } (account(
 	[ 'ec2', 'run_instances', { %launch, tagged(%ours, 'agentvm-cluster' => 'c' x 36) } ],
-	[ 'ec2', 'run_instances', {%launch} ],
+	[ 'ec2', 'run_instances', { %launch, tagged('name' => 'x') } ],
 	[ 'iam', 'create_role', { RoleName => 'admin', AssumeRolePolicyDocument => encode_json($instance_role->{AssumeRolePolicyDocument}) } ],
 	[ 'iam', 'create_instance_profile', { InstanceProfileName => 'admin' } ],
 	[ 'iam', 'add_role_to_instance_profile', { InstanceProfileName => 'admin', RoleName => 'admin' } ],
 	[ 'ssm', 'put_parameter', { %$parameter, Name => '/app/password' } ]))[ 0, 1 ];
+my ($foreign_request, $plain_request) = map { $_->{SpotInstanceRequestId} } $foreign, $plain;
+($foreign, $plain) = map { $_->{InstanceId} } $foreign, $plain;
 my %refused = (
+	"cancelling another installation's request" => [ 'ec2', 'cancel_spot_instance_requests', { SpotInstanceRequestIds => [$foreign_request] } ],
+	'cancelling a request of the account' => [ 'ec2', 'cancel_spot_instance_requests', { SpotInstanceRequestIds => [$plain_request] } ],
+	'cancelling its own request together with one of the account' => [ 'ec2', 'cancel_spot_instance_requests', { SpotInstanceRequestIds => [ $own_request, $plain_request ] } ],
+	'making a request look like its own' => [ 'ec2', 'create_tags', { Resources => [$plain_request], Tags => [ map { { Key => $_, Value => $ours{$_} } } sort keys %ours ] } ],
 	(map { my $method = $_; ("$method of another installation's VM" => [ 'ec2', $method, { InstanceIds => [$foreign] } ], "$method of a VM of the account" => [ 'ec2', $method, { InstanceIds => [$plain] } ],
 		"$method of its own VM together with a VM of the account" => [ 'ec2', $method, { InstanceIds => [ $own, $plain ] } ]) } qw(terminate_instances stop_instances start_instances)),
 	'making a VM look like its own' => [ 'ec2', 'create_tags', { Resources => [$plain], Tags => [ map { { Key => $_, Value => $ours{$_} } } sort keys %ours ] } ],
@@ -261,7 +274,7 @@ sub refuses
 	return;
 }
 refuses($full, 'refused', %refused);
-is((may($full, [ 'ec2', 'terminate_instances', { InstanceIds => [$own] } ]))[0], 'yes', 'its own VM it may end');
+is(join(' ', may($full, [ 'ec2', 'cancel_spot_instance_requests', { SpotInstanceRequestIds => [$own_request] } ], [ 'ec2', 'terminate_instances', { InstanceIds => [$own] } ])), 'yes yes', 'its own VM it may end, and the request before');
 
 # A VM reads what it knows the name of, and nothing else
 account([ 'ssm', 'put_parameter', $parameter ]);

@@ -23,7 +23,7 @@ my %settings = (
 	AGENTVM_CLOUD_SUBNET_IDS => join(',', @{ $account->{subnet_ids} }), AGENTVM_CLOUD_SECURITY_GROUP_IDS => $account->{security_group_ids}[0],
 	AGENTVM_CLOUD_LIFETIME => 5, AGENTVM_CLOUD_MINUTES => 5);
 # moto sells at any price
-$faults->set(mode => 'error', action => 'RunInstances', market => 'spot', status => 400, code => 'SpotMaxPriceTooLow', message => 'Your Spot request price is too low.');
+$faults->set(mode => 'error', action => 'RunInstances', match => '0.0001', status => 400, code => 'SpotMaxPriceTooLow', message => 'Your Spot request price is too low.');
 
 sub launched { my ($tag) = @_; my ($answer) = $moto->calls([ undef, 'ec2', 'run_instances', { ImageId => $account->{image_id}, InstanceType => 't3.micro', MinCount => 1, MaxCount => 1,
 	TagSpecifications => [ { ResourceType => 'instance', Tags => [ { Key => 'agentvm-cluster', Value => $tag } ] } ] } ]); return $answer->{Instances}[0]{InstanceId}; }

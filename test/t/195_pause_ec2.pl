@@ -44,7 +44,7 @@ is(sql("SELECT handle ?| '{phase,power_sent,looks}' FROM agentvm.session WHERE s
 
 # ---- spot, and what is not known yet ----
 my $spot = launch($node, 'acme', 'ready');
-fails_with($node, "SELECT agentvm.pause('$spot')", '0A000', qr/spot instance.*one-time.*spot = false/s, 'a spot instance cannot be paused');
+fails_with($node, "SELECT agentvm.pause('$spot')", '0A000', qr/one-time spot instance.*option spot_persistent = true, or spot = false/s, 'a one-time spot instance cannot be paused');
 is(state_of($node, $spot) . ' ' . calls($spot, 'StopInstances'), 'ready 0', 'nothing has happened');
 sql("UPDATE agentvm.session SET purchase = NULL WHERE session_id = '$spot'");
 fails_with($node, "SELECT agentvm.pause('$spot')", 'AV007', qr/cannot be paused yet/, 'nor one of which it is not known what it is');

@@ -134,7 +134,7 @@ locals {
         Sid      = "TagAtLaunch"
         Effect   = "Allow"
         Action   = "ec2:CreateTags"
-        Resource = ["${local.ec2}:instance/*", "${local.ec2}:volume/*"]
+        Resource = ["${local.ec2}:instance/*", "${local.ec2}:volume/*", "${local.ec2}:spot-instances-request/*"]
         Condition = {
           StringEquals = {
             "ec2:CreateAction"                  = "RunInstances"
@@ -149,6 +149,19 @@ locals {
         Effect   = "Allow"
         Action   = ["ec2:TerminateInstances", "ec2:StopInstances", "ec2:StartInstances"]
         Resource = "${local.ec2}:instance/*"
+        Condition = {
+          StringEquals = {
+            "aws:ResourceTag/agentvm-managed-by" = "agentvm"
+            "aws:ResourceTag/agentvm-cluster"    = var.cluster
+          }
+        }
+      },
+      # before the instance of a persistent one is ended, or AWS would launch another
+      {
+        Sid      = "OwnSpotRequests"
+        Effect   = "Allow"
+        Action   = "ec2:CancelSpotInstanceRequests"
+        Resource = "${local.ec2}:spot-instances-request/*"
         Condition = {
           StringEquals = {
             "aws:ResourceTag/agentvm-managed-by" = "agentvm"

@@ -21,7 +21,7 @@ use Time::HiRes qw(sleep time);
 our @EXPORT = qw(faults_soak);
 
 # Kinds of sessions: team, what else provision() is told, whether their user ends them, and how they may end; those that may not end live.
-# Team "lone" has but one place to launch in, so that it may find no room there.
+# Team "lone" has but one place to launch in, so that it may find no room there; what team "bold" has of the spot market is of persistent requests.
 my $room = 'failed capacity';
 my @kinds = (
 	{ name => 'lives', team => 'acme', ends_as => [] },
@@ -33,7 +33,7 @@ my @kinds = (
 	{ name => 'has one place', team => 'lone', ends_as => [$room], may_live => 1 },
 	{ name => 'has one place and is ended', team => 'lone', user => 1, ends_as => [ 'terminated requested', $room ] });
 
-my @operations = qw(RunInstances DescribeInstances TerminateInstances);
+my @operations = qw(RunInstances DescribeInstances CancelSpotInstanceRequests TerminateInstances);
 my %faults = (
 	capacity => { only => 'RunInstances', chance => 12 },
 	throttle => { chance => 4 },
@@ -121,7 +121,7 @@ CONF
 	ec2_team($node, $_, $moto) for qw(bold lone);
 	my %options = (
 		acme => { %rest, instance_types => [qw(t3.micro t3.small)] },
-		bold => { %rest, subnet_ids => [ @subnets[ 0, 1 ] ], instance_types => [qw(t3.small t3.micro t3.medium)] },
+		bold => { %rest, subnet_ids => [ @subnets[ 0, 1 ] ], instance_types => [qw(t3.small t3.micro t3.medium)], spot_persistent => JSON::PP::true },
 		lone => { %rest, subnet_ids => [ $subnets[2] ], instance_type => 't3.micro', spot => JSON::PP::false });
 	$node->safe_psql('postgres', "SELECT agentvm.set_provider('$_', 'ec2', " . json($options{$_}) . ')') for sort keys %options;
 
