@@ -113,7 +113,7 @@ tmp_fuzz/runtime_answer: test/fuzz/runtime_answer.c src/runtime/answer.c src/run
 	clang $(fuzz_flags) -o $@ $(filter %.c,$^) -ljansson
 tmp_fuzz/mux: test/fuzz/mux.c src/common/mux.c src/common/mux.h src/protocol.h
 	@mkdir -p $(@D)
-	clang $(fuzz_flags) -o $@ $(filter %.c,$^)
+	clang $(fuzz_flags) -DPROTOCOL_CABLE_PIECE=600 -o $@ $(filter %.c,$^)
 tmp_fuzz/tar: test/fuzz/tar.c src/runtime/tar.c src/runtime/tar.h src/runtime/files.c src/runtime/files.h src/common/log.c src/common/log.h
 	@mkdir -p $(@D)
 	clang $(fuzz_flags) -o $@ $(filter %.c,$^) -larchive -ljansson

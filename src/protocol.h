@@ -137,7 +137,9 @@
 #define PROTOCOL_CABLE_WINDOW                                                                      \
 	(256 * 1024)					 /* bytes of a stream under way or not yet taken, each way */
 #define PROTOCOL_CABLE_PAYLOAD 16384 /* bytes of a stream in one frame */
+#ifndef PROTOCOL_CABLE_PIECE		 /* the fuzzer's are small, so that it gets somewhere */
 #define PROTOCOL_CABLE_PIECE 131072	 /* bytes of a message in one piece */
+#endif
 
 #define PROTOCOL_CABLE_END 0xc0		  /* ends a frame */
 #define PROTOCOL_CABLE_ESCAPE 0xdb	  /* in a frame: these two in place of END */
