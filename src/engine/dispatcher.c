@@ -46,7 +46,7 @@
 
 #define ERROR_PAUSE_MS 1000
 /* so long (us) after those before answers are taken in, where they come all the time */
-#define GATHER_US 10000
+#define GATHER_US 20000
 #define STATEMENT_LIMIT_MS                                                                         \
 	60000 /* statement_timeout is not armed for workers; a batch takes milliseconds */
 

@@ -203,19 +203,18 @@ commit_batch(Engine *engine, DbScope *scope)
 		engine->slot->in_flight = engine->in_flight;
 }
 
-/* A lease number that nobody has had. */
+/* A lease number that nobody has had: counted on from a random one, since those are dear. */
 static int64
 fresh_lease(void)
 {
-	uint64 bits;
+	static uint64 last = 0;
 
+	if (last == 0 && !pg_strong_random(&last, sizeof(last)))
+		elog(ERROR, "could not generate a lease number");
 	do
-	{
-		if (!pg_strong_random(&bits, sizeof(bits)))
-			elog(ERROR, "could not generate a lease number");
-		bits &= PG_INT64_MAX;
-	} while (bits == 0);
-	return (int64) bits;
+		last = (last + 1) & PG_INT64_MAX;
+	while (last == 0);
+	return (int64) last;
 }
 
 /*

@@ -105,12 +105,9 @@ client_token(const ProviderSession *session, int attempt, const Ec2Place *place)
 	char *text = psprintf("%s|%s|%d|%s|%s|%s", session->cluster != NULL ? session->cluster : "",
 						  session->session_id, attempt, place->market, place->subnet, place->type);
 	uint8 digest[SHA256_LEN];
-	char *token = palloc(2 * SHA256_LEN + 1);
 
 	sha256_bytes(text, strlen(text), digest);
-	for (int i = 0; i < SHA256_LEN; i++)
-		snprintf(token + 2 * i, 3, "%02x", digest[i]);
-	return token;
+	return sha256_text(digest);
 }
 
 /* "2026-01-31T12:34:56Z" */

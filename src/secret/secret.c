@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "nodes/pg_list.h"
+#include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/palloc.h"
 
@@ -307,8 +308,8 @@ sha256_text(const uint8 digest[SHA256_LEN])
 {
 	char *text = palloc(2 * SHA256_LEN + 1);
 
-	for (int i = 0; i < SHA256_LEN; i++)
-		snprintf(text + 2 * i, 3, "%02x", digest[i]);
+	hex_encode((const char *) digest, SHA256_LEN, text);
+	text[2 * SHA256_LEN] = '\0';
 	return text;
 }
 
