@@ -194,7 +194,7 @@ def transfers(vm):
     db.execute("CREATE TABLE file (content bytea)")
     db.execute("ALTER TABLE file ALTER content SET STORAGE EXTERNAL")
     db.execute("INSERT INTO file VALUES (%b)", (content,))
-    for turn in range(3):
+    for turn in range(5):
         into, out = raw_copy()
         up = timed(lambda: value("SELECT agentvm.upload(%s, %s, content) FROM file", vm, path))
         down = timed(lambda: value("SELECT length(agentvm.download(%s, %s))", vm, path))
