@@ -14,9 +14,6 @@
  */
 #include "postgres.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include "agentvm.h"
 #include "db.h"
 #include "fmgr.h"
@@ -39,12 +36,11 @@ PG_FUNCTION_INFO_V1(agentvm_download_tar);
 #define MAX_PATH_LEN 4096 /* bytes: what Linux takes as a path, with a NUL */
 #define MAX_RESTARTS 3	  /* of a download whose file changes meanwhile */
 #define FIRST_CHUNK (256 * 1024)
-#define QUICK_MS 300  /* a chunk that takes no longer may be followed by a larger one */
-#define SLOW_MS 1500  /* and one that takes longer by a smaller one */
-#define MAX_AT_ONCE 4 /* chunks that are read */
-#define LARGE_CONTENT (4 * 1024 * 1024) /* bytes that are worth large pages: these have 2 MiB */
-#define TAR_TIMEOUT_S 3600				/* for packing or unpacking */
-#define MAX_TAR_WORDS 1000				/* bytes that are shown of what that says */
+#define QUICK_MS 300	   /* a chunk that takes no longer may be followed by a larger one */
+#define SLOW_MS 1500	   /* and one that takes longer by a smaller one */
+#define MAX_AT_ONCE 4	   /* chunks that are read */
+#define TAR_TIMEOUT_S 3600 /* for packing or unpacking */
+#define MAX_TAR_WORDS 1000 /* bytes that are shown of what that says */
 
 /* What the runtime's program for archives exits with. */
 #define TAR_DONE 0
@@ -360,25 +356,6 @@ too_large(Transfer *transfer, int64 size, int64 limit, bool remove)
 }
 
 /*
- * Memory for a file.  It is all new, and a page of the usual size costs more to be had than
- * to be filled: where Linux gives larger ones to those that ask, we do.
- */
-static bytea *
-make_content(int64 len)
-{
-	bytea *content = palloc(VARHDRSZ + len);
-#ifdef MADV_HUGEPAGE
-	uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
-	uintptr_t from = ((uintptr_t) content + page - 1) / page * page;
-	uintptr_t to = ((uintptr_t) content + VARHDRSZ + len) / page * page;
-
-	if (len >= LARGE_CONTENT)
-		(void) madvise((void *) from, to - from, MADV_HUGEPAGE);
-#endif
-	return content;
-}
-
-/*
  * One try to read "length" bytes (-1: all) from "offset" on.  NULL: the file has
  * changed meanwhile.
  */
@@ -405,7 +382,7 @@ try_file(Transfer *transfer, int64 offset, int64 length, bool remove)
 			wanted = Max(0, length < 0 ? size - offset : Min(length, size - offset));
 			if (wanted > limit)
 				too_large(transfer, size, limit, remove);
-			content = make_content(wanted);
+			content = palloc(VARHDRSZ + wanted);
 		}
 		else if (strcmp(version, answer->version) != 0 || size != answer->size)
 		{
