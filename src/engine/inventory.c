@@ -79,19 +79,13 @@ static DbQuery lock_query = {
 	{TEXTOID, TEXTOID, TEXTOID, INT8OID},
 	.generic = true};
 
-/* With the row locked. */
-static DbQuery put_off_query = {
-	"UPDATE agentvm.inventory SET lease = NULL, next_at = $5 "
+/* With the row locked: $5 when it is due; $6 whether the lease goes on until then. */
+static DbQuery reschedule_query = {
+	"UPDATE agentvm.inventory SET lease = CASE WHEN $6 THEN lease END, next_at = $5 "
 	"WHERE account = $1 AND provider = $2 AND region = $3 AND lease = $4",
-	5,
-	{TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID},
+	6,
+	{TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID, BOOLOID},
 	.generic = true};
-
-static DbQuery renew_query = {"UPDATE agentvm.inventory SET next_at = $5 "
-							  "WHERE account = $1 AND provider = $2 AND region = $3 AND lease = $4",
-							  5,
-							  {TEXTOID, TEXTOID, TEXTOID, INT8OID, TIMESTAMPTZOID},
-							  .generic = true};
 
 /* With the row locked: $5 begun at, if it was whole; $6 VMs; $7 the error; $8 ms until the next. */
 static DbQuery finish_query = {
@@ -323,34 +317,32 @@ finish(const Inventory *inventory, bool whole)
 	db_run(&finish_query, values, nulls);
 }
 
-/* Let somebody begin the list at that time. */
-static void
-put_off(const Inventory *inventory, TimestampTz later)
+/*
+ * Let somebody begin the list at that time, or have it ourselves until then; false: it is
+ * somebody else's.
+ */
+static bool
+reschedule(const Inventory *inventory, TimestampTz at, bool keep)
 {
-	Datum values[5];
+	Datum values[6];
 
 	if (!lock_row(inventory))
-		return;
+		return false;
 	set_inventory(values, inventory);
-	values[4] = TimestampTzGetDatum(later);
-	db_run(&put_off_query, values, NULL);
+	values[4] = TimestampTzGetDatum(at);
+	values[5] = BoolGetDatum(keep);
+	db_run(&reschedule_query, values, NULL);
+	return true;
 }
 
 /* Have the list until then, and for as long as it may take; false: it is somebody else's. */
 static bool
 keep_until(Inventory *inventory, TimestampTz later)
 {
-	Datum values[5];
-
 	if (later + LEASE_S / 2 * USECS_PER_SEC <= inventory->leased_until)
 		return true;
-	if (!lock_row(inventory))
-		return false;
 	inventory->leased_until = later + LEASE_S * USECS_PER_SEC;
-	set_inventory(values, inventory);
-	values[4] = TimestampTzGetDatum(inventory->leased_until);
-	db_run(&renew_query, values, NULL);
-	return true;
+	return reschedule(inventory, inventory->leased_until, true);
 }
 
 /* Keep what has gone wrong, without any secret. */
@@ -476,7 +468,7 @@ static void
 wait_until(Inventory *inventory, TimestampTz later, InventoryTurn *turn)
 {
 	if (inventory->phase == INVENTORY_LIST && inventory->pages == NIL && inventory->refused == 0)
-		put_off(inventory, later);
+		(void) reschedule(inventory, later, false);
 	else if (keep_until(inventory, later))
 	{
 		inventory->waited = true;

@@ -16,8 +16,10 @@
  * is stopped rather than terminated, and the request expires when the VM's hard stop comes.
  * Where an instance had ended before its request was cancelled, those that the request has launched
  * are looked for and ended; a policy that goes by tags does not allow that, but then the
- * session does not end silently.  An interruption stops the instance, too; AWS starts it when there is room again, and nobody
- * else can.  To us it counts as lost.
+ * session does not end silently.
+ *
+ * An interruption stops the instance, too; AWS starts it when there is room again, and
+ * nobody else can.  To us it counts as lost.
  *
  *-------------------------------------------------------------------------
  */
@@ -28,7 +30,6 @@
 /* Ec2Progress.phase of OP_TERMINATE */
 #define LOOK_PHASE "request"
 #define CANCEL_PHASE "cancel"
-
 #define OTHERS_PHASE "others" /* is there one that took the instance's place? */
 #define END_OTHER_PHASE "end-other"
 

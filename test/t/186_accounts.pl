@@ -90,7 +90,7 @@ $faults->set(mode => 'body', action => 'DescribeInstances', match => $_ == 1 ? $
 set('api_rate', 0.03);    # lists, and looks by tag: 3 at once, then 3 in 5 s
 list('acme');
 my @pages;
-sleep 0.05 until (@pages = grep { $_->{args}{NextToken} } $faults->requests('DescribeInstances')) >= 2 || time > $since + 90;
+await_that(sub { (@pages = grep { $_->{args}{NextToken} } $faults->requests('DescribeInstances')) >= 2 }, 'a list is at its third page', timeout => 90);
 my $asked = time;
 sql("SELECT agentvm.terminate('$lost')");
 list($_) for qw(mate late far);
@@ -98,7 +98,7 @@ await($node, "SELECT count(*) > 0 FROM agentvm.inventory WHERE account IN ('mate
 	't', name => 'lists of other teams wait, and nobody has them');
 await_list('far', 'listed_at IS NOT NULL', "another account's does not");
 my @looks;
-sleep 0.05 until (@looks = calls_for($faults, 'DescribeInstances', $lost)) || time > $asked + 30;
+await_that(sub { @looks = calls_for($faults, 'DescribeInstances', $lost) }, 'a session looks for its VM');
 cmp_ok($looks[0]{at} - $asked, '<', 7, 'nor do sessions wait for the whole list');
 await_list('acme', "listed_at IS NOT NULL AND lease IS NULL AND failures = 0 AND error IS NULL AND vms = $pages", 'it comes to its end');
 await_list($_, 'listed_at IS NOT NULL AND lease IS NULL AND failures = 0', "and so does that of $_") for qw(mate late);

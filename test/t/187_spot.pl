@@ -25,7 +25,7 @@ sub ready
 sub seen { my ($session) = @_; return join ' ', map { $_->{state} } vms_of($moto, $session); }
 sub refuse { my ($action, $code, %rule) = @_; $faults->set(action => $action, mode => 'error', code => $code, message => 'no', %rule); return; }
 sub hurried { my ($session, $way, $state) = @_; sql("SELECT agentvm.$way('$session')"); local $Test::Builder::Level = $Test::Builder::Level + 1; return hurry_to($node, $session, $state); }
-sub asked { my ($action, $before) = @_; my $end = time + 30; sleep 0.01 while $faults->count($action) <= $before && time < $end; return; }
+sub asked { my ($action, $before) = @_; local $Test::Builder::Level = $Test::Builder::Level + 1; return await_that(sub { $faults->count($action) > $before }, "the cloud is asked for $action"); }
 sub expire { return $moto->calls([ undef, 'ec2', 'cancel_spot_instance_requests', { SpotInstanceRequestIds => \@_ } ]); }
 sub list { return join ', ', map { "'$_'" } @_; }
 # The ends of a request and its instance of which the cloud has been asked, in order
@@ -166,8 +166,7 @@ $faults->set(action => 'RunInstances', mode => 'lost', n => 1);
 $faults->set(action => 'RunInstances', mode => 'drop');
 $before = $faults->count('RunInstances', 'cloud');
 my $lost = launch($node, 'keeps');
-my $end = time + 30;
-sleep 0.02 while $faults->count('RunInstances', 'cloud') == $before && time < $end;
+await_that(sub { $faults->count('RunInstances', 'cloud') > $before }, 'a launch has reached the cloud');
 hurry_until($node, "SELECT retries > 0 FROM agentvm.session WHERE session_id = '$lost'");
 hurried($lost, 'terminate', 'terminated');
 is(ends(column($node, $_, 'vm_id'), 'x'), 'end', 'one that is ended amid its launch, or found by its tag, has had a VM') for $amid, $lost;
@@ -184,7 +183,7 @@ for my $action (qw(CancelSpotInstanceRequests TerminateInstances))
 	$node->stop('immediate');
 	$node->start;
 	hurry_to($node, $session, 'terminated');
-	$end = time + 10;
+	my $end = time + 10;    # one that was cut off may never come
 	sleep 0.05 while $faults->count($action, 'cloud') < $taken + 2 && time < $end;
 	like(ends($vm, $request), qr/^cancel.*end/, "a crash amid $action: cancelled, and ended");
 	$faults->clear;
@@ -209,7 +208,7 @@ sql("BEGIN; UPDATE agentvm.session SET state = 'terminating', end_reason = 'requ
 sql("UPDATE agentvm.session SET team_id = 'keeps' WHERE session_id = '$orphans[3][0]'");
 refuse('CancelSpotInstanceRequests', 'UnauthorizedOperation', status => 403, match => $orphans[1][2]);
 sweep();
-sleep 2.1;    # the cloud tells whole seconds
+await($node, "SELECT bool_and(launched_at < clock_timestamp() - interval '2.1 s') FROM agentvm.vm_drift WHERE kind = 'orphan'", 't', name => 'they are older than the grace, of which the cloud tells whole seconds');
 sweep();
 is(join(' | ', map { ends(@$_[ 1, 2 ]) } @orphans[ 0 .. 2 ]), 'cancel end |  | cancel end', 'orphans are ended, requests first, but for one whose request may not be cancelled');
 is(ends($orphans[3][1], 'x'), 'end', 'and one-time ones just so');

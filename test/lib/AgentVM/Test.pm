@@ -18,7 +18,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-our @EXPORT = qw(new_node create_extension await await_state psql_ok fails_with as_role make_role provision state_of
+our @EXPORT = qw(new_node create_extension await await_that await_state psql_ok fails_with as_role make_role provision state_of
   set_ec2 literal json log_text log_lacks threads unblocked);
 
 # Options: conf (more lines), preload (libraries beside agentvm, or undef for none at all), databases, moto (or faults: any
@@ -98,6 +98,18 @@ sub await
 	diag($error) if $error && ($answer // '') ne $expected;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return is($answer, $expected, $opt{name} // "await: $query");
+}
+
+# The same with a condition in Perl, for 30 s
+sub await_that
+{
+	my ($condition, $name, %opt) = @_;
+	my $end = time + ($opt{timeout} // 30);
+	my $true;
+
+	sleep 0.02 until ($true = $condition->()) || time > $end;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return ok($true, $name);
 }
 
 # Wait until a session is in a state (or one of them: 'terminated|failed')
