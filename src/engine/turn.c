@@ -206,7 +206,6 @@ has_tokens(const pg_uuid_t *session_id)
 static void
 begin_attempt(SessionRow *row, int attempt)
 {
-	bool is_first = row->attempt == 0;
 	Datum values[3];
 
 	row->attempt = attempt;
@@ -219,7 +218,7 @@ begin_attempt(SessionRow *row, int attempt)
 
 		SET_VARSIZE(hash, VARHDRSZ + SHA256_LEN);
 		secret_sha256(token, (uint8 *) VARDATA(hash));
-		if (!is_first && has_tokens(&row->session_id))
+		if (has_tokens(&row->session_id))
 		{
 			values[0] = UUIDPGetDatum(&row->session_id);
 			db_run(&forget_token_query, values, NULL);
