@@ -53,12 +53,16 @@ SELECT count(agentvm.terminate(session_id)) FROM agentvm.session JOIN public.mad
 DELETE FROM public.made m USING agentvm.session s WHERE s.session_id = m.session_id AND s.ended_at IS NOT NULL;
 SQL
 
-# KiB of memory that only this process has, and how many descriptors, but for the tables' files, which the server opens and closes as it likes
+# KiB of memory that only this process has, without shared memory that only it has touched yet; and how many descriptors, but for the tables' files, which the server opens and closes as it likes
 sub private_kb
 {
 	my ($pid) = @_;
-	my $kb = 0;
-	$kb += $_ for slurp_file("/proc/$pid/smaps_rollup") =~ /^Private_\w+: +(\d+) kB/mg;
+	my ($kb, $own) = (0, 0);
+	foreach (split /\n/, slurp_file("/proc/$pid/smaps"))
+	{
+		$own = $1 eq 'p' if /^[0-9a-f]+-[0-9a-f]+ \S*([ps]) /;
+		$kb += $1 if $own && /^Private_\w+: +(\d+) kB/;
+	}
 	return $kb;
 }
 sub fds { my ($pid) = @_; opendir(my $dir, "/proc/$pid/fd") or die "/proc/$pid/fd: $!"; return scalar grep { !/^\./ && (readlink("/proc/$pid/fd/$_") // '') !~ m{/pgdata/} } readdir($dir); }
