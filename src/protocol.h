@@ -70,7 +70,8 @@
  *			   between is not kept; lost: how much of the whole is not
  *	kill	{signal}: 15 or 9, to all of its processes; answer {running}: it was until then
  *	put		bytes at "offset" of a file that replaces "path" with the last of them:
- *			{path, mode, size, offset}; answer {written}
+ *			{path, mode, size, offset}; answer {written, any_order}: how far this one
+ *			goes; true, if those between the first and the last may come in any order
  *	get		{path, offset, length, remove}; answer {size, version}: another version is
  *			another file; remove: the file is not needed after this; bytes
  *

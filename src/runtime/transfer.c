@@ -413,7 +413,8 @@ write_part(Upload *upload, const json_t *header, const char *bytes, size_t len)
 		return failure(CALL_FAILED, "write %s: its beginning is not here any more", name);
 	if (fd < 0)
 		return failure_errno("write", name, errno);
-	if (fstat(fd, &status) != 0 || status.st_size < offset)
+	/* those between may come in any order; all have been answered before the last one is sent */
+	if (fstat(fd, &status) != 0 || (offset + (int64_t) len == size && status.st_size < offset))
 	{
 		close(fd);
 		return failure(CALL_INVALID, "write %s: what comes before byte %" PRId64 " is missing",
@@ -480,7 +481,8 @@ transfer_put(const json_t *header, const char *bytes, size_t len)
 		else
 			expect_idle();
 	}
-	return json_pack("{s:I}", "written", (json_int_t) (offset + (int64_t) len));
+	return json_pack("{s:I, s:b}", "written", (json_int_t) (offset + (int64_t) len), "any_order",
+					 1);
 }
 
 /* ---- get ---- */

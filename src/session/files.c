@@ -4,8 +4,8 @@
  *		Files in and out of VMs, in chunks; directories as tar archives.
  *
  * A transfer has an id, as a command has.  The gateway logs its beginning with the first
- * chunk and its end with the last, which are under way alone; of what is read, several
- * of those between are, where chunks come quickly.
+ * chunk and its end with the last, which are under way alone; several of those between
+ * are, where chunks come quickly, and a runtime takes them in any order.
  *
  * An archive travels as a file in the VM's /tmp, which a program of the runtime's
  * packs or unpacks.
@@ -38,7 +38,7 @@ PG_FUNCTION_INFO_V1(agentvm_download_tar);
 #define FIRST_CHUNK (256 * 1024)
 #define QUICK_MS 300	   /* a chunk that takes no longer may be followed by a larger one */
 #define SLOW_MS 1500	   /* and one that takes longer by a smaller one */
-#define MAX_AT_ONCE 4	   /* chunks that are read */
+#define MAX_AT_ONCE 4	   /* chunks under way */
 #define TAR_TIMEOUT_S 3600 /* for packing or unpacking */
 #define MAX_TAR_WORDS 1000 /* bytes that are shown of what that says */
 
@@ -56,12 +56,13 @@ typedef struct Transfer
 	pg_uuid_t id;
 	const char *path;	 /* of the file */
 	const char *shown;	 /* what the caller asked for */
+	const char *words;	 /* for errors: what is done */
 	const char *audit;	 /* JSON; NULL once it has been sent */
 	MemoryContext chunk; /* of the chunk under way */
 	int64 chunk_len;	 /* of the next one */
 } Transfer;
 
-/* A chunk that is read, where several are. */
+/* A chunk under way, where several are. */
 typedef struct Slot
 {
 	Call *call;
@@ -124,8 +125,8 @@ begin_transfer(Transfer *transfer, const pg_uuid_t *session, const char *way, co
 	StringInfoData audit;
 
 	transfer->calls = calls_create(GetUserId());
-	transfer->call = call_create(transfer->calls, session, psprintf("%s \"%s\"", way, shown),
-								 PG_INT64_MAX, NULL);
+	transfer->words = psprintf("%s \"%s\"", way, shown);
+	transfer->call = call_create(transfer->calls, session, transfer->words, PG_INT64_MAX, NULL);
 	session_make_id(&transfer->id, GetCurrentTimestamp());
 	transfer->path = path;
 	transfer->shown = shown;
@@ -193,31 +194,179 @@ protest(Transfer *transfer)
 	call_raise(call_failure(transfer->call));
 }
 
+/* ---- several chunks at once ---- */
+
+/* What is done with a slot: its chunk asked for, or its answer taken in; false: no more of them. */
+typedef struct Way
+{
+	void (*send)(Transfer *transfer, Slot *slot, void *arg);
+	bool (*take)(Transfer *transfer, const Slot *slot, const Answer *answer, void *arg);
+	void *arg;
+} Way;
+
+/* Send a slot's chunk, whose own members are in the slot's header. */
+static void
+send_slot(Transfer *transfer, Slot *slot, const char *bytes, bool much_comes)
+{
+	CallMessage message = {transfer->id,  &slot->header,
+						   bytes,		  bytes != NULL ? slot->len : 0,
+						   .wait_ms = -1, .much_comes = much_comes};
+
+	header_text(&slot->header, "path", transfer->path);
+	header_json(&slot->header, "owned", "true");
+	call_send(slot->call, &message);
+}
+
+/* Whether several chunks may be under way: all of the largest size then. */
+static bool
+is_quick(const Transfer *transfer)
+{
+	return transfer->chunk_len > FIRST_CHUNK;
+}
+
+/*
+ * Move what lies between "from" and "to"; false: no more was wanted.  All chunks have been
+ * answered then, since the gateway would take one that is given up for the end of the
+ * transfer.
+ */
+static bool
+move_between(Transfer *transfer, int64 from, int64 to, const Way *way)
+{
+	Slot slots[MAX_AT_ONCE] = {0};
+	int64 chunk_len = is_quick(transfer) ? PROTOCOL_MAX_CHUNK : transfer->chunk_len;
+	int most = is_quick(transfer) ? MAX_AT_ONCE : 1;
+	int under_way = 0;
+	bool goes_on = true;
+	int i;
+
+	for (i = 0; i < most; i++)
+	{
+		slots[i].call = call_create(transfer->calls, call_session(transfer->call), transfer->words,
+									PG_INT64_MAX, &slots[i]);
+		slots[i].context =
+			AllocSetContextCreate(transfer->chunk, "agentvm slot", ALLOCSET_SMALL_SIZES);
+	}
+	for (;;)
+	{
+		Call *call;
+
+		for (i = 0; i < most && goes_on && from < to; i++)
+		{
+			MemoryContext old;
+
+			if (slots[i].len > 0)
+				continue;
+			slots[i].offset = from;
+			slots[i].len = Min(to - from, chunk_len);
+			from += slots[i].len;
+			under_way++;
+			MemoryContextReset(slots[i].context);
+			old = MemoryContextSwitchTo(slots[i].context);
+			way->send(transfer, &slots[i], way->arg);
+			MemoryContextSwitchTo(old);
+		}
+		if (under_way == 0)
+			break;
+		calls_advance(transfer->calls);
+		while ((call = calls_answered(transfer->calls)) != NULL)
+		{
+			Slot *slot = call_arg(call);
+
+			if (call_failure(call) != NULL)
+				call_raise(call_failure(call));
+			goes_on = way->take(transfer, slot, call_answer(call), way->arg) && goes_on;
+			slot->len = 0;
+			under_way--;
+		}
+		if (under_way > 0 && (under_way == most || from >= to || !goes_on))
+			calls_sleep(transfer->calls, PG_INT64_MAX);
+	}
+	for (i = 0; i < most; i++)
+	{
+		call_destroy(slots[i].call);
+		MemoryContextDelete(slots[i].context);
+	}
+	return goes_on;
+}
+
+/* ---- to the VM ---- */
+
+typedef struct Upload
+{
+	const Content *content;
+	const char *mode;
+} Upload;
+
+static void
+begin_put(const Transfer *transfer, StringInfo header, const Upload *upload, int64 offset)
+{
+	initStringInfo(header);
+	header_begin(header, "put", &transfer->id);
+	header_text(header, "mode", upload->mode);
+	header_int(header, "size", upload->content->len);
+	header_int(header, "offset", offset);
+}
+
+static void
+put_slot(Transfer *transfer, Slot *slot, void *arg)
+{
+	const Upload *upload = arg;
+
+	begin_put(transfer, &slot->header, upload, slot->offset);
+	send_slot(transfer, slot, content_read(upload->content, slot->offset, slot->len), false);
+}
+
+static bool
+slot_was_put(Transfer *transfer, const Slot *slot, const Answer *answer, void *arg)
+{
+	if (answer->written != slot->offset + slot->len)
+		protest(transfer);
+	return true;
+}
+
 static void
 put_file(Transfer *transfer, const Content *content, const char *mode)
 {
+	Upload upload = {content, mode};
+	Way way = {put_slot, slot_was_put, &upload};
 	int64 offset = 0;
 
 	do
 	{
 		int64 len = Min(content->len - offset, transfer->chunk_len);
+		int64 last;
 		MemoryContext old = MemoryContextSwitchTo(transfer->chunk);
 		StringInfoData header;
+		const Answer *answer;
+		bool any_order;
 
-		initStringInfo(&header);
-		header_begin(&header, "put", &transfer->id);
-		header_text(&header, "mode", mode);
-		header_int(&header, "size", content->len);
-		header_int(&header, "offset", offset);
-		if (ask_chunk(transfer, &header, content_read(content, offset, len), len,
-					  offset + len == content->len, false)
-				->written != offset + len)
+		begin_put(transfer, &header, &upload, offset);
+		answer = ask_chunk(transfer, &header, content_read(content, offset, len), len,
+						   offset + len == content->len, false);
+		if (answer->written != offset + len)
 			protest(transfer);
+		any_order = answer->any_order == 1;
 		MemoryContextSwitchTo(old);
 		MemoryContextReset(transfer->chunk);
 		offset += len;
+		last = content->len - Min(content->len - offset, transfer->chunk_len);
+		if (any_order && is_quick(transfer) && offset < last)
+		{
+			(void) move_between(transfer, offset, last, &way);
+			offset = last;
+		}
 	} while (offset < content->len);
 }
+
+/* ---- from the VM ---- */
+
+typedef struct Download
+{
+	int64 file_offset; /* of the content */
+	char *content;
+	const char *version; /* of the file */
+	int64 size;
+} Download;
 
 static void
 begin_get(Transfer *transfer, StringInfo header, int64 offset, int64 len)
@@ -256,88 +405,29 @@ get_chunk(Transfer *transfer, int64 offset, int64 len, bool last, bool remove)
 	return answer;
 }
 
-/* Have a slot ask for its chunk. */
 static void
-send_slot(Transfer *transfer, Slot *slot, int64 file_offset)
+get_slot(Transfer *transfer, Slot *slot, void *arg)
 {
-	MemoryContext old;
-	CallMessage message = {transfer->id, &slot->header, NULL, 0, -1, .much_comes = true};
+	const Download *download = arg;
 
-	MemoryContextReset(slot->context);
-	old = MemoryContextSwitchTo(slot->context);
-	begin_get(transfer, &slot->header, file_offset + slot->offset, slot->len);
-	header_text(&slot->header, "path", transfer->path);
-	header_json(&slot->header, "owned", "true");
-	call_send(slot->call, &message);
-	MemoryContextSwitchTo(old);
+	begin_get(transfer, &slot->header, download->file_offset + slot->offset, slot->len);
+	send_slot(transfer, slot, NULL, true);
 }
 
-/*
- * Read what lies between "from" and "to" of the content, several chunks at once; false:
- * the file has changed meanwhile.  All have been answered then, since the gateway would
- * take one that is given up for the end of the transfer.
- */
+/* False: the file has changed meanwhile. */
 static bool
-get_between(Transfer *transfer, int64 file_offset, char *content, int64 from, int64 to,
-			const char *version, int64 size)
+slot_was_got(Transfer *transfer, const Slot *slot, const Answer *answer, void *arg)
 {
-	Slot slots[MAX_AT_ONCE] = {0};
-	bool is_quick = transfer->chunk_len > FIRST_CHUNK;
-	int64 chunk_len = is_quick ? PROTOCOL_MAX_CHUNK : transfer->chunk_len;
-	int most = is_quick ? MAX_AT_ONCE : 1;
-	int under_way = 0;
-	bool is_same = true;
-	int i;
+	const Download *download = arg;
 
-	for (i = 0; i < most; i++)
-	{
-		slots[i].call =
-			call_create(transfer->calls, call_session(transfer->call),
-						psprintf("download \"%s\"", transfer->shown), PG_INT64_MAX, &slots[i]);
-		slots[i].context =
-			AllocSetContextCreate(transfer->chunk, "agentvm slot", ALLOCSET_SMALL_SIZES);
-	}
-	for (;;)
-	{
-		Call *call;
-
-		for (i = 0; i < most && is_same && from < to; i++)
-		{
-			if (slots[i].len > 0)
-				continue;
-			slots[i].offset = from;
-			slots[i].len = Min(to - from, chunk_len);
-			from += slots[i].len;
-			under_way++;
-			send_slot(transfer, &slots[i], file_offset);
-		}
-		if (under_way == 0)
-			break;
-		calls_advance(transfer->calls);
-		while ((call = calls_answered(transfer->calls)) != NULL)
-		{
-			Slot *slot = call_arg(call);
-			const Answer *answer = call_answer(call);
-
-			if (call_failure(call) != NULL)
-				call_raise(call_failure(call));
-			if (!is_chunk(answer, file_offset + slot->offset, slot->len))
-				protest(transfer);
-			if (strcmp(answer->version, version) != 0 || answer->size != size)
-				is_same = false;
-			else if ((int64) answer->len != slot->len)
-				protest(transfer);
-			else
-				memcpy(content + slot->offset, answer->bytes, slot->len);
-			slot->len = 0;
-			under_way--;
-		}
-		if (under_way > 0 && (under_way == most || from >= to || !is_same))
-			calls_sleep(transfer->calls, PG_INT64_MAX);
-	}
-	for (i = 0; i < most; i++)
-		call_destroy(slots[i].call);
-	return is_same;
+	if (!is_chunk(answer, download->file_offset + slot->offset, slot->len))
+		protest(transfer);
+	if (strcmp(answer->version, download->version) != 0 || answer->size != download->size)
+		return false;
+	if ((int64) answer->len != slot->len)
+		protest(transfer);
+	memcpy(download->content + slot->offset, answer->bytes, slot->len);
+	return true;
 }
 
 static void
@@ -402,7 +492,10 @@ try_file(Transfer *transfer, int64 offset, int64 length, bool remove)
 			/* all but the last one */
 			int64 to = wanted - want;
 
-			if (!get_between(transfer, offset, VARDATA(content), got, to, version, size))
+			Download download = {offset, VARDATA(content), version, size};
+			Way way = {get_slot, slot_was_got, &download};
+
+			if (!move_between(transfer, got, to, &way))
 			{
 				pfree(content);
 				return NULL;

@@ -120,6 +120,7 @@ static const struct
 	{"stderr.lost", A_INT, offsetof(Answer, streams[1].lost)},
 	{"taken", A_INT, offsetof(Answer, taken)},
 	{"written", A_INT, offsetof(Answer, written)},
+	{"any_order", A_BOOL, offsetof(Answer, any_order)},
 	{"size", A_INT, offsetof(Answer, size)},
 	{"version", A_TEXT, offsetof(Answer, version)},
 };
@@ -225,7 +226,7 @@ answer_parse(const char *message, size_t len, Answer *answer)
 	const char *header = message + LENGTH_SIZE;
 
 	memset(answer, 0, sizeof(*answer));
-	answer->running = answer->timed_out = answer->killed = -1;
+	answer->running = answer->timed_out = answer->killed = answer->any_order = -1;
 	answer->duration_ms = answer->taken = answer->written = answer->size = -1;
 	memset(answer->streams, 0xff, sizeof(answer->streams)); /* -1 */
 

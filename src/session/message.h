@@ -61,6 +61,7 @@ typedef struct Answer
 	AnswerStream streams[2]; /* stdout, stderr */
 	int64 taken;
 	int64 written;
+	int any_order;
 	int64 size;
 	char *version; /* or NULL */
 	const char *bytes;

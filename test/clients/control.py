@@ -214,12 +214,13 @@ def put(header, data):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.isdir(path):
         raise Failure("wrong_file", f"write {header['path']}: Is a directory")
+    answer = {"written": offset + len(data), "any_order": True}, b""
     if header["command"] in files:
-        return {"written": offset + len(data)}, b""
-    content = uploads.setdefault(header["command"], bytearray())
-    if offset > len(content):
-        raise Failure("invalid", "a part is missing")
-    content[offset:offset + len(data)] = data
+        return answer
+    with lock:
+        content = uploads.setdefault(header["command"], bytearray())
+        content.extend(bytes(max(0, offset - len(content))))
+        content[offset:offset + len(data)] = data
     if offset + len(data) == header["size"]:
         with open(path + ".part", "wb") as file:
             file.write(content)
@@ -227,7 +228,7 @@ def put(header, data):
         os.rename(path + ".part", path)
         del uploads[header["command"]]
         files[header["command"]] = None
-    return {"written": offset + len(data)}, b""
+    return answer
 
 
 def get(header):

@@ -57,6 +57,7 @@ sub put
 	my ($path, $bytes, %more) = @_;
 	return call('put', command => $more{command} // id(), path => $path, mode => '0644', size => length($bytes), offset => 0, bytes => $bytes, %more);
 }
+sub written { my ($bytes) = @_; return { written => $bytes, any_order => JSON::PP::true }; }
 sub get { my ($path, %more) = @_; return call('get', command => id(), path => $path, offset => 0, length => 262144, %more); }
 sub refused
 {
@@ -69,12 +70,12 @@ sub mode { my ($path) = @_; return sprintf('%04o', S_IMODE((lstat($path))[2])); 
 sub names { my ($dir) = @_; my @names; find({ wanted => sub { push @names, substr($_, length($dir) + 1) if $_ ne $dir }, no_chdir => 1 }, $dir) if -e $dir; return join(' ', sort @names); }
 
 # ---- put ----
-is_deeply(put("$work/one", 'first'), { written => 5 }, 'a file in one part');
+is_deeply(put("$work/one", 'first'), written(5), 'a file in one part');
 is(content("$work/one") . ' ' . mode("$work/one"), 'first 0644', 'its content and mode');
-is_deeply(put('in/a/new place/two', 'x', mode => '0750'), { written => 1 }, 'a path that is not absolute, in a directory that is not there');
+is_deeply(put('in/a/new place/two', 'x', mode => '0750'), written(1), 'a path that is not absolute, in a directory that is not there');
 is(content("$work/in/a/new place/two"), 'x', 'is in the work directory');
 is(join(' ', map { mode("$work/$_") } 'in', 'in/a', 'in/a/new place', 'in/a/new place/two'), '0755 0755 0755 0750', 'modes of what has been made');
-is_deeply(put('empty', ''), { written => 0 }, 'a file of no bytes');
+is_deeply(put('empty', ''), written(0), 'a file of no bytes');
 is(-s "$work/empty", 0, 'is there');
 for my $mode ('7', '644', '0600', '4755', '02710')
 {
@@ -87,29 +88,37 @@ my $command = id();
 my @parts = ('a' x 262144, "\0\xff\n" x 50000, 'end');
 my $all = join('', @parts);
 my $part = sub { my ($i, %more) = @_; return put('one', $parts[$i], command => $command, size => length($all), offset => length(join('', @parts[ 0 .. $i - 1 ])), mode => '0600', %more); };
-is_deeply($part->(0), { written => 262144 }, 'the first part of three');
+is_deeply($part->(0), written(262144), 'the first part of three');
 is(content("$work/one"), 'first', 'the file is as it was');
 is(mode("$work/.agentvm-$command"), '0600', 'what there is of the new one is beside it, and for nobody to read');
-is_deeply($part->(0), { written => 262144 }, 'the first part again');
-is_deeply($part->(1), { written => 412144 }, 'the second');
-is_deeply($part->($_), { written => $_ ? 412144 : 262144 }, "part $_, once more") for 0, 1;
+is_deeply($part->(0), written(262144), 'the first part again');
+is_deeply($part->(1), written(412144), 'the second');
+is_deeply($part->($_), written($_ ? 412144 : 262144), "part $_, once more") for 0, 1;
 is(content("$work/one"), 'first', 'still the old file');
-is_deeply($part->(2), { written => length($all) }, 'the last part');
+is_deeply($part->(2), written(length($all)), 'the last part');
 ok(content("$work/one") eq $all, 'now it is the new file');
-is_deeply($part->(2), { written => length($all) }, 'the last part again');
+is_deeply($part->(2), written(length($all)), 'the last part again');
 put('one', 'another');
-is_deeply($part->($_), { written => [ 262144, 412144, length($all) ]->[$_] }, "part $_ once more, much later") for 0 .. 2;
+is_deeply($part->($_), written([ 262144, 412144, length($all) ]->[$_]), "part $_ once more, much later") for 0 .. 2;
 is(content("$work/one"), 'another', 'does not bring the file back');
 is(names($work), 'empty in in/a in/a/new place in/a/new place/two one', 'and nothing else is left');
 
 $command = id();
 $part->(0);
 $runtime = runtime();
-is_deeply($part->(1), { written => 412144 }, 'a runtime that has been restarted goes on');
-is_deeply($part->(2), { written => length($all) }, 'to the end');
+is_deeply($part->(1), written(412144), 'a runtime that has been restarted goes on');
+is_deeply($part->(2), written(length($all)), 'to the end');
 ok(content("$work/one") eq $all, 'with all that was there');
 
 # order, and what does not fit
+$command = id();
+my @shuffled = map { $_ x 1000 } 'a' .. 'e';
+my $shuffle = sub { my ($i) = @_; return put('shuffled', $shuffled[$i], command => $command, size => 5000, offset => 1000 * $i); };
+is_deeply($shuffle->($_), written(1000 * ($_ + 1)), "part $_ of five that come in another order") for 0, 3, 1, 3, 2;
+ok(!-e "$work/shuffled", 'nothing is there without the last');
+is_deeply($shuffle->(4), written(5000), 'which comes last');
+is(content("$work/shuffled"), join('', @shuffled), 'all are in their places');
+unlink "$work/shuffled";
 $command = id();
 refused($part->(1), 'failed', qr/^write one: its beginning is not here any more$/, 'no part before it');
 $part->(0);
@@ -137,11 +146,11 @@ refused(put($_, 'x'), 'wrong_file', qr/^\Q$_\E is a directory$/, "$_ is a direct
 refused(put('pipe', 'x'), 'wrong_file', qr/^pipe is no regular file$/, 'a pipe');
 refused(put('one/x', 'x'), 'no_file', qr/^\w.*one\/x: Not a directory$/, 'a file on the way');
 refused(put('loop', 'x'), 'failed', qr/^write loop: Too many levels/, 'links that lead in a circle');
-is_deeply(put('links', 'linked'), { written => 6 }, 'a link to a link');
+is_deeply(put('links', 'linked'), written(6), 'a link to a link');
 is(content("$work/one") . readlink("$work/link") . readlink("$work/links"), 'linkedonelink', 'the file that it leads to is replaced');
-is_deeply(put('dangling', 'new', mode => '0640'), { written => 3 }, 'a link to what is not there');
+is_deeply(put('dangling', 'new', mode => '0640'), written(3), 'a link to what is not there');
 is(content("$work/made") . readlink("$work/dangling"), 'newmade', 'it is made there');
-is_deeply(put('to_directory/inner', 'x'), { written => 1 }, 'a link on the way');
+is_deeply(put('to_directory/inner', 'x'), written(1), 'a link on the way');
 is(content("$work/directory/inner"), 'x', 'is followed');
 $command = id();
 symlink("$work/one", "$work/.agentvm-$command");
@@ -201,13 +210,13 @@ call('pass', ms => 300_000);
 my $young = id();
 put('many/young', 'x', command => $young, size => 2);
 refused(put('many/more', 'x', size => 2), 'busy', qr/too many files/, 'the 257th file under way is refused');
-is_deeply(put('many/young', 'x', command => $young, size => 2), { written => 1 }, 'those that are under way go on');
+is_deeply(put('many/young', 'x', command => $young, size => 2), written(1), 'those that are under way go on');
 call('pass', ms => 290_000);
 is(scalar(split(/ /, names("$work/many"))), 256, 'until just before 10 minutes all are kept');
 call('pass', ms => 80_000);
 is(names("$work/many"), ".agentvm-$young", 'those of which nothing came for 10 minutes are gone');
-is_deeply(put('many/young', 'y', command => $young, size => 2, offset => 1), { written => 2 }, 'the other one ends well');
-is_deeply(put('many/more', 'x'), { written => 1 }, 'and there is place again');
+is_deeply(put('many/young', 'y', command => $young, size => 2, offset => 1), written(2), 'the other one ends well');
+is_deeply(put('many/more', 'x'), written(1), 'and there is place again');
 
 # a full disk
 SKIP:
@@ -227,14 +236,14 @@ SKIP:
 	}
 	my $last = 'x' x (700_000 - 2 * 262144);
 	refused(put("$small/a", $last, command => $a, size => 700_000, offset => 2 * 262144, @in), 'no_space', qr/No space left/, 'the disk is full on the way');
-	is_deeply(put("$small/b", $last, command => $b, size => 700_000, offset => 2 * 262144, @in), { written => 700_000 }, 'what it took is free again, so that another file goes on to its end');
+	is_deeply(put("$small/b", $last, command => $b, size => 700_000, offset => 2 * 262144, @in), written(700_000), 'what it took is free again, so that another file goes on to its end');
 	is(get("$small/a", @in)->{error}, 'no_file', 'and there is nothing of the first');
 	is(get("$small/.agentvm-$a", @in)->{error}, 'no_file', 'not even its parts');
 	my $c = id();
 	refused(put("$small/c", $last, command => $c, size => 400_000, @in), 'no_space', qr/No space/, 'nor does another fit');
 	put("$small/b", '', @in);
 	put("$small/c", $last, command => $c, size => 900000, @in);
-	is_deeply(put("$small/c", $last, command => $c, size => 900000, @in), { written => length($last) }, 'the first part again needs no more than it has');
+	is_deeply(put("$small/c", $last, command => $c, size => 900000, @in), written(length($last)), 'the first part again needs no more than it has');
 }
 
 # ---- get ----

@@ -26,7 +26,9 @@ is($node->safe_psql('postgres', "SELECT kind, agentvm.upload('$session', 'there/
 my @puts = grep { $_->{path} eq 'there/apart' } $control->calls($session, 'put', $mark);
 cmp_ok(scalar(@puts), '>=', 4, 'in chunks');
 is($puts[0]{offset}, 0, 'from the beginning');
-is(scalar(grep { $puts[$_]{offset} <= $puts[ $_ - 1 ]{offset} } 1 .. $#puts), 0, 'in order');
+my $end = 0;
+$end = $_->{offset} == $end ? $end + $_->{length} : 'a gap' for sort { $a->{offset} <=> $b->{offset} } @puts;
+is($end, 3_200_000, 'none missing, and none twice');
 is(scalar(grep { $_->{last} } @puts), 1, 'the last of which is called so');
 ok($puts[-1]{last} && $puts[0]{audit} && !$puts[1]{audit} && $puts[0]{owned}, 'and the first tells the log');
 my $me = $node->safe_psql('postgres', 'SELECT current_user');
@@ -72,6 +74,27 @@ for my $times (2, 100)
 	if ($times == 2) { is($node->safe_psql('postgres', $sql), 't', 'is begun anew'); next; }
 	fails_with($node, $sql, '55000', qr/changes while it is read.*HINT.*copy/s, 'but not without end');
 }
+$control->faults;
+
+# ---- several chunks under way ----
+sub upload_again
+{
+	my ($name, @faults) = @_;
+	$control->faults(@faults);
+	my $from = $control->mark;
+	is($node->safe_psql('postgres', "SELECT agentvm.upload('$session', 'again', b), agentvm.download('$session', 'again') = b FROM blob WHERE kind = 'apart'"), '3200000|t', $name);
+	$control->faults;
+	return map { $_->{offset} } $control->calls($session, 'put', $from);
+}
+my $pass = { op => 'put', do => { change => {} } }; # the first one, which is alone
+my @offsets = upload_again('an upload of which a chunk is refused', $pass, { op => 'put', do => 503 });
+ok(scalar(grep { $offsets[$_] < $offsets[ $_ - 1 ] } 1 .. $#offsets) > 0, 'others pass it');
+is($offsets[-1], (sort { $b <=> $a } @offsets)[0], 'but not the last');
+@offsets = upload_again('an upload to a runtime that takes chunks in their order', map { { op => 'put', do => $_ } } { change => { any_order => undef } }, 503, ({ change => { any_order => undef } }) x 9);
+is(scalar(grep { $offsets[$_] < $offsets[ $_ - 1 ] } 1 .. $#offsets), 0, 'none passes one that is refused');
+is(scalar(grep { $offsets[$_] == $offsets[ $_ - 1 ] } 1 .. $#offsets), 1, 'which is sent again');
+$control->faults($pass, { op => 'put', do => { change => { written => 5 } } });
+fails_with($node, "SELECT agentvm.upload('$session', 'again', b) FROM blob WHERE kind = 'apart'", '58000', qr/makes no sense/, 'more of one written than there is');
 $control->faults;
 
 # ---- cancel ----

@@ -3,7 +3,7 @@
 #	my $control = AgentVM::Control->new($node);          # gateway gw1, registered in database postgres
 #	my $session = $control->session('acme');             # ready, and at this gateway
 #	$control->faults({ op => 'start', do => 'lose' });   # what goes wrong from here on; none: nothing
-#	$control->calls($session, 'start');                  # the headers of calls so far, each with {at}, {bytes}, {connection}
+#	$control->calls($session, 'start');                  # the headers of calls so far, each with {at}, {length}, {connection}
 #	$control->dir;                                       # where relative paths in the VMs are
 package AgentVM::Control;
 
