@@ -196,7 +196,7 @@ protest(Transfer *transfer)
 
 /* ---- several chunks at once ---- */
 
-/* What is done with a slot: its chunk asked for, or its answer taken in; false: no more of them. */
+/* How chunks are sent or asked for, and their answers taken in; false: no more of them. */
 typedef struct Way
 {
 	void (*send)(Transfer *transfer, Slot *slot, void *arg);
