@@ -162,7 +162,18 @@ choose_chunk_len(Transfer *transfer, int64 took_ms)
 		transfer->chunk_len = Max(transfer->chunk_len / 2, FIRST_CHUNK / 4);
 }
 
-/* The answer to the next chunk, whose own members are in the header; in the chunk's context. */
+/* What the header of each chunk has. */
+static void
+begin_chunk(const Transfer *transfer, StringInfo header, const char *op, int64 offset)
+{
+	initStringInfo(header);
+	header_begin(header, op, &transfer->id);
+	header_text(header, "path", transfer->path);
+	header_json(header, "owned", "true");
+	header_int(header, "offset", offset);
+}
+
+/* The answer to the next chunk, whose header is complete but for what the log needs; in the chunk's context. */
 static const Answer *
 ask_chunk(Transfer *transfer, StringInfo header, const char *bytes, int64 len, bool last,
 		  bool much_comes)
@@ -171,8 +182,6 @@ ask_chunk(Transfer *transfer, StringInfo header, const char *bytes, int64 len, b
 	int64 began = call_now_ms();
 	const Answer *answer;
 
-	header_text(header, "path", transfer->path);
-	header_json(header, "owned", "true");
 	if (last)
 		header_json(header, "last", "true");
 	if (transfer->audit != NULL)
@@ -204,7 +213,7 @@ typedef struct Way
 	void *arg;
 } Way;
 
-/* Send a slot's chunk, whose own members are in the slot's header. */
+/* Send a slot's chunk, whose header is complete. */
 static void
 send_slot(Transfer *transfer, Slot *slot, const char *bytes, bool much_comes)
 {
@@ -212,8 +221,6 @@ send_slot(Transfer *transfer, Slot *slot, const char *bytes, bool much_comes)
 						   bytes,		  bytes != NULL ? slot->len : 0,
 						   .wait_ms = -1, .much_comes = much_comes};
 
-	header_text(&slot->header, "path", transfer->path);
-	header_json(&slot->header, "owned", "true");
 	call_send(slot->call, &message);
 }
 
@@ -300,11 +307,9 @@ typedef struct Upload
 static void
 begin_put(const Transfer *transfer, StringInfo header, const Upload *upload, int64 offset)
 {
-	initStringInfo(header);
-	header_begin(header, "put", &transfer->id);
+	begin_chunk(transfer, header, "put", offset);
 	header_text(header, "mode", upload->mode);
 	header_int(header, "size", upload->content->len);
-	header_int(header, "offset", offset);
 }
 
 static void
@@ -316,12 +321,37 @@ put_slot(Transfer *transfer, Slot *slot, void *arg)
 	send_slot(transfer, slot, content_read(upload->content, slot->offset, slot->len), false);
 }
 
+/* The chunk that goes so far has been written. */
+static void
+check_written(Transfer *transfer, const Answer *answer, int64 end)
+{
+	if (answer->written != end)
+		protest(transfer);
+}
+
 static bool
 slot_was_put(Transfer *transfer, const Slot *slot, const Answer *answer, void *arg)
 {
-	if (answer->written != slot->offset + slot->len)
-		protest(transfer);
+	check_written(transfer, answer, slot->offset + slot->len);
 	return true;
+}
+
+/* A chunk by itself; in the chunk's context, which is reset first. */
+static const Answer *
+put_chunk(Transfer *transfer, const Upload *upload, int64 offset, int64 len)
+{
+	MemoryContext old;
+	StringInfoData header;
+	const Answer *answer;
+
+	MemoryContextReset(transfer->chunk);
+	old = MemoryContextSwitchTo(transfer->chunk);
+	begin_put(transfer, &header, upload, offset);
+	answer = ask_chunk(transfer, &header, content_read(upload->content, offset, len), len,
+					   offset + len == upload->content->len, false);
+	check_written(transfer, answer, offset + len);
+	MemoryContextSwitchTo(old);
+	return answer;
 }
 
 static void
@@ -334,20 +364,9 @@ put_file(Transfer *transfer, const Content *content, const char *mode)
 	do
 	{
 		int64 len = Min(content->len - offset, transfer->chunk_len);
+		bool any_order = put_chunk(transfer, &upload, offset, len)->any_order == 1;
 		int64 last;
-		MemoryContext old = MemoryContextSwitchTo(transfer->chunk);
-		StringInfoData header;
-		const Answer *answer;
-		bool any_order;
 
-		begin_put(transfer, &header, &upload, offset);
-		answer = ask_chunk(transfer, &header, content_read(content, offset, len), len,
-						   offset + len == content->len, false);
-		if (answer->written != offset + len)
-			protest(transfer);
-		any_order = answer->any_order == 1;
-		MemoryContextSwitchTo(old);
-		MemoryContextReset(transfer->chunk);
 		offset += len;
 		last = content->len - Min(content->len - offset, transfer->chunk_len);
 		if (any_order && is_quick(transfer) && offset < last)
@@ -369,11 +388,9 @@ typedef struct Download
 } Download;
 
 static void
-begin_get(Transfer *transfer, StringInfo header, int64 offset, int64 len)
+begin_get(const Transfer *transfer, StringInfo header, int64 offset, int64 len)
 {
-	initStringInfo(header);
-	header_begin(header, "get", &transfer->id);
-	header_int(header, "offset", offset);
+	begin_chunk(transfer, header, "get", offset);
 	header_int(header, "length", len);
 }
 

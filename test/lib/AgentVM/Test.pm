@@ -78,24 +78,34 @@ sub write_key_file
 	return;
 }
 
-# Wait until the query's answer is the expected one (default t): by eye every 0.05 s, for 60 s. One more check, as is()
+# Look every 0.05 s whether a condition is true, for so many seconds at most; whether it has become so
+sub poll
+{
+	my ($condition, $seconds) = @_;
+	my $end = time + $seconds;
+	my $true;
+
+	sleep 0.05 until ($true = $condition->()) || time > $end;
+	return $true;
+}
+
+# Wait until the query's answer is the expected one (default t), for 60 s. One more check, as is()
 sub await
 {
 	my ($node, $query, $expected, %opt) = @_;
-	my $end = time + ($opt{timeout} // 60);
 	my $dbname = $opt{dbname} // 'postgres';
 	my ($answer, $error);
 	local $ENV{PGOPTIONS} = '-c log_statement=none';    # keep the polling out of the log
 
 	$expected //= 't';
-	while (1)
-	{
-		# psql does not read the query where a server that has just crashed refuses it
-		eval { $node->psql($dbname, $query, stdout => \$answer, stderr => \$error); 1 } or ($answer, $error) = ('', $@);
-		last if ($answer // '') eq $expected || time > $end;
-		sleep 0.05;
-	}
-	diag($error) if $error && ($answer // '') ne $expected;
+	my $found = poll(
+		sub {
+			# psql does not read the query where a server that has just crashed refuses it
+			eval { $node->psql($dbname, $query, stdout => \$answer, stderr => \$error); 1 } or ($answer, $error) = ('', $@);
+			return ($answer // '') eq $expected;
+		},
+		$opt{timeout} // 60);
+	diag($error) if $error && !$found;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return is($answer, $expected, $opt{name} // "await: $query");
 }
@@ -104,10 +114,7 @@ sub await
 sub await_that
 {
 	my ($condition, $name, %opt) = @_;
-	my $end = time + ($opt{timeout} // 30);
-	my $true;
-
-	sleep 0.02 until ($true = $condition->()) || time > $end;
+	my $true = poll($condition, $opt{timeout} // 30);
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return ok($true, $name);
 }
